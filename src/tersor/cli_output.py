@@ -149,9 +149,9 @@ def results_tables(results: Results) -> Iterator[Table]:
 def _comparison(results: Results) -> Table:
     """The artifact compared with the original and the baseline."""
     from tersor.report.summary import describe_reduction
-    from tersor.report.verdict import reference_entry
+    from tersor.report.verdict import medians_note, reference_entry
 
-    caption = f"95 % intervals are in parentheses. Rounds ran {_ended(results)}."
+    caption = f"95 % intervals are in parentheses. Rounds ran {_ended(results)}. {medians_note(results)}".rstrip()
     table = Table(title="artifact, compared with the original and the baseline", caption=caption)
     for column in ("", *(f"vs. {name}" for name in results.speedup)):
         table.add_column(column, justify="right" if column else "left")

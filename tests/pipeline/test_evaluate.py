@@ -273,7 +273,10 @@ def test_a_folder_without_a_test_set_is_said_to_be_split(images, tmp_path):
     export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
     progress = RecordedProgress()
     assert evaluate(tmp_path / "model.onnx", str(images / "test"), None, progress=progress).images == 2
-    assert "the data has no test set of its own: 2 of 6 images are used, a fifth of each class" in progress.lines
+    assert (
+        "the data has no test set of its own: 2 images, a fifth of each class, are used as the test set"
+        in progress.lines
+    )
     progress = RecordedProgress()
     evaluate(tmp_path / "model.onnx", str(images), None, progress=progress)
     assert not any("no test set" in line for line in progress.lines)

@@ -15,6 +15,7 @@ import blocks
 from tersor.checkpoint.store import Checkpoints
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
+from tersor.methods.channel_pruning import ChannelPruning
 from tersor.pipeline.dry_run import explain
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.stages import run_stages
@@ -131,6 +132,22 @@ def test_the_scales_of_the_documented_quantizer_are_powers_of_two(tmp_path, monk
     assert len(own) == 10
     assert torch.equal(own.log2(), own.log2().round())
     assert ((built_in <= own) & (own < 2 * built_in)).all()
+
+
+def test_the_documented_importance_removes_the_channels_with_the_lowest_score(tmp_path, monkeypatch):
+    page = "how-to/own-method.md"
+    (tmp_path / "my_importance.py").write_text(blocks.blocks(page, "python")[3])
+    monkeypatch.syspath_prepend(tmp_path)
+    (documented,) = parse(blocks.blocks(page, "yaml")[3], page).stages[0].methods
+    assert documented.importance == "my_importance:spread"
+    given = network()
+    weights = given[0].weight.detach().flatten(1), given[4].weight.detach().T
+    parts = [rows.abs().sum(1) * rows.std(1, correction=0) for rows in weights]
+    score = sum(part / part.mean() for part in parts)
+    method = ChannelPruning(keep_channels=0.5, importance="my_importance:spread", round_to=1)
+    pruned = chain([method], given, AttachContext(data=[torch.randn(8, 3, 8, 8)])).model
+    kept = weights[0][score.argsort()[5:].sort().values]
+    assert torch.equal(pruned.get_submodule("0").weight.flatten(1), kept)
 
 
 def test_the_documented_loss_is_the_mean_squared_difference_of_cosines():

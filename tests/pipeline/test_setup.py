@@ -11,6 +11,7 @@ from recorded_progress import RecordedProgress
 from tersor import models, tasks
 from tersor.core.errors import InputError
 from tersor.data.image_sets import Pixels, Splits, View
+from tersor.data.splitting import drawn_test_set
 from tersor.pipeline import network_checks, setup
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.setup import prepare
@@ -203,12 +204,22 @@ def test_the_data_fits_the_task():
 def test_classes_without_training_images_are_named():
     progress = RecordedProgress()
     for train, classes in (((0, 1), 2), ((1, 3), 4), ((0,), 7), ((0,), 6)):
-        setup._say_what_has_no_image(splits(train, classes=classes), progress)
+        setup._say_what_the_data_lacks(splits(train, classes=classes), progress)
     assert progress.lines == [
         "warning: 2 of 4 classes have no training image: 0, 2",
         "warning: 6 of 7 classes have no training image: 1, 2, 3, 4, 5, ...",
         "warning: 5 of 6 classes have no training image: 1, 2, 3, 4, 5",
     ]
+
+
+def test_a_test_set_that_is_drawn_is_told():
+    data = splits()
+    line = "the data has no test set of its own: 8 images, a fifth of each class, are used as the test set"
+    assert line not in prepared(data=data)[1]
+    drawn = dataclasses.replace(data, test_is_drawn=True)
+    assert line in prepared(data=drawn)[1]
+    drawn.test.targets = torch.rand(8, 1)
+    assert "8 images, a fifth of the data, are used" in drawn_test_set(drawn)
 
 
 def test_few_images_are_a_random_choice_of_the_seed():

@@ -152,6 +152,7 @@ import torch
 def last_first(group): return -torch.arange(len(group.slices))
 def by_gamma(graph, group, data): return graph.get_submodule("norm").weight * len(data)
 def wrong(group): return torch.ones(2)
+def of_a_weight(weight, layer): return weight.abs()
 def endless(group): return torch.full((len(group.slices),), torch.inf)
 """
 
@@ -166,6 +167,9 @@ def test_a_function_of_the_user(graph, tmp_path, monkeypatch):
         scores(graph, "mine:wrong")
     with pytest.raises(InputError, match="finite"):
         scores(graph, "mine:endless")
+    expected = r"missing a required argument: 'weight'.* graph is .*, group is one group .*, data are .*own-method\.md"
+    with pytest.raises(InputError, match=expected):
+        scores(graph, "mine:of_a_weight")
 
 
 def test_taylor_without_labels_is_an_error(graph):

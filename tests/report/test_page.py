@@ -38,6 +38,13 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_medians_with_another_ratio_than_the_speedup_are_explained(page):
+    numbers = numbers_of()
+    assert "parentheses.</p>" in page(numbers)
+    numbers["speedup"]["original"]["1"] = ratio_of(3.0)
+    assert "parentheses. The medians differ by 4.0x (the original, batch 1): the speed of the machine" in page(numbers)
+
+
 def test_the_verdict_is_the_heading(page):
     text = page()
     assert re.findall(r"<h1>(.*?)</h1>", text) == [

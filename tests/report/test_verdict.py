@@ -82,6 +82,36 @@ def test_a_difference_has_its_interval(ratio, expected):
     assert describe_speedup(ratio) == expected
 
 
+@pytest.mark.parametrize(
+    ("original", "ratio", "expected"),
+    [
+        (7.43 / 3.53, {"value": 1.5, "low": 1.4, "high": 1.8}, "2.1x (the original, batch 1)"),
+        (1 / 2, {"value": 1 / 3, "low": 1 / 3.2, "high": 1 / 2.8}, "2.0x (the original, batch 1)"),
+        (1.2, {"value": 1.0, "low": 0.9, "high": 1.1}, "1.20x (the original, batch 1)"),
+        (0.9, {"value": 1.5, "low": 1.4, "high": 1.8}, "0.9x (the original, batch 1)"),
+        (1.84, {"value": 1.5, "low": 1.4, "high": 1.78}, ""),
+    ],
+)
+def test_medians_whose_ratio_is_outside_the_interval_have_a_sentence(original, ratio, expected):
+    numbers = alone(1.0, original=entry(original), artifact=entry(1.0))
+    for name in ("original", "baseline"):
+        numbers["speedup"][name] = {"1": ratio_of(1.0) | ratio, "32": ratio_of(original)}
+    results = Results.model_validate(numbers)
+    reason = ": the speed of the machine changed between rounds. The speedup compares times of the same round."
+    told = f"The medians differ by {expected}{reason}" if expected else ""
+    assert module.medians_note(results) == told
+    _, compared = results_tables(results)
+    assert compared.caption.endswith(told or "at batch 32.")
+
+
+def test_medians_are_also_compared_with_those_of_the_baseline():
+    numbers = numbers_of()
+    for of in numbers["speedup"].values():
+        of["32"] = ratio_of(1.5)
+    told = module.medians_note(Results.model_validate(numbers))
+    assert told.startswith("The medians differ by 4.0x (the original, batch 32) and 2.0x (the baseline, batch 32): ")
+
+
 def test_the_baseline_depends_on_the_batch_size():
     numbers = numbers_of()
     numbers["baseline"]["32"] = {"runtime": "onnxruntime", "precision": "float32"}

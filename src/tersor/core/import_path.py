@@ -71,8 +71,14 @@ def import_function(path: str) -> Callable[..., Any]:
     return target
 
 
-def call_with(path: str, function: Callable[..., Any], **values: Any) -> Any:
+def call_with(path: str, function: Callable[..., Any], explanation: str = "", /, **values: Any) -> Any:
     """Call `function` with those of the `values` that it accepts by name.
+
+    Args:
+        path: names the function in errors.
+        function: to call.
+        explanation: of the values; a sentence of the error about its arguments.
+        values: by name.
 
     Raises:
         InputError: it requires other arguments, or raises an exception.
@@ -89,7 +95,7 @@ def call_with(path: str, function: Callable[..., Any], **values: Any) -> Any:
     except TypeError as error:
         raise InputError(
             f"'{path}' cannot be called: {error}. Write a function that needs no argument"
-            f"{' other than ' + ' and '.join(values) if values else ''}."
+            f"{' other than ' + ' and '.join(values) if values else ''}.{explanation and f' {explanation}'}"
         ) from error
     with user_code(f"'{path}'", function):
         return function(**accepted)

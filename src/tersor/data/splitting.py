@@ -42,6 +42,14 @@ def with_test_set(images: Images, classes: tuple[str, ...]) -> Splits:
     return Splits(View(images, train), none_of(images), View(images, test), classes, test_is_drawn=True)
 
 
+def drawn_test_set(splits: Splits) -> str | None:
+    """A line that says how many images became the test set; None if the data has a test set of its own."""
+    if not splits.test_is_drawn:
+        return None
+    of = "each class" if class_numbers(splits.test) is not None else "the data"
+    return f"the data has no test set of its own: {len(splits.test)} images, a fifth of {of}, are used as the test set"
+
+
 def with_validation(splits: Splits, share: float, seed: int) -> Splits:
     """Hold out this share of the training images, unless there are validation images.
 

@@ -131,6 +131,7 @@ def _test_images(
 ) -> tuple[Batches, str]:
     """The test images, read as the file takes them, and the kind of its input: "normalized" or "uint8"."""
     from tersor.data import Batches, load
+    from tersor.data.splitting import drawn_test_set
     from tersor.evaluation.scoring import images_at_once
 
     source = data_source(artifact, data)
@@ -144,11 +145,8 @@ def _test_images(
         how["image_size"] = size
         progress.say(f"images of another size are resized to {size[0]} x {size[1]}, the input size of the file")
     splits = load(**source | how, targets="boxes" if task.boxes else "masks")
-    if splits.test_is_drawn:
-        total = sum(map(len, (splits.train, splits.validation, splits.test)))
-        progress.say(
-            f"the data has no test set of its own: {len(splits.test)} of {total} images are used, a fifth of each class"
-        )
+    if drawn := drawn_test_set(splits):
+        progress.say(drawn)
     refuse_other_classes(class_names(artifact.model), splits.classes)
     assert splits.mean is not None
     assert splits.std is not None

@@ -17,6 +17,7 @@ from tersor.core.progress import ProgressReporter
 from tersor.data import Splits, load
 from tersor.data.augmentation import described as described_augmentation
 from tersor.data.image_sets import class_numbers
+from tersor.data.splitting import drawn_test_set
 from tersor.evaluation.costs import macs_ratio
 from tersor.evaluation.session import load_runtime
 from tersor.graph.plain_network import masked_by_torch, plain_copy
@@ -76,7 +77,7 @@ def prepare(
     _check_targets(task, splits)
     if recipe.target.input == "uint8" and splits.train.largest > 255:
         raise InputError("the images have 16 bits per channel, and target.input is uint8. Write input: normalized.")
-    _say_what_has_no_image(splits, progress)
+    _say_what_the_data_lacks(splits, progress)
     network, metadata = (
         (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed, channels)
     )
@@ -145,7 +146,9 @@ def _check_targets(task: Task, splits: Splits) -> None:
         )
 
 
-def _say_what_has_no_image(splits: Splits, progress: ProgressReporter) -> None:
+def _say_what_the_data_lacks(splits: Splits, progress: ProgressReporter) -> None:
+    if drawn := drawn_test_set(splits):
+        progress.say(drawn)
     labels = class_numbers(splits.train)
     if labels is None:
         return

@@ -49,6 +49,11 @@ COMPARED_BY_COST: tuple[Importance, ...] = ("obs",)
 """Importances that are divided by the saved cost when groups are compared."""
 
 _READS = ("in", "1")
+_ARGUMENTS = (
+    "graph is the captured network (torch.fx.GraphModule), group is one group of its channels, data are batches of "
+    "images. It returns one score for each of group.slices. docs/how-to/own-method.md has an example."
+)
+"""What a user's function is called with."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +236,7 @@ def _batchnorm(graph: fx.GraphModule, group: Group) -> Tensor | None:
 def _user_scores(
     path: str, function: Callable[..., Any], graph: fx.GraphModule, group: Group, data: Iterable[Any]
 ) -> Tensor:
-    scores = call_with(path, function, graph=graph, group=group, data=data)
+    scores = call_with(path, function, _ARGUMENTS, graph=graph, group=group, data=data)
     shape = (len(group.slices),)
     if not isinstance(scores, Tensor) or tuple(scores.shape) != shape or not torch.isfinite(scores).all():
         what = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__

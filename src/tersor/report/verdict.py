@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 from tersor.evaluation.results import Execution, FileResults, Reference, Results, Speedup
@@ -59,10 +60,43 @@ def describe_speedup(ratio: Speedup | Ratio, name: str = "") -> str:
         return f"no measurable difference{name and f' from {name}'} ({low:.2f}x to {high:.2f}x)"
     if value < 1:
         value, low, high = 1 / value, 1 / high, 1 / low
-    fewest = 1 if round(low, 1) < round(high, 1) else 2
-    digits = next((digits for digits in (fewest, 2, 3) if round(low, digits) > 1), 4)
+    digits = _digits(low, high)
     word = "faster" if _direction(ratio) > 0 else "slower"
     return f"{value:.{digits}f}x {word} ({low:.{digits}f} to {high:.{digits}f}){name and f' than {name}'}"
+
+
+def _digits(low: float, high: float) -> int:
+    """Digits after the point of a ratio above 1."""
+    fewest = 1 if round(low, 1) < round(high, 1) else 2
+    return next((digits for digits in (fewest, 2, 3) if round(low, digits) > 1), 4)
+
+
+def medians_note(numbers: Results) -> str:
+    """What to know where the printed medians have a ratio outside the printed interval of the speedup; else empty."""
+    outside: list[str] = []
+    for name, size in product(numbers.speedup, numbers.baseline):
+        if name == "baseline" and same_runtime(numbers.baseline[size], numbers.original):
+            continue
+        before, after = reference_entry(numbers, name, size).latency_ms[size], numbers.artifact.latency_ms[size]
+        ratio = _outside(numbers.speedup[name][size], before.median / after.median)
+        outside += [f"{ratio} (the {name}, batch {size})"] if ratio else []
+    if not outside:
+        return ""
+    return (
+        f"The medians differ by {' and '.join(outside)}: the speed of the machine changed between rounds. The speedup "
+        "compares times of the same round."
+    )
+
+
+def _outside(speedup: Speedup, ratio: float) -> str:
+    """The ratio of two medians if it is not in the interval of the speedup, all as `describe_speedup` rounds them."""
+    low, high, digits = speedup.low, speedup.high, 2
+    if direction := _direction(speedup):
+        if direction < 0:
+            low, high, ratio = 1 / high, 1 / low, 1 / ratio
+        digits = _digits(low, high)
+    inside = round(low, digits) <= round(ratio, digits) <= round(high, digits)
+    return "" if inside else f"{ratio:.{digits}f}x"
 
 
 def _direction(ratio: Speedup | Ratio) -> int:
