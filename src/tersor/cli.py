@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tersor import cli_compress
+from tersor import cli_compress, cli_pick
 from tersor.cli_output import (
     Document,
     described_input,
@@ -121,7 +121,7 @@ def run(
 
 
 app.command()(cli_compress.compress)
-app.command()(cli_compress.pick)
+app.command()(cli_pick.pick)
 
 
 @app.command()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tersor.pipeline.bench import Compared, LatencyTable, TimedFile
     from tersor.pipeline.sensitivity_analysis import BitCosts
 
-Document = Literal["recipe", "results", "eval", "bench", "sensitivity", "methods"]
+Document = Literal["recipe", "results", "eval", "bench", "pick", "sensitivity", "methods"]
 _SHOWN = 10
 _SPARSE = 0.001
 """Share of zero weights from which it is shown."""
@@ -58,6 +58,14 @@ def _bench() -> dict[str, Any]:
     return TypeAdapter(list[LatencyTable]).json_schema()
 
 
+def _pick() -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    from tersor.search.result import PickedPoint
+
+    return TypeAdapter(PickedPoint).json_schema()
+
+
 def _sensitivity() -> dict[str, Any]:
     from tersor.pipeline.sensitivity_analysis import BitCosts
 
@@ -77,6 +85,7 @@ _SCHEMAS: dict[Document, Callable[[], dict[str, Any]]] = {
     "results": _results,
     "eval": _eval,
     "bench": _bench,
+    "pick": _pick,
     "sensitivity": _sensitivity,
     "methods": _methods,
 }
