@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shlex
 import sys
@@ -129,9 +130,7 @@ def compress(
             )
         except KeyboardInterrupt:
             again = f"tersor {shlex.join(sys.argv[1:])}"
-            file = out / "model.onnx"
-            best = f"The best network so far is {file}" if file.is_file() else "No network is exported yet"
-            plain_console(stderr=True).print(f"interrupted. {best}. To resume: {again}", soft_wrap=True)
+            plain_console(stderr=True).print(f"interrupted. {_best_so_far(out)}. To resume: {again}", soft_wrap=True)
             raise typer.Exit(_INTERRUPTED) from None
     from tersor.search.verdict_line import last_line, test_use, verdict_lines
 
@@ -139,6 +138,18 @@ def compress(
     show(console, *front_tables(result.numbers))
     lines = test_use(result.numbers), f"model.onnx takes {described_input(out / 'model.onnx')}"
     console.print(*lines, last_line(result.numbers, out), sep="\n", soft_wrap=True)
+
+
+def _best_so_far(folder: Path) -> str:
+    """What `model.onnx` of an interrupted search is."""
+    from tersor.search.folder import MODEL, UNCHANGED
+
+    file, original = folder / MODEL, folder / UNCHANGED
+    if not file.is_file():
+        return "No network is exported yet"
+    if original.is_file() and filecmp.cmp(file, original, shallow=False):
+        return f"{file} is still the original in float32"
+    return f"The best network so far is {file}"
 
 
 def _imported(name: str | None) -> Any:
