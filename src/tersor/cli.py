@@ -14,10 +14,10 @@ import typer
 from rich.table import Table
 
 from tersor import cli_compress, cli_pick
+from tersor.cli_bench import latency_tables
 from tersor.cli_output import (
     Document,
     described_input,
-    latency_tables,
     plain_console,
     print_json,
     results_tables,
