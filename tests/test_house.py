@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "tersor"
 FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = [
-    ("__main__", "cli", "cli_compress", "cli_output", "progress_bars", "tracking"),
+    ("__main__", "cli", "cli_compress", "cli_pick", "cli_bench", "cli_output", "progress_bars", "tracking"),
     ("api",),
     ("search",),
     ("pipeline",),

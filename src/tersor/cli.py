@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tersor import cli_compress
+from tersor import cli_compress, cli_pick
+from tersor.cli_bench import latency_tables
 from tersor.cli_output import (
     Document,
     described_input,
-    latency_tables,
     plain_console,
     print_json,
     results_tables,
@@ -121,7 +121,7 @@ def run(
 
 
 app.command()(cli_compress.compress)
-app.command()(cli_compress.pick)
+app.command()(cli_pick.pick)
 
 
 @app.command()

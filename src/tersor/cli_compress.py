@@ -1,13 +1,13 @@
-"""`tersor compress` and `tersor pick`. Torch is imported inside the commands, so that `--help` is fast."""
+"""`tersor compress`, and the tables of a front. Torch is imported inside the command, so that `--help` is fast."""
 
 from __future__ import annotations
 
+import filecmp
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +41,7 @@ def _points(text: str) -> float:
         raise typer.BadParameter(f"'{text}' is not a number of points. Write a number such as 2.") from None
 
 
-_MaxDrop = Annotated[
+MaxDrop = Annotated[
     float | None, typer.Option(parser=_points, metavar="<float>", help="largest allowed drop of the metric, in points")
 ]
 
@@ -52,7 +52,7 @@ def compress(
     ],
     data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
-    max_drop: _MaxDrop = None,
+    max_drop: MaxDrop = None,
     latency: Annotated[
         str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms")
     ] = None,
@@ -130,9 +130,7 @@ def compress(
             )
         except KeyboardInterrupt:
             again = f"tersor {shlex.join(sys.argv[1:])}"
-            file = out / "model.onnx"
-            best = f"The best network so far is {file}" if file.is_file() else "No network is exported yet"
-            plain_console(stderr=True).print(f"interrupted. {best}. To resume: {again}", soft_wrap=True)
+            plain_console(stderr=True).print(f"interrupted. {_best_so_far(out)}. To resume: {again}", soft_wrap=True)
             raise typer.Exit(_INTERRUPTED) from None
     from tersor.search.verdict_line import last_line, test_use, verdict_lines
 
@@ -142,43 +140,16 @@ def compress(
     console.print(*lines, last_line(result.numbers, out), sep="\n", soft_wrap=True)
 
 
-def pick(
-    folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
-    max_drop: _MaxDrop = None,
-    latency: Annotated[
-        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
-    point: Annotated[str | None, typer.Option(metavar="NAME", help="name of a point, instead of limits")] = None,
-    out: Annotated[Path | None, typer.Option(help="ONNX file to write")] = None,
-) -> None:
-    """Choose a point of the Pareto front, without training. By default, the budget of the search is used."""
-    from tersor.search.compression_budget import Budget, parse_latency, parse_size
-    from tersor.search.folder import read_front
-    from tersor.search.result import Result
-    from tersor.search.verdict_line import single
+def _best_so_far(folder: Path) -> str:
+    """What `model.onnx` of an interrupted search is."""
+    from tersor.search.folder import MODEL, UNCHANGED
 
-    console = plain_console()
-    front = read_front(folder)
-    budget = None
-    if max_drop is not None or latency or size:
-        budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
-    choice = Result(folder, front).pick(budget, point=point)
-    print_lines = partial(console.print, sep="\n", soft_wrap=True)
-    print_lines(f"budget: {budget}" if budget else f"budget of the search: {Budget.of_numbers(front.limits)}")
-    if choice.shortfall:
-        print_lines(
-            f"{choice.point.name} does not meet the budget: {choice.shortfall}"
-            if point
-            else f"No point meets the budget. {choice.point.name} is the closest: {choice.shortfall}"
-        )
-    shown = front.points if choice.point in front.points else [*front.points, choice.point]
-    show(console, *front_tables(front.model_copy(update={"points": shown, "best": choice.point.name}), "chosen"))
-    print_lines(*single(front), f"chosen: {choice.point.name}")
-    if out:
-        print_lines(f"written: {choice.export(out)}; it takes {described_input(out)}")
-    else:
-        print_lines(f"file: {choice.file}")
+    file, original = folder / MODEL, folder / UNCHANGED
+    if not file.is_file():
+        return "No network is exported yet"
+    if original.is_file() and filecmp.cmp(file, original, shallow=False):
+        return f"{file} is still the original in float32"
+    return f"The best network so far is {file}"
 
 
 def _imported(name: str | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,16 +13,13 @@ from rich.table import Table
 if TYPE_CHECKING:
     from tersor.evaluation.results import Results, Speedup
     from tersor.evaluation.timings import Ratio
-    from tersor.pipeline.bench import Compared, LatencyTable, TimedFile
     from tersor.pipeline.sensitivity_analysis import BitCosts
 
-Document = Literal["recipe", "results", "eval", "bench", "sensitivity", "methods"]
+Document = Literal["recipe", "results", "eval", "bench", "pick", "sensitivity", "methods"]
 _SHOWN = 10
 _SPARSE = 0.001
 """Share of zero weights from which it is shown."""
 _COSTS = (("MB", "bytes", 1e6), ("million MACs", "macs", 1e6), ("giga bit operations", "bit_operations", 1e9))
-_COLUMNS: tuple[tuple[Compared, ...], ...] = (("original", "first"), ("baseline", "first_fastest"))
-"""What each of two columns of speedups compares with: files of a folder, else the first file."""
 
 
 def schema_of(document: Document) -> dict[str, Any]:
@@ -58,6 +55,14 @@ def _bench() -> dict[str, Any]:
     return TypeAdapter(list[LatencyTable]).json_schema()
 
 
+def _pick() -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    from tersor.search.result import PickedPoint
+
+    return TypeAdapter(PickedPoint).json_schema()
+
+
 def _sensitivity() -> dict[str, Any]:
     from tersor.pipeline.sensitivity_analysis import BitCosts
 
@@ -77,6 +82,7 @@ _SCHEMAS: dict[Document, Callable[[], dict[str, Any]]] = {
     "results": _results,
     "eval": _eval,
     "bench": _bench,
+    "pick": _pick,
     "sensitivity": _sensitivity,
     "methods": _methods,
 }
@@ -159,7 +165,7 @@ def _comparison(results: Results) -> Table:
         before = [getattr(reference_entry(results, name, "1"), key) for name in results.speedup]
         table.add_row(label, *[describe_reduction(each, getattr(results.artifact, key)) for each in before])
     for size in results.baseline:
-        table.add_row(f"ms, batch {size}", *[_speedup(of[size]) for of in results.speedup.values()])
+        table.add_row(f"ms, batch {size}", *[speedup_cell(of[size]) for of in results.speedup.values()])
     return table
 
 
@@ -168,10 +174,10 @@ def _ended(results: Results) -> str:
     from tersor.report.verdict import by_batch_size
 
     rounds = results.rounds
-    return by_batch_size({size: _until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
+    return by_batch_size({size: until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
 
 
-def _until(ended_by: str, seconds: float) -> str:
+def until(ended_by: str, seconds: float) -> str:
     """Why the rounds of a batch size ended."""
     from tersor.evaluation.timings import NARROW
 
@@ -179,72 +185,11 @@ def _until(ended_by: str, seconds: float) -> str:
     return narrow if ended_by == "interval" else f"until the time limit of {seconds:g} s"
 
 
-def latency_tables(measured: LatencyTable, seconds: float) -> Iterator[Table]:
-    """The latencies of one batch size. If ONNX files and a folder are given, also the speedups over its model.onnx."""
-    ended = _until(measured.ended_by, seconds)
-    title = f"batch {measured.batch_size}, {measured.images}: {measured.rounds} rounds, {ended}"
-    table = Table(title=title, title_justify="left")
-    for column in ("file", "runtime", "median ms\n(p10 to p90)", *_compared_with(measured)):
-        table.add_column(column)
-    for each in measured.files:
-        spread = each.latency_ms
-        milliseconds = f"{spread.median:.3f}\n({spread.p10:.3f} to {spread.p90:.3f})"
-        table.add_row(*_named(each), milliseconds, *_compared(each))
-    yield table
-    model = next((each for each in measured.files if "model" in each.roles), None)
-    if model is not None:
-        yield _beside_folder(measured, model)
-
-
-def _beside_folder(measured: LatencyTable, model: TimedFile) -> Table:
-    """Speedups over the artifact of a folder."""
-    folder = Path(model.file).parent
-    table = Table(
-        title=f"batch {measured.batch_size}, compared with {model.file} in {model.runtime}",
-        caption=f"In the table above, single ONNX files are compared with the original and the baseline of {folder}.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    for column in ("file", "runtime", "vs. model.onnx"):
-        table.add_column(column)
-    for each in measured.files:
-        if "model" in each.speedup:
-            table.add_row(*_named(each), _speedup(each.speedup["model"]))
-    return table
-
-
-def _named(file: TimedFile) -> tuple[str, str]:
-    """The cells that name a file and how it runs."""
-    return f"{file.file}, {file.bytes / 1e6:.3f} MB", f"{file.runtime}\n{file.precision}"
-
-
-def _speedup(ratio: Ratio | Speedup) -> str:
+def speedup_cell(ratio: Ratio | Speedup) -> str:
     """A speedup over its interval."""
     from tersor.report.verdict import describe_speedup
 
     return describe_speedup(ratio).replace(" (", "\n(")
-
-
-def _compared_with(measured: LatencyTable) -> tuple[str, str]:
-    """The titles of the two columns of speedups: the original and the baseline of folders, else the first file."""
-    first = next((each for each in measured.files if "first" in each.roles), None)
-    if first is None:
-        return "vs. original", "vs. baseline"
-    name = Path(first.file).name
-    return f"vs. {name} in {first.runtime}", f"vs. {name} in its fastest runtime"
-
-
-def _compared(file: TimedFile) -> Sequence[str]:
-    """The two speedups of a file over the reference files; for a reference file, its role in place of the speedup."""
-    shown = {"original": "original", "baseline": "baseline", "first": "this file", "first_fastest": "this file"}
-    return [
-        "".join(
-            _speedup(file.speedup[role]) if role in file.speedup else shown[role]
-            for role in column
-            if role in file.speedup or role in file.roles
-        )
-        for column in _COLUMNS
-    ]
 
 
 def sensitivity_table(found: BitCosts) -> Table:

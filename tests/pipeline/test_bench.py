@@ -7,10 +7,11 @@ from torch import nn
 
 import tersor
 from tersor.checkpoint.artifact import write_folder
-from tersor.cli_output import latency_tables
+from tersor.cli_bench import latency_tables
+from tersor.cli_output import show
 from tersor.deploy.onnx import export
 from tersor.evaluation.latency import BATCH_SIZES
-from tersor.evaluation.timings import Spread, Timings
+from tersor.evaluation.timings import Ratio, Spread, Timings
 from tersor.pipeline import bench as module
 
 
@@ -74,8 +75,11 @@ def test_files_are_timed_against_the_first_of_them_under_their_own_names(tmp_pat
             "first_fastest": 2,
         }
     text = printed(tables[0])
-    assert "vs. one.onnx in onnxruntime" in text
-    assert "vs. one.onnx in its fastest runtime" in text
+    (table,) = latency_tables(tables[0], 1.0)
+    assert [column.header for column in table.columns][-2:] == [
+        "vs. one.onnx in onnxruntime",
+        "vs. one.onnx in its fastest runtime",
+    ]
     assert "original" not in text
     assert "baseline" not in text
 
@@ -156,11 +160,13 @@ def test_files_beside_a_folder_are_compared_with_its_files(tmp_path):
         str(model): (["model"], ["original", "baseline"]),
         str(mine): ([], ["original", "baseline", "model"]),
         str(folders[1] / "original.onnx"): (["original", "baseline"], []),
-        str(folders[1] / "model.onnx"): ([], ["original", "baseline"]),
+        str(folders[1] / "model.onnx"): ([], ["original", "baseline", "model"]),
     }
     assert len(tables[0].files) == len(found)
     text = printed(tables[0])
-    assert f"batch 1, compared with {model} in onnxruntime" in text
+    assert [each.title for each in latency_tables(tables[0], 1.0)][1:] == [
+        f"batch 1, compared with {model} in onnxruntime"
+    ]
     assert text.count(str(mine)) == 2
     assert "compared with" not in printed(tables[-1])
 
@@ -183,6 +189,85 @@ def test_the_artifact_that_files_are_compared_with_runs_in_the_runtime_of_its_re
     ]  # fmt: skip
 
 
+def of_one_original(path, runtime="onnxruntime"):
+    """The folder of a run; all of them have the same original."""
+
+    def fill(folder):
+        torch.manual_seed(0)
+        export(network(2), torch.rand(1, 3, 8, 8), folder / "original.onnx")
+        torch.manual_seed(len(path.name))
+        export(network(2), torch.rand(1, 3, 8, 8), folder / "model.onnx")
+        (folder / "numbers.json").write_text(f'{{"runtime": "{runtime}"}}')
+
+    return write_folder(path, fill)
+
+
+def test_folders_are_compared_with_the_artifact_of_the_first_and_one_original_is_timed_once(tmp_path, monkeypatch):
+    opened = []
+
+    def latency(contenders, _example, *, ratios, seconds):
+        opened.extend(contenders)
+        ms = {name: 3.0 if "mine/model" in name else 2.0 if "mag/model" in name else 6.0 for name in contenders}
+        groups = {name: {size: [[each, each], [each, each]] for size in BATCH_SIZES} for name, each in ms.items()}
+        timings = Timings(groups, dict.fromkeys(BATCH_SIZES, "interval"))
+        assert sorted(round(each.value, 6) for each in ratios(timings, 1)) == [1.5, 2, 2, 3, 3]
+        return timings
+
+    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime"])
+    monkeypatch.setattr(module, "measure_latency", latency)
+    mine, mag = of_one_original(tmp_path / "mine"), of_one_original(tmp_path / "mag")
+    table = next(module.timed([mine, mag], 1.0))
+    assert len(opened) == 3
+    original, first, second = table.files
+    assert (original.file, original.roles) == (str(mine / "original.onnx"), ["original", "baseline"])
+    assert original.copies == [str(mag / "original.onnx")]
+    assert (first.file, first.roles, list(first.speedup)) == (
+        str(mine / "model.onnx"), ["model"], ["original", "baseline"],
+    )  # fmt: skip
+    assert (second.file, second.roles) == (str(mag / "model.onnx"), [])
+    assert {name: round(each.value, 6) for name, each in second.speedup.items()} == {
+        "original": 3, "baseline": 3, "model": 1.5,
+    }  # fmt: skip
+    assert second.speedup["model"].low < 1.5 < second.speedup["model"].high
+    above, below = latency_tables(table, 1.0)
+    assert f"{mag / 'original.onnx'} is identical to {mine / 'original.onnx'}" in above.caption
+    assert below.title == f"batch 1, compared with {mine / 'model.onnx'} in onnxruntime"
+    assert below.columns[-1].header.replace("\n", "") == "vs. mine/model.onnx"
+    assert printed(table).count("1.50x faster") == 1
+
+
+@pytest.mark.usefixtures("equal_times")
+def test_one_original_has_the_role_that_each_folder_gives_it(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime", "openvino"])
+    folders = [of_one_original(tmp_path / runtime, runtime) for runtime in ("onnxruntime", "openvino")]
+    table = next(module.timed(folders, 1.0))
+    originals = [each for each in table.files if each.file == str(folders[0] / "original.onnx")]
+    float32 = {each.runtime: each.roles for each in originals if each.precision == "float32"}
+    assert [each.runtime for each in originals if each.precision == "float32"] == ["onnxruntime", "openvino"]
+    assert all("original" in roles for roles in float32.values())
+    assert not [each for each in table.files if each.file == str(folders[1] / "original.onnx")]
+
+
+def test_names_of_files_are_not_broken_within_80_columns():
+    ratio, spread = Ratio(0.97, 0.9, 1.01, 80, 8), Spread(112.345, 101.111, 123.222, 80)
+    speedup = {"original": ratio, "baseline": Ratio(1.05, 1.02, 1.08, 80, 8)}
+    names = ["runs/mine/original.onnx", "runs/mine/model.onnx", "runs/resnet56-8bit-from-teacher/model.onnx"]
+    files = [
+        module.TimedFile(name, 10**6, "onnxruntime", "int8, rest float32", spread, ["model"], speedup) for name in names
+    ]
+    console = Console(width=80)
+    with console.capture() as capture:
+        show(console, *latency_tables(module.LatencyTable(1, 80, "time", files, "images"), 1.0))
+    lines = capture.get().splitlines()
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    parts = ["original.onnx", "model.onnx", "runs/resnet56-", "8bit-from-", "teacher/", "1.000 MB"]
+    assert all(part in cells for part in parts), cells
+    assert all("no measurable" in line for line in lines if "no meas" in line)
+    assert any("│ int8,        " in line for line in lines)
+
+
 @pytest.mark.usefixtures("equal_times")
 def test_a_file_of_any_name_is_timed_alone(tmp_path):
     export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "original.onnx")
@@ -197,6 +282,8 @@ def test_each_column_names_the_row_that_it_compares_with():
         for role in ("first", "first_fastest")
     ]
     rows = [
-        line for line in printed(module.LatencyTable(1, 2, "time", files, "images")).splitlines() if "a.onnx, " in line
+        line
+        for line in printed(module.LatencyTable(1, 2, "time", files, "images")).splitlines()
+        if line.startswith("│ a.onnx ")
     ]
     assert [[cell.strip() for cell in row.split("│")[4:6]] for row in rows] == [["this file", ""], ["", "this file"]]

@@ -222,19 +222,30 @@ def test_pick_on_the_command_line(without_time, tmp_path, monkeypatch, capfd):
     assert "budget: at most 100 points lost" in capfd.readouterr().out
 
 
-def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("original", "said"),
+    [
+        (None, "The best network so far is {}. "),
+        (b"float", "The best network so far is {}. "),
+        (b"model", "{} is still the original in float32. "),
+    ],
+)
+def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd, original, said):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("tersor.search.compress"), "compress", pressed)
-    (tmp_path / MODEL).touch()
+    (tmp_path / MODEL).write_bytes(b"model")
+    if original:
+        (tmp_path / UNCHANGED).parent.mkdir()
+        (tmp_path / UNCHANGED).write_bytes(original)
     arguments = ["compress", "net.py:make", "--weights", "w.safetensors", "--data", "digits", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["tersor", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 130
     told = capfd.readouterr().err
-    assert f"The best network so far is {tmp_path / 'model.onnx'}" in told
+    assert said.format(tmp_path / MODEL) in told
     assert f"tersor {' '.join(arguments)}" in told
 
 

@@ -1,17 +1,21 @@
 """`tersor pick` without limits, and by the name of a point."""
 
 import io
+import json
 import re
 import sys
 
 import pytest
+import torch
 from front_samples import SIZES, front_of, point
 from rich.console import Console
+from torch import nn
 
 from tersor import cli
 from tersor.cli_compress import front_tables
-from tersor.cli_output import show
+from tersor.cli_output import schema_of, show
 from tersor.core.errors import InputError
+from tersor.deploy.onnx import export
 from tersor.search.compression_budget import Budget
 from tersor.search.front import front
 from tersor.search.result import Result
@@ -123,6 +127,52 @@ def test_a_point_that_is_equal_to_one_of_the_front_but_meets_the_budget_is_picke
     choice = result.pick(latency_ms={1: 0.995})
     assert (choice.point, choice.shortfall) == (faster, "")
     assert result.pick(latency_ms={1: 0.001}).point == slower
+
+
+@pytest.fixture
+def searched(tmp_path):
+    """The folder of a search whose best point is 0.6 ms at batch 1."""
+    made, folder = front_of(3), tmp_path / "search"
+    for each in made.points:
+        file = folder / each.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        export(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(1, 3, 2, 2), file)
+    (folder / "front.json").write_text(made.model_dump_json())
+    return folder
+
+
+def test_a_script_reads_whether_the_budget_is_met(searched, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "p.onnx"
+    for limits, met in ((["--latency", "1:0.001ms", "--out", out], False), (["--max-drop", 100], True)):
+        monkeypatch.setattr(sys, "argv", ["tersor", "pick", str(searched), *map(str, limits), "--json"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code
+        told = capfd.readouterr()
+        document = json.loads(told.out)
+        assert set(document) == set(schema_of("pick")["properties"])
+        assert (document["met"], document["shortfall"] == "") == (met, met)
+        assert document["file"] == str(searched / document["point"]["file"] if met else out)
+        assert f"chosen: {document['point']['name']}" in told.err
+        (line,) = [each for each in told.err.splitlines() if each.startswith(("written: ", "file: "))]
+        assert (f"exceeds the budget: {document['shortfall']}" in line) == (not met)
+    assert document["budget"] == "at most 100 points lost"
+
+
+def test_only_a_file_of_the_same_content_may_be_there_already(searched, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "p.onnx"
+    for _ in range(2):
+        assert f"written: {out}" in printed(["pick", searched, "--out", out], monkeypatch, capfd)
+    own = searched / front_of(3).point("best").file
+    printed(["pick", searched, "--point", "best", "--out", own], monkeypatch, capfd)
+    out.write_bytes(b"mine")
+    monkeypatch.setattr(sys, "argv", ["tersor", "pick", str(searched), "--out", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    told = capfd.readouterr()
+    assert told.err == f"error: {out} already exists and is not overwritten. Choose another file, or remove it.\n"
+    assert (told.out, out.read_bytes()) == ("", b"mine")
 
 
 def test_a_front_of_one_point_is_explained(tmp_path, monkeypatch, capfd):

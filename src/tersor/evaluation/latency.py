@@ -211,7 +211,7 @@ def size_bytes(path: Path | str) -> int:
     Raises:
         InputError: one of them is missing, or the `.onnx` file is damaged.
     """
-    return sum(file.stat().st_size for file in _files(Path(path)))
+    return sum(file.stat().st_size for file in model_files(Path(path)))
 
 
 def compressed_bytes(path: Path | str) -> int:
@@ -222,7 +222,7 @@ def compressed_bytes(path: Path | str) -> int:
     Raises:
         InputError: as `size_bytes`.
     """
-    return sum(_deflated(file) for file in _files(Path(path)))
+    return sum(_deflated(file) for file in model_files(Path(path)))
 
 
 def _deflated(file: Path) -> int:
@@ -232,8 +232,12 @@ def _deflated(file: Path) -> int:
     return written + len(deflate.flush())
 
 
-def _files(path: Path) -> list[Path]:
-    """All files of a model."""
+def model_files(path: Path) -> list[Path]:
+    """All files of a model.
+
+    Raises:
+        InputError: as `size_bytes`.
+    """
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path, *_external_data(path)]

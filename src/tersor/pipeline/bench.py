@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,16 +12,17 @@ from pydantic import ConfigDict
 
 from tersor.checkpoint.artifact import read_artifact
 from tersor.core.errors import InputError
+from tersor.core.files import sha256
 from tersor.deploy.file_layers import stored_precision
-from tersor.evaluation.latency import BATCH_SIZES, measure_latency, size_bytes
+from tersor.evaluation.latency import BATCH_SIZES, measure_latency, model_files, size_bytes
 from tersor.evaluation.session import Array, Session, installed_runtimes, open_session
 from tersor.evaluation.timings import EndedBy, Ratio, Spread, Timings
 from tersor.pipeline.artifact_settings import numbers_of
 
 Compared = Literal["original", "baseline", "model", "first", "first_fastest"]
-"""What a file is compared with. Files of a folder: the original and the baseline of the folder. ONNX files given with a
-folder: these two and the folder's model.onnx. ONNX files given without a folder: the first of them, in ONNX Runtime and
-in its fastest runtime."""
+"""What a file is compared with. Files of a folder: the original and the baseline of the folder; if other folders or
+ONNX files are given too, also the first folder's model.onnx. ONNX files given with a folder: these three of the first
+folder. ONNX files given without a folder: the first of them, in ONNX Runtime and in its fastest runtime."""
 
 _Images = tuple[tuple[int | None, ...], str]
 """Shape (C, H, W) and data type of a file's input."""
@@ -48,11 +49,28 @@ class _Contender:
 
 
 @dataclass(frozen=True)
+class _Folder:
+    """A folder: its original, or the same file of another folder; its artifact; the runtime of its recipe. `copy`: see
+    `_Family`."""
+
+    original: Path
+    model: Path
+    runtime: str
+    copy: str | None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Both files by their names."""
+        return {str(each): each for each in (self.original, self.model)}
+
+
+@dataclass(frozen=True)
 class _Family:
     """An original, its baseline candidates, and the artifacts made from it, each in every runtime.
 
     `bare`: they are ONNX files without a folder, of which the first takes the place of the original. `model`: the
-    artifact of a folder, in the recipe's runtime, if ONNX files without a folder are compared with it.
+    artifact of the first folder, in its recipe's runtime, if other artifacts are compared with it. `copy`: the path of
+    the folder's original, if a file with the same content is timed in its place.
     """
 
     original: _Contender
@@ -60,6 +78,7 @@ class _Family:
     artifacts: Sequence[_Contender]
     bare: bool
     model: _Contender | None = None
+    copy: str | None = None
 
     def contenders(self) -> list[_Contender]:
         """All of them, each once: a candidate may be the original itself."""
@@ -100,10 +119,12 @@ class TimedFile:
     latency_ms: Spread
     """Latency of one batch."""
     roles: Sequence[Compared]
-    """The references that this file is: `original`, `baseline` or `model` (the artifact) of a folder; without a folder,
-    `first` or `first_fastest` (the first ONNX file in its fastest runtime)."""
+    """The references that this file is: `original` or `baseline` of a folder, or `model` (the artifact of the first
+    folder); without a folder, `first` or `first_fastest` (the first ONNX file in its fastest runtime)."""
     speedup: Mapping[Compared, Ratio]
     """Latency of each reference divided by that of the file; empty for the original, or the first file."""
+    copies: Sequence[str] = ()
+    """Paths of originals of other folders with the same content, which are not timed again."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +148,10 @@ def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
     """Time every file in every runtime, in interleaved rounds of one run.
 
     In a folder, the original is `original.onnx` in float32 in the recipe's runtime, and the baseline is the same file
-    in the fastest runtime at its default precision. ONNX files without a folder are compared with the original, the
-    baseline and the artifact of the first folder for the same images. Without such a folder, they are compared with the
-    first of them.
+    in the fastest runtime at its default precision. Originals with the same content are timed once. ONNX files without
+    a folder are compared with the original and the baseline of the first folder for the same images. These files, and
+    the artifacts of the other folders, are also compared with the artifact of the first folder. Without such a folder,
+    ONNX files are compared with the first of them.
 
     Args:
         artifacts: folders of runs, or ONNX files; a second mention of one is ignored.
@@ -148,29 +170,42 @@ def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
 
 def _families(artifacts: Iterable[Path]) -> dict[_Images, list[_Family]]:
     """The families of all files, by the images that the files take."""
-    folders: dict[_Images, list[tuple[Mapping[str, Path], str]]] = {}
+    folders: dict[_Images, list[_Folder]] = {}
     bare: dict[_Images, dict[str, Path]] = {}
+    originals: dict[tuple[str, ...], Path] = {}
     for artifact in artifacts:
         found = read_artifact(artifact)
         if artifact.is_dir() and "original.onnx" in found.files:
-            names = {str(found.files[name]): found.files[name] for name in ("original.onnx", "model.onnx")}
+            original, model = found.files["original.onnx"], found.files["model.onnx"]
+            same = originals.setdefault(tuple(sha256(each) for each in model_files(original)), original)
             runtime = numbers_of(found).get("runtime", "onnxruntime")
-            folders.setdefault(_images(found.model), []).append((names, runtime))
+            copy = None if same == original else str(original)
+            folders.setdefault(_images(found.model), []).append(_Folder(same, model, runtime, copy))
         else:
             bare.setdefault(_images(found.model), {})[str(found.model)] = found.model
     families: dict[_Images, list[_Family]] = {}
-    for images, (first, *others) in folders.items():
-        beside = _not_in(first[0], bare.pop(images, {}))
-        families[images] = [_family(*first, beside), *(_family(*each, {}) for each in others)]
+    for images, given in folders.items():
+        own = [path.resolve() for path in (given[0].original, given[0].model)]
+        beside = {name: path for name, path in bare.pop(images, {}).items() if path.resolve() not in own}
+        families[images] = _of_folders(given, beside)
     for images, files in bare.items():
-        families[images] = [_family(files, "onnxruntime", None)]
+        families[images] = [_family(files, "onnxruntime", bare=True)]
     return families
 
 
-def _not_in(folder: Mapping[str, Path], files: Mapping[str, Path]) -> dict[str, Path]:
-    """Those of the files that are not files of the folder."""
-    own = {path.resolve() for path in folder.values()}
-    return {name: path for name, path in files.items() if path.resolve() not in own}
+def _of_folders(folders: Sequence[_Folder], beside: Mapping[str, Path]) -> list[_Family]:
+    """The families of folders. `beside`: files without a folder, compared with those of the first folder."""
+    families = [
+        replace(
+            _family({**each.files, **({} if number else beside)}, each.runtime, bare=False),
+            copy=each.copy,
+        )
+        for number, each in enumerate(folders)
+    ]
+    if len(folders) == 1 and not beside:
+        return families
+    model = next(each for each in families[0].artifacts if each.runtime == folders[0].runtime)
+    return [replace(each, model=model) for each in families]
 
 
 def _images(path: Path) -> _Images:
@@ -178,28 +213,22 @@ def _images(path: Path) -> _Images:
     return session.input_shape[1:], str(session.input_dtype)
 
 
-def _family(files: Mapping[str, Path], runtime: str, beside: Mapping[str, Path] | None) -> _Family:
-    """The first file is the original, in `runtime`; the others are artifacts.
-
-    `beside`: files without a folder that are compared with those of this folder; None if `files` have no folder.
-    """
-    every = {**files, **(beside or {})}
+def _family(files: Mapping[str, Path], runtime: str, *, bare: bool) -> _Family:
+    """The first file is the original, in `runtime`; the others are artifacts. `bare`: they have no folder."""
 
     def contender(name: str, each: str, precision: Literal["float32"] | None = None) -> _Contender:
-        executed = open_session(every[name], each, precision=precision).precision
-        return _Contender(name, every[name], each, precision, executed)
+        executed = open_session(files[name], each, precision=precision).precision
+        return _Contender(name, files[name], each, precision, executed)
 
-    first, *others = every
-    installed, original = installed_runtimes(), contender(first, runtime, "float32")
-    candidates = [contender(first, each) for each in installed]
+    def candidate(each: str) -> _Contender:
+        """The original in a runtime; not in its default precision if that is float32, which may be timed already."""
+        found = contender(first, each)
+        return replace(found, precision="float32") if found.executed == "float32" else found
+
+    first, *others = files
+    installed = installed_runtimes()
     artifacts = [contender(name, each) for name in others for each in installed]
-    return _Family(
-        original,
-        [original if (each.runtime, each.executed) == (runtime, "float32") else each for each in candidates],
-        artifacts,
-        bare=beside is None,
-        model=next(each for each in artifacts if each.runtime == runtime) if beside else None,
-    )
+    return _Family(contender(first, runtime, "float32"), list(map(candidate, installed)), artifacts, bare)
 
 
 def _tables(families: Sequence[_Family], example: Array, seconds: float) -> Iterator[LatencyTable]:
@@ -215,16 +244,36 @@ def _tables(families: Sequence[_Family], example: Array, seconds: float) -> Iter
     timings = measure_latency(openers, example, ratios=compared, seconds=seconds)
     shape = " x ".join(map(str, example.shape[1:]))
     for size in BATCH_SIZES:
-        files = [each for family in families for each in _timed_files(family, timings, size)]
         rounds = timings.spread(families[0].original.key, size).n
-        yield LatencyTable(size, rounds, timings.ended_by[size], files, f"{example.dtype} images of {shape}")
+        images = f"{example.dtype} images of {shape}"
+        yield LatencyTable(size, rounds, timings.ended_by[size], _timed_files(families, timings, size), images)
 
 
-def _timed_files(family: _Family, timings: Timings, size: int) -> Iterator[TimedFile]:
-    references = family.references(timings, size)
-    for each in family.contenders():
-        spread = timings.spread(each.key, size)
-        speedup = family.ratios(timings, size, each) if each in family.artifacts else {}
-        roles: list[Compared] = [name for name, reference in references.items() if reference == each]
-        precision = stored_precision(each.path, each.executed)
-        yield TimedFile(each.name, size_bytes(each.path), each.runtime, precision, spread, roles, speedup)
+def _timed_files(families: Sequence[_Family], timings: Timings, size: int) -> list[TimedFile]:
+    """Every file in every runtime once; an original of several folders has the roles that it has in each of them."""
+    roles: dict[_Contender, dict[Compared, None]] = {}
+    speedup: dict[_Contender, dict[Compared, Ratio]] = {}
+    for family in families:
+        references = family.references(timings, size)
+        for each in family.contenders():
+            own = roles.setdefault(each, {})
+            own.update(dict.fromkeys(name for name, reference in references.items() if reference == each))
+            if each in family.artifacts:
+                speedup[each] = family.ratios(timings, size, each)
+    copies = {
+        original: [each.copy for each in families if each.copy and each.original.path == original]
+        for original in {each.original.path for each in families}
+    }
+    return [
+        TimedFile(
+            each.name,
+            size_bytes(each.path),
+            each.runtime,
+            stored_precision(each.path, each.executed),
+            timings.spread(each.key, size),
+            list(own),
+            speedup.get(each, {}),
+            copies.get(each.path, ()),
+        )
+        for each, own in roles.items()
+    ]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from pydantic import ConfigDict
+
 from tersor.core.errors import InputError, nearest, unknown
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, Front
@@ -39,6 +41,23 @@ class Choice:
             raise InputError(f"cannot write {path}. Possible: an .onnx file in an existing folder.")
         shutil.copyfile(self.file, path)
         return path
+
+
+@dataclass(frozen=True)
+class PickedPoint:
+    """What `tersor pick` prints with `--json`."""
+
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
+    budget: str
+    """The budget in words."""
+    met: bool
+    """Whether the point meets the budget on the validation images."""
+    shortfall: str
+    """The limits that the point exceeds, in words; empty if it meets the budget."""
+    point: Point
+    """The point that was chosen."""
+    file: Path
+    """Its ONNX file: that of `--out`, else the one in the folder of the search."""
 
 
 @dataclass(frozen=True)
