@@ -96,6 +96,38 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
     assert lines[2] == "Chosen because it is closest to the budget."
 
 
+@pytest.mark.parametrize(("drop", "warned"), [(0.5, True), (0.7, False), (None, False)])
+def test_a_drop_on_the_test_images_above_the_limit_is_a_warning(drop, warned):
+    made = front_of(3)
+    limits = {"max_drop": drop, "latency_ms": {"1": 0.9}, "megabytes": None}
+    best = made.point("best").model_copy(update={"test_drop_error": 0.25})
+    made = made.model_copy(update={"limits": limits, "points": [best, *made.points[1:]]})
+    assert made.point("best").test_drop_error == 0.25
+    (line,) = [line for line in verdict_lines(made) if line.startswith("On the 10000 test images")]
+    warning = " Warning: this is more than the allowed drop, which was met on the validation images."
+    assert line == "On the 10000 test images: -0.60 points, with a standard error of 0.25." + warning * warned
+
+
+def test_the_speedup_over_the_original_has_the_errors_of_both_measurements():
+    made = front_of(3)
+    best = made.point("best").model_copy(update={"latency_error": {1: 0.03, 128: 0.0}})
+    baseline = made.point("original-8bit").model_copy(update={"latency_error": {1: 0.04, 128: 0.5}})
+    lines = verdict_lines(made.model_copy(update={"points": [best, baseline]}))
+    (line,) = [line for line in lines if line.startswith("Compared with")]
+    assert line == (
+        "Compared with original (OpenVINO, bfloat16): 3.3x faster (3.2 to 3.5) at batch 1 and 3.3x faster (2.0 to 5.5) "
+        "at batch 128."
+    )
+
+
+def test_no_measured_network_is_not_called_no_faster_one(tmp_path):
+    made = front_of(3).model_copy(update={"best": "original-8bit", "speedup": {}})
+    assert "No faster network was found within the budget." in verdict_lines(made)[0]
+    alone = made.model_copy(update={"points": [made.point("original-8bit")], "dominated": []})
+    assert "No other network was measured in the given time." in verdict_lines(alone)[0]
+    assert "; a free baseline: no other network was measured in the given time. " in last_line(alone, tmp_path)
+
+
 def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_path):
     made = front_of(3)
     files = f"Use {tmp_path / 'model.onnx'}; report.html and all networks (points/ and baselines/) are in {tmp_path}."

@@ -229,9 +229,12 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
 def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
     out_of_reach = "Size: no network reached 0.1 MB; the smallest is original with 0.200 MB."
+    continued = "Continue the search, with a total time of at least 11 minutes."
     assert finish.advice(search, search.original) == [
-        out_of_reach, "More time: no candidate could be trained in the given time."
+        out_of_reach, f"More time: no candidate could be trained in the given time. {continued}"
     ]  # fmt: skip
+    search.folder.state.costs.attach = 600.0
+    assert "at least 21 minutes" in finish.advice(search, search.original)[1], "half of it for steps"
     small = add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0).point
     search.points = [search.original, small.model_copy(update={"bytes": 150_000})]
     (out_of_reach,) = finish.advice(search, search.original)

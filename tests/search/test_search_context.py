@@ -160,6 +160,8 @@ def test_the_points_of_the_front_and_free_ones_run_on_the_test_images(tmp_path):
     assert (found["original"].agreement, found[Candidate().name].agreement) == (100.0, 75.0)
     assert found["original"].by_class == [100.0, 50.0, None]
     assert found[Candidate().name].classes is predicted[Candidate().name]
+    error = 100 * np.std([0, -1, 0, 0, 1, -1]) / math.sqrt(len(data.test))
+    assert [point.test_drop_error for point in search.points] == pytest.approx([error, 0.0, 0.0])
     assert search.evidence_seconds == search.folder.state.costs.evidence(2)
     assert not search.tested_at_the_end()
     data.classes = ()
@@ -171,7 +173,7 @@ def test_the_points_of_the_front_and_free_ones_run_on_the_test_images(tmp_path):
     assert again["original"].by_class == found["original"].by_class
     assert again["original"].classes.tolist() == [0, 0, 1, 0]
     kept = json.loads((search.folder.path / "tested.json").read_text())
-    (search.folder.path / "tested.json").write_text(json.dumps({"original": [*kept["original"][:3], None]}))
+    (search.folder.path / "tested.json").write_text(json.dumps({"original": [*kept["original"][:3], None, 0.0]}))
     search.points = [point.model_copy(update={"test": None}) for point in search.points]
     tested_points.run_on_test_images(search)
     assert order[2:] == order[:2], "the original too: its predictions were not kept, and a new point needs them"

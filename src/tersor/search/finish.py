@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -181,7 +182,10 @@ def _more_time(search: Search, best: Point) -> list[str]:
         surveyed = [record for record in search.study.records() if record.of != Candidate()]
         if surveyed and not any(improvable(search, record) for record in surveyed):
             return []
-        return ["More time: no candidate could be trained in the given time."]
+        needed = search.clock.used + search.folder.state.costs.least + search.reserve(more=1)
+        minutes = max(math.ceil(needed / 60), math.floor(search.clock.minutes) + 1)
+        longer = f"Continue the search, with a total time of at least {minutes} minutes."
+        return [f"More time: no candidate could be trained in the given time. {longer}"]
     seconds = _MORE_TIME * max(record.point.seconds for record in trained)
     of_best = [record for record in trained if record.point.name == best.name]
     record = next(iter(of_best or promoted(search, trained, 1, seconds)), None)

@@ -48,6 +48,8 @@ class Point(BaseModel):
     """One standard error of the difference to the original on the validation images, in points."""
     test: Annotated[float | None, Field(ge=0, le=100)] = None
     """The metric on the test images, in percent; measured at the end, for the front and the free baselines."""
+    test_drop_error: Annotated[float, Field(ge=0)] = 0.0
+    """One standard error of the difference to the original on the test images, in points."""
     latency_ms: dict[int, float]
     """Median latency by batch size, in milliseconds."""
     latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}

@@ -171,12 +171,13 @@ def describe_range(search: Search) -> list[str]:
             f"  {point.runtime} {point.precision}: {point.validation:.2f} %, {point.latencies}, "
             f"{point.bytes / 1e6:.3f} MB" + (f"; {lacking}" if lacking else "")
         )
-    step, reserve = state.costs.step, search.reserve()
-    left = max(0.0, search.clock.left - reserve)
+    step, left = state.costs.step, max(0.0, search.clock.left)
+    reserve = min(left, search.reserve())
+    left -= reserve
     lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
                  else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
     lines.append(
-        f"plan: {max(0.0, search.clock.left) / 60:.1f} minutes left: {survey_seconds(left) / 60:.1f} for the survey, "
+        f"plan: {(left + reserve) / 60:.1f} minutes left: {survey_seconds(left) / 60:.1f} for the survey, "
         f"{(left - survey_seconds(left)) / 60:.1f} for training, {reserve / 60:.1f} for the final measurements; "
         f"one training step of the original takes {step:.2g} s"
     )

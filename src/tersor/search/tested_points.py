@@ -15,6 +15,7 @@ from torch import Tensor
 from tersor.core.files import read_json, write_file
 from tersor.evaluation.scoring import agreement
 from tersor.search import search_metric
+from tersor.search.candidate import ORIGINAL
 from tersor.search.folder import TESTED
 from tersor.search.front import Point
 from tersor.search.search_context import Search
@@ -35,12 +36,14 @@ class Tested:
             changed.
         by_class: scores in percent, None for a class that does not occur.
         classes: predicted class numbers (N,), int64; None for other tasks than classification.
+        drop_error: one standard error of the difference to the original, in points.
     """
 
     metric: float
     agreement: float | None
     by_class: list[float | None]
     classes: Tensor | None = None
+    drop_error: float = 0.0
 
 
 def run_on_test_images(search: Search) -> dict[str, Tested]:
@@ -69,7 +72,9 @@ def run_on_test_images(search: Search) -> dict[str, Tested]:
         known[point.name] = _tested(search, point, predictions, targets, reference)
         _write(search.folder.path, known)
     search.points = [
-        each.model_copy(update={"test": known[each.name].metric}) if each.name in known else each
+        each.model_copy(update={"test": known[each.name].metric, "test_drop_error": known[each.name].drop_error})
+        if each.name in known
+        else each
         for each in search.points
     ]
     return known
@@ -80,11 +85,16 @@ def _tested(search: Search, point: Point, predictions: Any, targets: Any, refere
     task, classes = experiment.task, len(experiment.data.classes)
     classifies = isinstance(task, Classification)
     comparable = classifies or search.candidate_of(point).pixels is None
+    measured = search_metric.measured(task, predictions, targets)
+    right = search_metric.measured(task, reference, targets).right if classifies else None
     return Tested(
-        search_metric.measured(task, predictions, targets).metric,
+        measured.metric,
         agreement(task, predictions, reference) if comparable else None,
         _by_class(task, predictions, targets, classes) if comparable else [],
         predictions if classifies else None,
+        0.0
+        if point.name == ORIGINAL
+        else search_metric.error_of_drop(measured.right, right, measured.metric, len(experiment.data.test)),
     )
 
 
@@ -94,15 +104,21 @@ def _read(folder: Path) -> dict[str, Tested]:
         return {}
     kept: dict[str, Any] = read_json(folder / TESTED, "Choose another folder with out (`--out`).")
     return {
-        name: Tested(metric, with_original, by_class, None if classes is None else torch.tensor(classes))
-        for name, (metric, with_original, by_class, classes) in kept.items()
+        name: Tested(metric, with_original, by_class, None if classes is None else torch.tensor(classes), drop_error)
+        for name, (metric, with_original, by_class, classes, drop_error) in kept.items()
     }
 
 
 def _write(folder: Path, tested: Mapping[str, Tested]) -> None:
     """Keep all tested points, those of earlier ends included."""
     plain = {
-        name: [each.metric, each.agreement, each.by_class, None if each.classes is None else each.classes.tolist()]
+        name: [
+            each.metric,
+            each.agreement,
+            each.by_class,
+            None if each.classes is None else each.classes.tolist(),
+            each.drop_error,
+        ]
         for name, each in {**_read(folder), **tested}.items()
     }
     write_file(folder / TESTED, json.dumps(plain).encode())

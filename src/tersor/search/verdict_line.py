@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from tersor.evaluation.results import Speedup
 from tersor.report.verdict import RUNTIMES, describe_speedup
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, Front
@@ -18,7 +20,7 @@ def verdict_lines(front: Front) -> list[str]:
     ratio = f"{original.bytes / best.bytes:.1f}"
     smaller = "same size as the original" if ratio == "1.0" else f"{ratio} times smaller than the original"
     if best.free:
-        found = "No faster network was found within the budget." if front.met else "No network meets the budget."
+        found = f"{_nothing_found(front)}." if front.met else "No network meets the budget."
         first = f"{best.description}: {metric}, {smaller}. {found}"
     else:
         first = f"{best.description}: {', '.join([*_speedups(front), smaller, metric])}."
@@ -39,10 +41,48 @@ def verdict_lines(front: Front) -> list[str]:
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
         if budget.points is not None and best.drop_error > budget.points:
             lines.append(
-                "The standard error is larger than the allowed drop: use more validation images, for example with "
-                "--data your_file.py:function."
+                "The standard error is larger than the allowed drop: use more validation images, for example with a "
+                "function as data (`--data your_file.py:function`)."
             )
-    return [*lines, *single(front), *saturation(front), *front.advice]
+        lines += _on_test_images(front, budget)
+    return [*lines, *_over_original(front), *single(front), *saturation(front), *front.advice]
+
+
+def _nothing_found(front: Front) -> str:
+    if all(point.free for point in (*front.points, *front.dominated)):
+        return "No other network was measured in the given time"
+    return "No faster network was found within the budget"
+
+
+def _on_test_images(front: Front, budget: Budget) -> list[str]:
+    """The change on the test images, and whether it is more than the allowed drop."""
+    best, original = front.point(front.best), front.point(front.original)
+    if best.test is None or original.test is None:
+        return []
+    change = best.test - original.test
+    line = (
+        f"On the {front.test_images} test images: {change:+.2f} points, with a standard error of "
+        f"{best.test_drop_error:.2f}."
+    )
+    if front.met and budget.points is not None and -change > budget.points:
+        line += " Warning: this is more than the allowed drop, which was met on the validation images."
+    return [line]
+
+
+def _over_original(front: Front) -> list[str]:
+    """The speedup over the original in the same runtime; each latency was measured in the rounds of another file."""
+    best, original = front.point(front.best), front.point(front.original)
+    if best.runtime != original.runtime or best.name == original.name:
+        return []
+    speedups: list[str] = []
+    for size, milliseconds in best.latency_ms.items():
+        baseline = front.speedup.get(size)
+        between = 0.0 if baseline is None else front.point(baseline.baseline).latency_error.get(size, 0.0)
+        error = math.exp(math.hypot(best.latency_error.get(size, 0.0), between))
+        value = original.latency_ms[size] / milliseconds
+        ratio = Speedup(value=value, low=value / error, high=value * error, n=0, groups=0)
+        speedups.append(f"{describe_speedup(ratio)} at batch {size}")
+    return [f"Compared with {_named(front, original.name)}: {' and '.join(speedups)}."]
 
 
 def last_line(front: Front, folder: Path) -> str:
@@ -50,7 +90,8 @@ def last_line(front: Front, folder: Path) -> str:
     best, files = front.point(front.best), f"report.html and all networks (points/ and baselines/) are in {folder}."
     gain = ", ".join(_speedups(front)) or "the speedup was not measured"
     if best.free:
-        gain = "a free baseline: no faster network was found within the budget"
+        found = _nothing_found(front)
+        gain = f"a free baseline: {found[0].lower()}{found[1:]}"
     if not front.met:
         gain = f"the budget is not met: {front.shortfall}"
     elsewhere, model = faster_elsewhere(front), str(folder / MODEL)
