@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from recorded_progress import RecordedProgress
 from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment
@@ -285,13 +286,18 @@ def test_a_resumed_training_keeps_seconds_and_losses():
         fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
     earlier = float(stopped.saved[6]["log.seconds"])
     stopped.saved[6]["log.seconds"] += 100
+    recorder = RecordedProgress()
     resumed = fit(
         Attachment(linear()),
         Toy(),
         Training(),
         steps=8,
         checkpointer=InMemoryCheckpointer(resume_state=(6, stopped.saved[6])),
+        progress=recorder,
     )
+    (line,) = recorder.lines
+    assert line.startswith("train: 8 steps in ")
+    assert line.endswith(", on cpu; resuming after step 6")
     whole = fit(Attachment(linear()), Toy(), Training(), steps=8)
     assert resumed.earlier_seconds == pytest.approx(100 + earlier)
     assert 100 < resumed.seconds < 110

@@ -196,6 +196,12 @@ def _check_students(bench: Workbench, names: Sequence[str]) -> None:
 def _run(search: Search, request: Request, placement: Placement | None = None) -> Front:
     """All phases; after Ctrl-C or an error, `front.json` describes what there is."""
     search.restore()
+    if search.folder.state.baselines:
+        used, measured = search.clock.used / 60, len(search.study.records())
+        search.bar.tell(
+            f"resuming: {used:.1f} of {search.clock.minutes:.3g} minutes are used; measured before: {measured} "
+            f"candidate{'s' * (measured != 1)}, the original in 8 bits included"
+        )
     try:
         feasible_range(search)
         for line in describe_range(search):

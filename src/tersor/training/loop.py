@@ -187,10 +187,11 @@ class _Loop:
     def run(self, batches: BatchSource, rates: list[float], name: str, seconds: float | None) -> TrainingResult:
         """One step for each learning rate; with a time limit, rates are skipped if the steps are too slow."""
         layout = str(self.layout).removeprefix("torch.")
-        self.progress.say(f"{name}: {len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}")
+        how = f"{len(rates)} steps in {self.precision}, {layout}, on {self.accelerator.device}"
         self.progress.start(name, len(rates))
         ema = WeightEMA(self.model, self.training.ema) if self.training.ema else None
         first, history = self._resume(ema)
+        self.progress.say(f"{name}: {how}{f'; resuming after step {first}' if first else ''}")
         done = first
         reported: dict[str, float] = {}
         steps = groups(batches, self.training.accumulate, first)
