@@ -88,6 +88,21 @@ def test_classification():
     assert task.agreement(predictions, torch.tensor([0, 1, 1, 1])).tolist() == [1, 1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([0, 13], "from 0 to 13. Possible: class numbers .* because the network has 4 classes"),
+        ([1, 4], "numbered from 0 to 3. Write labels - 1"),
+        ([0, 1, 2], r"the shape \(3,\). Possible"),
+        ([0, -1], "Leave out unlabeled images"),
+        ([0.5, 1.0], r"Write labels.long\(\)"),
+    ],
+)
+def test_labels_that_are_not_class_numbers_of_the_logits_are_one_message(targets, message):
+    with pytest.raises(InputError, match=message):
+        tasks.build("classification").loss(torch.randn(2, 4), torch.tensor(targets))
+
+
 def test_one_logit_is_a_class_above_zero_and_a_probability_is_refused():
     task = tasks.build("classification")
     assert task.predictions(torch.tensor([[-2.0], [0.5], [3.0]])).tolist() == [0, 1, 1]

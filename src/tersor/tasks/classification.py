@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
+from tersor.data.batch_errors import labels_error
 from tersor.tasks.network_outputs import described, logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
 
@@ -29,7 +30,7 @@ class Classification(Task):
         """Cross entropy.
 
         Raises:
-            InputError: the outputs are not logits.
+            InputError: the outputs are not logits, or the targets are not their class numbers.
         """
         logits = self.logits(outputs)
         if logits is None:
@@ -37,7 +38,13 @@ class Classification(Task):
                 f"in training mode the network returns a {type(outputs).__name__}, not logits (N, classes). Build it "
                 "without auxiliary heads (aux_logits=False)."
             )
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        try:
+            return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        except (IndexError, RuntimeError, ValueError) as error:
+            wrong = labels_error(targets, *logits.shape) if isinstance(targets, Tensor) else None
+            if wrong is None:
+                raise
+            raise wrong from error
 
     def logits(self, outputs: Any) -> Tensor | None:
         """Logits (N, classes)."""
