@@ -24,7 +24,8 @@ from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
 from tersor.training.teacher_check import level_warning, teacher_warnings
 
 _WRITE_MEAN = (
-    "Write --mean and --std, or data.mean and data.std in a recipe; they were computed from the training images."
+    "They were computed from the training images: write data.mean and data.std in a recipe, or --mean and --std of "
+    "`tersor compress`."
 )
 
 

@@ -90,7 +90,10 @@ def _time_best(search: Search, tested: list[Point]) -> tuple[Point, list[Point],
     while (best := pick([points[name] for name in allowed], search.budget, search.reference)).name not in timed:
         timed[best.name] = speedup = _speedup(search, best)
         latency = {size: baselines[each.baseline].latency_ms[size] / each.value for size, each in speedup.items()}
-        errors = {size: error_of(each) for size, each in speedup.items()}
+        errors = {
+            size: round(math.hypot(error_of(each), baselines[each.baseline].latency_error.get(size, 0.0)), 4)
+            for size, each in speedup.items()
+        }
         points[best.name] = best.model_copy(
             update={"latency_ms": {**best.latency_ms, **latency}, "latency_error": {**best.latency_error, **errors}}
         )

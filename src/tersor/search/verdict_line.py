@@ -70,15 +70,13 @@ def _on_test_images(front: Front, budget: Budget) -> list[str]:
 
 
 def _over_original(front: Front) -> list[str]:
-    """The speedup over the original in the same runtime; each latency was measured in the rounds of another file."""
+    """The speedup over the original in the same runtime, with the errors of the latencies."""
     best, original = front.point(front.best), front.point(front.original)
     if best.runtime != original.runtime or best.name == original.name:
         return []
     speedups: list[str] = []
     for size, milliseconds in best.latency_ms.items():
-        baseline = front.speedup.get(size)
-        between = 0.0 if baseline is None else front.point(baseline.baseline).latency_error.get(size, 0.0)
-        error = math.exp(math.hypot(best.latency_error.get(size, 0.0), between))
+        error = math.exp(best.latency_error.get(size, 0.0))
         value = original.latency_ms[size] / milliseconds
         ratio = Speedup(value=value, low=value / error, high=value * error, n=0, groups=0)
         speedups.append(f"{describe_speedup(ratio)} at batch {size}")
