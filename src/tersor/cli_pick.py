@@ -42,7 +42,7 @@ def pick(
     if out:
         _write(choice, out)
     title = f"budget: {budget}" if budget else f"budget of the search: {own}"
-    _print(title, front, choice, out, named=point is not None, stderr=as_json)
+    _print(title, front, choice, out, limit=(budget or own).points, named=point is not None, stderr=as_json)
     if as_json:
         print_json(
             PickedPoint(str(budget or own), not choice.shortfall, choice.shortfall, choice.point, out or choice.file)
@@ -64,7 +64,16 @@ def _write(choice: Choice, out: Path) -> None:
     choice.export(out)
 
 
-def _print(title: str, front: Front, choice: Choice, out: Path | None, *, named: bool, stderr: bool) -> None:
+def _print(
+    title: str,
+    front: Front,
+    choice: Choice,
+    out: Path | None,
+    *,
+    limit: float | None,
+    named: bool,
+    stderr: bool,
+) -> None:
     """Print the front with the choice, and its file.
 
     Args:
@@ -72,6 +81,7 @@ def _print(title: str, front: Front, choice: Choice, out: Path | None, *, named:
         front: the front.
         choice: the point that was chosen.
         out: the file that was written.
+        limit: the largest drop in points.
         named: whether the point was chosen by its name.
         stderr: whether to print to stderr.
     """
@@ -88,6 +98,10 @@ def _print(title: str, front: Front, choice: Choice, out: Path | None, *, named:
     console.print(*lines, sep="\n", soft_wrap=True)
     shown = front.points if choice.point in front.points else [*front.points, choice.point]
     show(console, *front_tables(front.model_copy(update={"points": shown, "best": name}), "chosen"))
+    after, before = choice.point.test, front.point(front.original).test
+    if limit is not None and after is not None and before is not None and before - after > limit:
+        lost = f"{before - after:.2f} points on the test images, more than {limit:g}"
+        console.print(f"warning: {name} loses {lost}", soft_wrap=True)
     file = f"written: {out}; it takes {described_input(out)}" if out else f"file: {choice.file}"
     exceeds = f". This file exceeds the budget: {choice.shortfall}" if choice.shortfall else ""
     console.print(*single(front), f"chosen: {name}", f"{file}{exceeds}", sep="\n", soft_wrap=True)

@@ -42,6 +42,7 @@ def test_other_arguments_begin_again_where_nothing_was_measured(tmp_path):
     study = started(tmp_path, "net:MyNett").state.study
     assert SearchFolder(tmp_path, {"model": "net:MyNett"}).state.study == study
     folder = SearchFolder(tmp_path, {"model": "net:MyNet"})
+    assert folder.changed == ["with model 'net:MyNett', but 'net:MyNet' is given"]
     with folder.held():
         assert folder.state.study != study
         assert {each.name for each in tmp_path.rglob("*") if each.is_file()} == {"lock", STATE}

@@ -39,6 +39,19 @@ def test_it_lists_the_front_and_picks_by_the_budget_of_the_search(tmp_path, monk
     assert f"file: {tmp_path / original.file}" in shown
 
 
+@pytest.mark.parametrize(("lost", "warned"), [(1.6, True), (0.4, False)])
+def test_a_drop_on_the_test_images_above_the_limit_is_a_warning_of_pick(tmp_path, monkeypatch, capfd, lost, warned):
+    made = front_of(3)
+    best = made.point("best")
+    changed = best.model_copy(update={"test": made.point("original").test - lost})
+    points = [changed if each.name == "best" else each for each in made.points]
+    (tmp_path / "front.json").write_text(made.model_copy(update={"points": points}).model_dump_json())
+    shown = printed(["pick", tmp_path, "--max-drop", "1"], monkeypatch, capfd)
+    assert "chosen: best" in shown
+    assert ("warning: best loses 1.60 points on the test images, more than 1\n" in shown) == warned
+    assert ("warning" in shown) == warned
+
+
 def test_a_result_is_printed_as_its_verdict(tmp_path):
     made = front_of(3)
     lines = str(Result(tmp_path, made)).splitlines()

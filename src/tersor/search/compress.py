@@ -137,6 +137,8 @@ def compress(
     if folder.state.finished and minutes <= folder.state.minutes:
         progress.say(f"{out}: the search is complete. {_LONGER}")
         return Result(out, read_front(out))
+    if folder.changed:
+        progress.say(f"{out} belongs to an interrupted search {'; '.join(folder.changed)}. It starts again.")
     clock = Clock(minutes, folder.state.used + now() - begun, now)
     with enough_memory(_MEMORY), writable(out), folder.held():
         search = _search(request, folder, budget, clock, storage, progress)

@@ -93,8 +93,18 @@ class Front(BaseModel):
         return next(each for each in (*self.points, *self.dominated, *self.baselines) if each.name == name)
 
 
+def _changes(begun: Mapping[str, str], arguments: Mapping[str, str]) -> list[str]:
+    """The arguments that differ from those of the search that has begun, in words."""
+    names = [name for name in {**begun, **arguments} if _shown(begun.get(name)) != _shown(arguments.get(name))]
+    return [f"with {name} {_shown(begun.get(name))}, but {_shown(arguments.get(name))} is given" for name in names]
+
+
 class SearchFolder:
     """Reads and writes the folder.
+
+    Attributes:
+        changed: the arguments that differ from those of an earlier search in the folder that has measured nothing, in
+            words.
 
     Args:
         path: the folder; it is created if necessary.
@@ -107,26 +117,23 @@ class SearchFolder:
     def __init__(self, path: Path, arguments: Mapping[str, str]) -> None:
         self.path = path
         self._created = [each for each in (path, *path.parents) if not each.exists()]
-        self._begins_again = False
+        self._begins_again, self.changed = False, list[str]()
         if path.exists() and (not path.is_dir() or (_holds_files(path) and not (path / STATE).is_file())):
             raise InputError(f"{path} already exists and is not overwritten. Choose another folder, or remove it.")
         self.state = State(arguments=dict(arguments), study=f"{path.absolute().name}-{uuid.uuid4().hex[:8]}")
         if (path / STATE).is_file():
             begun = read_state(path / STATE)
             self._begins_again = not begun.baselines and begun.arguments != self.state.arguments
+            self.changed = _changes(begun.arguments, arguments)
             if not self._begins_again:
-                self._check(begun.arguments, arguments)
+                self._check()
                 self.state = begun
 
-    def _check(self, begun: Mapping[str, str], arguments: Mapping[str, str]) -> None:
-        changed = [name for name in {**begun, **arguments} if _shown(begun.get(name)) != _shown(arguments.get(name))]
-        if changed:
-            texts = [
-                f"with {name} {_shown(begun.get(name))}, but {_shown(arguments.get(name))} is given" for name in changed
-            ]
+    def _check(self) -> None:
+        if self.changed:
             raise InputError(
-                f"{self.path} belongs to a search {'; '.join(texts)}. Use the same arguments to resume it, or choose "
-                "another folder with out (`--out`)."
+                f"{self.path} belongs to a search {'; '.join(self.changed)}. Use the same arguments to resume it, or "
+                "choose another folder with out (`--out`)."
             )
 
     @contextmanager
