@@ -234,7 +234,7 @@ def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
         out_of_reach, f"More time: no candidate could be trained in the given time. {continued}"
     ]  # fmt: skip
     search.folder.state.costs.attach = 600.0
-    assert "at least 21 minutes" in finish.advice(search, search.original)[1], "half of it for steps"
+    assert "at least 41 minutes" in finish.advice(search, search.original)[1], "twice the time of the shortest training"
     small = add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0).point
     search.points = [search.original, small.model_copy(update={"bytes": 150_000})]
     (out_of_reach,) = finish.advice(search, search.original)

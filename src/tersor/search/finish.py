@@ -185,7 +185,8 @@ def _more_time(search: Search, best: Point) -> list[str]:
         surveyed = [record for record in search.study.records() if record.of != Candidate()]
         if surveyed and not any(improvable(search, record) for record in surveyed):
             return []
-        needed = search.clock.used + search.folder.state.costs.least + search.reserve(more=1)
+        costs = search.folder.state.costs  # time for another survey, and twice the least, so that it is not just missed
+        needed = search.clock.used + costs.survey + 2 * costs.least + search.reserve(more=1)
         minutes = max(math.ceil(needed / 60), math.floor(search.clock.minutes) + 1)
         longer = f"Continue the search, with a total time of at least {minutes} minutes."
         return [f"More time: no candidate could be trained in the given time. {longer}"]

@@ -76,7 +76,8 @@ class Front(BaseModel):
     advice: list[str]
     """What to expect from more time, a larger drop or another runtime."""
     speedup: dict[int, BaselineSpeedup] = {}
-    """Speedup of the best point over the fastest free baseline, by batch size; empty before the end."""
+    """Speedup of the best point over the fastest free baseline, by batch size; empty before the end, and for a free
+    baseline."""
     points: list[Point]
     """The Pareto front, from the fastest to the slowest."""
     dominated: list[Point]
