@@ -69,7 +69,7 @@ def tiny(tmp_path: Path) -> Tiny:
 def on_affine_grids() -> Callable[..., torch.nn.Module]:
     """Moves the weights of a quantized network off centre, and lays them on grids with zero points."""
 
-    def lay(network: torch.nn.Module, bits: int, *, per_tensor: bool) -> torch.nn.Module:
+    def lay(network: torch.nn.Module, bits: int, *, per_tensor: bool, runs: bool = False) -> torch.nn.Module:
         grid = Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         for layer in [module for module in network.modules() if weight_quantizer(module) is not None]:
             weights = parametrized(layer)
@@ -78,7 +78,7 @@ def on_affine_grids() -> Callable[..., torch.nn.Module]:
             low, high = torch.aminmax(shown) if per_tensor else torch.aminmax(shown.flatten(1), dim=1)
             weights[0] = FakeQuantize(grid, None if per_tensor else len(shown))
             scale, zero_point = affine_parameters(low, high, grid)
-            if Target().cpu == "avx2":
+            if runs and Target().cpu == "avx2":  # a file that runs here must not saturate
                 scale = without_saturation(shown, scale, grid)
             weights[0].set_grid(scale, zero_point)
         return network

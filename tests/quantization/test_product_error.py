@@ -50,6 +50,7 @@ def quantized(network, target=TARGET, **options):
     return attached.model
 
 
+@pytest.mark.skipif(Target().cpu == "avx2", reason="made for VNNI: on this processor products of the file saturate")
 def test_attention_runs_in_integers_in_onnxruntime(tmp_path):
     network = Attention().eval()
     graph = quantized(copy.deepcopy(network))
