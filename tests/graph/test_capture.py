@@ -293,7 +293,7 @@ class Loops(nn.Module):
     [
         (
             BranchesOnValues,
-            r"BranchesOnValues cannot be captured: .* of a tensor \(test_capture.py, line \d+: return x if.*Compress only",
+            r"BranchesOnValues cannot be captured: .* of a tensor \(test_capture.py, line \d+: return x if.*Compress",
         ),
         (NeedsTwo, r"NeedsTwo does not run on images \(3, 8, 8\) of float32: tuple index out of range"),
         (Loops, r"the graph of Loops cannot be captured: its forward fixes the batch size.*it loops"),
