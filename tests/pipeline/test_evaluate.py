@@ -198,10 +198,10 @@ def test_the_folders_of_a_search_and_of_its_points(images, tmp_path):
         assert not [line for line in progress.lines if "validation images" in line]
 
 
-@pytest.mark.parametrize("made", ["model.onnx", "points/small", "points/small/model.onnx"])
+@pytest.mark.parametrize("made", ["model.onnx", "points/small", "points/small/model.onnx", "baselines/model.onnx"])
 def test_a_search_that_chose_on_half_of_the_test_images_is_named(images, tmp_path, made):
-    (tmp_path / "points" / "small").mkdir(parents=True)
-    for folder in (tmp_path, tmp_path / "points" / "small"):
+    for folder in (tmp_path, tmp_path / "points" / "small", tmp_path / "baselines"):
+        folder.mkdir(parents=True, exist_ok=True)
         export(network(2), torch.rand(1, 3, 8, 8), folder / "model.onnx", normalization=RGB)
     (tmp_path / "front.json").write_text('{"tests_chose": true}')
     progress = RecordedProgress()

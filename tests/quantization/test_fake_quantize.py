@@ -88,3 +88,13 @@ def test_the_running_mean_of_the_largest_value():
             running.follow(weight, first=number == 0)
             assert running.largest.tolist() == pytest.approx(mean)
             assert running(weight) is weight
+
+
+def test_a_loaded_zero_point_outside_the_grid_is_refused():
+    quantizer = FakeQuantize(Grid.unsigned(4))
+    quantizer.set_grid(torch.tensor(0.1), torch.tensor(15))
+    state = quantizer.state_dict()
+    FakeQuantize(Grid.unsigned(4)).load_state_dict(state)
+    state["zero_point"] = torch.tensor(16, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="a zero point outside its grid from 0 to 15"):
+        FakeQuantize(Grid.unsigned(4)).load_state_dict(state)

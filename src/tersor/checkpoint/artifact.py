@@ -161,11 +161,19 @@ def read_artifact(path: Path | str) -> Artifact:
     return Artifact(path, files[MODEL], files)
 
 
+def front_of(path: Path) -> Path | None:
+    """`front.json` of the search that an ONNX file, the folder of a point or the folder of the search belongs to."""
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    fronts = (each / _FRONT for each in (folder, *folder.parents[:2]))
+    return next((each for each in fronts if each.is_file()), None)
+
+
 def _files_of_search(path: Path) -> dict[str, Path]:
     """The files of the folder of a search, or of one of its points, under the names of a run; empty for others."""
-    search = path if (path / _FRONT).is_file() else path.absolute().parent.parent
-    if (path / MANIFEST).is_file() or not (path / MODEL).is_file() or not (search / _FRONT).is_file():
+    front = front_of(path)
+    if front is None or (path / MANIFEST).is_file() or not (path / MODEL).is_file():
         return {}
+    search = path if front.parent == path.absolute() else front.parent
     files = {
         MODEL: path / MODEL,
         "recipe.yaml": path / "recipe.yaml",

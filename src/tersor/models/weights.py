@@ -51,7 +51,10 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     metadata |= {"taken": taken} if taken else {}
     # PyTorch saves batch counters since version 0.4.1
     counters = {key: value for key, value in expected.items() if is_counter(key)}
-    model.load_state_dict({**counters, **tensors})
+    try:
+        model.load_state_dict({**counters, **tensors})
+    except RuntimeError as error:
+        raise InputError(f"'{path}' is damaged: {str(error)[:300]}.") from error
     return metadata
 
 

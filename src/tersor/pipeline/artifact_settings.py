@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from tersor.checkpoint.artifact import Artifact
+from tersor.checkpoint.artifact import Artifact, front_of
 from tersor.core.errors import InputError
 from tersor.core.files import read_json
 from tersor.core.import_path import is_function_path
@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # the tasks import torch
     from tersor.evaluation.session import Session
     from tersor.tasks.task import Task
 
-_FRONT = "front.json"
 _ROUNDING = 0.002
 """Two means closer than this are the same, written with another number of digits."""
 
@@ -145,12 +144,11 @@ def chosen_on_test_images(artifact: Artifact) -> bool:
     Raises:
         InputError: the `front.json` of the search is damaged.
     """
-    folder = artifact.path if artifact.path.is_dir() else artifact.path.parent
-    for search in (folder, folder.absolute().parent.parent):
-        if (search / _FRONT).is_file():
-            front = read_json(search / _FRONT, "Repeat the search in another folder.")
-            return isinstance(front, dict) and front.get("tests_chose") is True
-    return False
+    front = front_of(artifact.path)
+    if front is None:
+        return False
+    told = read_json(front, "Repeat the search in another folder.")
+    return isinstance(told, dict) and told.get("tests_chose") is True
 
 
 def quantized_for(artifact: Artifact) -> str | None:

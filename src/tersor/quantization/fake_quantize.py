@@ -204,11 +204,11 @@ class FakeQuantize(nn.Module):
         """Restores what `get_extra_state` returned.
 
         Raises:
-            ValueError: the loaded zero point is outside the grid.
+            RuntimeError: the loaded zero point is outside the grid.
         """
         enabled, minimum, maximum = state.tolist()
         if int(self.zero_point.min()) < minimum or int(self.zero_point.max()) > maximum:
-            raise ValueError(f"a zero point outside its grid from {minimum} to {maximum}")
+            raise RuntimeError(f"a zero point outside its grid from {minimum} to {maximum}")
         self.enabled, self.grid = bool(enabled), Grid(minimum, maximum)
 
     def extra_repr(self) -> str:

@@ -201,8 +201,8 @@ def _run(search: Search, request: Request, placement: Placement | None = None) -
     if search.folder.state.baselines:
         used, measured = search.clock.used / 60, len(search.study.records())
         search.bar.tell(
-            f"resuming: {used:.1f} of {search.clock.minutes:.3g} minutes are used; measured before: {measured} "
-            f"candidate{'s' * (measured != 1)}, the original in 8 bits included"
+            f"resuming: {used:.1f} of {search.clock.minutes:.3g} minutes are used; measurements of candidates so far: "
+            f"{measured}"
         )
     try:
         feasible_range(search)
