@@ -1,5 +1,7 @@
 """The end of a search: the final measurement, the verdict, and advice for limits that are out of reach."""
 
+import math
+
 import pytest
 from front_samples import front_of
 
@@ -35,9 +37,17 @@ def timed_as(values):
 def test_the_table_has_the_latency_of_the_final_measurement(tmp_path, monkeypatch):
     speedup, names = timed_as(lambda point: 1.2 / point.latency_ms[1])
     search = searching(tmp_path / "out", budget=ROOMY)
+    search.folder.state.baselines = [
+        each.model_copy(update={"latency_error": {1: 0.2, 128: 0.0}} if each.name == "original-8bit" else {})
+        for each in search.folder.state.baselines
+    ]
     monkeypatch.setattr(finish, "_speedup", speedup)
     made = run(search)
     best, baseline = made.point(made.best), made.point("original-8bit")
+    alone = math.log(1.1 / 0.9) / 2
+    assert best.latency_error == pytest.approx({1: math.hypot(alone, 0.2), 128: alone}, abs=1e-4), (
+        "that of the baseline too"
+    )
     assert names == [best.name]
     assert not best.free
     for size in SIZES:
