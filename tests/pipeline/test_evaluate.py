@@ -207,7 +207,9 @@ def test_a_search_that_chose_on_half_of_the_test_images_is_named(images, tmp_pat
     progress = RecordedProgress()
     evaluate(tmp_path / made, str(images), None, progress=progress)
     (line,) = [line for line in progress.lines if "validation images" in line]
-    assert line.startswith("if these are the images of the search, half of the test images were the validation images")
+    assert line.startswith(
+        "warning: if these are the images of the search, half of the test images were the validation images"
+    )
 
 
 def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):

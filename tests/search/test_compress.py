@@ -333,6 +333,21 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(few, tmp_path):
         tersor.compress(small(), few, out=tmp_path)
 
 
+def test_a_search_that_starts_again_with_other_arguments_prints_them(few, tmp_path, monkeypatch):
+    module, progress = importlib.import_module("tersor.search.compress"), RecordedProgress()
+
+    def interrupted(*_):
+        (tmp_path / "out" / "model.onnx").write_text("exported")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_search", interrupted)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            tersor.compress(small(), few, seed=seed, out=tmp_path / "out", progress=progress)
+    (line,) = progress.lines
+    assert line.endswith("out belongs to an interrupted search with seed '0', but '1' is given. It starts again.")
+
+
 @pytest.mark.slow
 def test_images_that_the_original_has_seen_do_not_choose(few, tmp_path, monkeypatch):
     metrics = iter([10.0])

@@ -104,7 +104,8 @@ def evaluate(
     options = options or ImageOptions()
     options.check(session, told)
     if chosen_on_test_images(found):
-        progress.say(_CHOSEN if data is None else f"if these are the images of the search, {_CHOSEN}")
+        same = "" if data is None else "if these are the images of the search, "
+        progress.say(f"warning: {same}{_CHOSEN}")
     progress.say("reading the images")
     asked = task_of_artifact(found, task)
     batches, kind = _test_images(found, data, asked, session, options, told, progress)
