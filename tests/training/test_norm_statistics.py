@@ -92,6 +92,41 @@ def test_statistics_that_the_momentum_leaves_behind_are_averaged_over_the_images
     )
 
 
+class LateChanges(Attachment):
+    """A method that changes a share of the weights at one step."""
+
+    def __init__(self, model, step, share):
+        super().__init__(model)
+        self.change = step, share
+
+    @property
+    def changes(self):
+        return [self.change]
+
+
+@pytest.mark.parametrize(
+    ("step", "share", "again"), [(20, 0.2, False), (20, 0.6, True), (10, 0.6, False), (40, 0.06, True)]
+)
+def test_a_late_change_of_masks_is_averaged_again_where_its_share_is_large(step, share, again):
+    """After 20 batches 0.9^20 = 12 % of the statistics are left: 2 % for a share of 0.2, 7 % for 0.6."""
+    progress = Lines()
+    fit(LateChanges(network(0.1), step, share), Shifted(), TRAINING, steps=40, progress=progress, name="short")
+    lines = [line for line in progress.lines if "BatchNorm" in line]
+    assert bool(lines) == again
+    assert all(
+        line.endswith("of 0.1 is too small for the batches after the last changes of the masks") for line in lines
+    )
+
+
+def test_the_batches_after_a_change_are_counted_with_accumulation():
+    attachment, progress = LateChanges(network(0.1), 8, 0.5), Lines()
+    fit(attachment, Shifted(), TRAINING.model_copy(update={"accumulate": 4}), steps=12, progress=progress)
+    assert [line for line in progress.lines if "BatchNorm" in line]  # 16 batches leave 0.9^16 * 0.5 = 9 %
+    attachment, progress = LateChanges(network(0.1), 5, 0.5), Lines()
+    fit(attachment, Shifted(), TRAINING.model_copy(update={"accumulate": 4}), steps=12, progress=progress)
+    assert not [line for line in progress.lines if "BatchNorm" in line]  # 28 batches leave 3 %
+
+
 def test_at_most_a_thousand_images_are_used():
     source = Shifted(batches=70)
     model, lines = trained(network(0.01), 8, source)
@@ -181,7 +216,7 @@ def test_an_interrupted_average_leaves_the_network_as_it_was():
         return batch
 
     with pytest.raises(KeyboardInterrupt):
-        list(average_again(objective, source, 8, interrupted))
+        list(average_again(objective, source, interrupted, 8))
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert [model[0].momentum, model[2].momentum] == [0.01, 0.01]
 

@@ -69,6 +69,15 @@ class Attachment:
         return {}
 
     @property
+    def changes(self) -> Sequence[tuple[int, float]]:
+        """Changes of the network that the optimizer did not make, such as new masks: the steps before, and the share.
+
+        The share is that of the weights that changed. `fit` averages running statistics again that such a change left
+        behind. Empty by default.
+        """
+        return ()
+
+    @property
     def extra_state(self) -> dict[str, Tensor]:
         """Learned tensors that are stored beside the network at the end of the stage; empty by default."""
         return {}
@@ -216,6 +225,15 @@ class Chain(Attachment):
                 value = given.tolist() if isinstance(given, Tensor) else given
                 metrics[name] = metrics[name] + value if name in metrics and isinstance(value, list) else value
         return metrics
+
+    @property
+    def changes(self) -> Sequence[tuple[int, float]]:
+        """The changes of all parts."""
+        changes: list[tuple[int, float]] = []
+        for part, explained in self._in_turn("changes"):
+            with explained:
+                changes.extend(part.changes)
+        return changes
 
     @property
     def extra_state(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from tersor.core.progress import NullProgress, ProgressReporter
 from tersor.core.resources import enough_memory, smaller_batch
 from tersor.data.batch import Batch
 from tersor.data.batch_errors import explain_batchnorm_error
-from tersor.data.batch_source import BatchSource, Group, batches_in, groups
+from tersor.data.batch_source import BatchSource, Group, groups
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task, with_label_smoothing
 from tersor.training.attachment import Attachment
@@ -218,8 +218,8 @@ class _Loop:
         if ema:
             ema.copy_to(self.model)
         with history.paused():
-            updates = batches_in(done, batches, self.training.accumulate)
-            for line in average_again(self.unwrapped, batches, updates, self._to_device):
+            accumulate, changes = self.training.accumulate, self.attachment.changes
+            for line in average_again(self.unwrapped, batches, self._to_device, done, accumulate, changes):
                 self.progress.say(f"{name}: {line}")
                 if self.curve:
                     self.curve.measure_again(done, self.model)

@@ -188,6 +188,11 @@ class MaskedAttachment(FrozenMaskedWeights):
         """`masks`, a list with one mask log: `steps`, `sparsity` and `changed`."""
         return {"masks": [self.log.columns]}
 
+    @property
+    def changes(self) -> Sequence[tuple[int, float]]:
+        """The logged updates of the masks."""
+        return self.log.changes
+
     def state_dict(self) -> dict[str, Tensor]:
         """The mask log."""
         return {"mask_log": self.log.rows}

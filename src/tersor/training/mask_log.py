@@ -48,6 +48,11 @@ class MaskLog:
             "changed": [round(value, 6) for value in changed],
         }
 
+    @property
+    def changes(self) -> list[tuple[int, float]]:
+        """The step and the fraction that changed, of every row."""
+        return [(int(step), changed) for step, _, changed in self.rows.tolist()]
+
 
 def log_interval(updates: int) -> int:
     """Return n, so that every n-th of `updates`, the first and the last fit into `MAX_ROWS` rows."""

@@ -1,7 +1,8 @@
 """BatchNorm statistics after a short training: averaged again over training images.
 
 With momentum m, running statistics after k batches still contain the fraction (1 - m)^k of those before the training.
-Training uses batch statistics only. So a well-trained network can have wrong outputs in eval mode.
+Training uses batch statistics only. So a well-trained network can have wrong outputs in eval mode. A change of masks in
+the middle of the training does the same for the share of the weights that it changes.
 """
 
 from __future__ import annotations
@@ -13,20 +14,25 @@ import torch
 
 from tersor.core.errors import counted
 from tersor.data.batch import Batch
-from tersor.data.batch_source import BatchSource
+from tersor.data.batch_source import BatchSource, batches_in
 from tersor.graph.batchnorm import Norm
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.forward_call import run
 from tersor.training.objective import Objective
 
 _REMAINING = 0.05
-"""Largest fraction of the statistics before the training that may remain."""
+"""Largest fraction of earlier statistics that may remain: the sum over all changes of the network."""
 _IMAGES = 1024
 """Images to average over, rounded up to batches; at most one epoch."""
 
 
 def average_again(
-    objective: Objective, batches: BatchSource, updates: int, place: Callable[[Batch], Batch]
+    objective: Objective,
+    batches: BatchSource,
+    place: Callable[[Batch], Batch],
+    steps: int,
+    accumulate: int = 1,
+    changes: Sequence[tuple[int, float]] = (),
 ) -> Iterator[str]:
     """Average running statistics whose momentum is too small over training images instead; yield a line about it.
 
@@ -36,12 +42,18 @@ def average_again(
     Args:
         objective: with the network in training mode.
         batches: the first batches of the first epoch are used.
-        updates: number of batches of the training.
         place: moves a batch to the device of the network.
+        steps: of the training.
+        accumulate: batches per step.
+        changes: of the network during the training, as by new masks: the steps before, and the share of the weights.
     """
-    norms = [each for each in objective.model.modules() if isinstance(each, Norm) and _is_slow(each, updates)]
+    done = batches_in(steps, batches, accumulate)
+    start, *later = [(done - batches_in(step, batches, accumulate), share) for step, share in [(0, 1.0), *changes]]
+    updated = [each for each in objective.model.modules() if isinstance(each, Norm) and _is_updated(each)]
+    norms = [each for each in updated if _remaining(each, [start, *later]) > _REMAINING]
     if not norms:
         return
+    slow = any(_remaining(each, [start]) > _REMAINING for each in norms)
     before = [(norm, norm.momentum, [(buffer, buffer.clone()) for buffer in norm.buffers()]) for norm in norms]
     batches.set_epoch(0)
     images, averaged = 0, []
@@ -59,7 +71,8 @@ def average_again(
     momenta = ", ".join(dict.fromkeys(f"{norm.momentum:g}" for norm in averaged))
     yield (
         f"statistics of {counted(len(averaged), 'BatchNorm layer')} averaged over {counted(images, 'training image')}, "
-        f"since their momentum of {momenta} is too small for {updates} batches"
+        f"since their momentum of {momenta} is too small for "
+        + (f"{done} batches" if slow else "the batches after the last changes of the masks")
     )
 
 
@@ -84,7 +97,13 @@ def _average(norms: Sequence[Norm], objective: Objective, batches: Iterable[Batc
     return images
 
 
-def _is_slow(norm: Norm, updates: int) -> bool:
-    if not norm.training or norm.running_mean is None or norm.num_batches_tracked is None or not norm.momentum:
-        return False
-    return (1 - norm.momentum) ** updates > _REMAINING
+def _is_updated(norm: Norm) -> bool:
+    return (
+        norm.training and norm.running_mean is not None and norm.num_batches_tracked is not None and bool(norm.momentum)
+    )
+
+
+def _remaining(norm: Norm, changes: Sequence[tuple[int, float]]) -> float:
+    """The fraction of the running statistics that is from before the changes, each weighted by its share."""
+    assert norm.momentum is not None
+    return sum(share * (1 - norm.momentum) ** updates for updates, share in changes)
