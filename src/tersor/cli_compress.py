@@ -71,6 +71,10 @@ def compress(
     mean: Annotated[str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45")] = None,
     std: Annotated[str | None, typer.Option(help="standard deviation of each channel: 0.25,0.24,0.26")] = None,
     image_size: Annotated[str | None, typer.Option(help="size of the images: 224, or height,width")] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(help="fraction of the training images to hold out [default: 0.1, or 0.25 of fewer than 2,000]"),
+    ] = None,
     time: Annotated[str, typer.Option(help="search time: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
     pixels: Annotated[list[int] | None, typer.Option(min=8, help="another image size to try")] = None,
@@ -117,6 +121,7 @@ def compress(
                 mean=means,
                 std=deviations,
                 image_size=sides,
+                validation=validation,
                 students=student or [],
                 pixels=pixels or [],
                 augment=augment,

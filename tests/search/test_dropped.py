@@ -26,7 +26,7 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
         kept = any(each.point.name in on_the_front for each in records if each.of == record.of)
         if kept and record.rung == 0 and record.of != Candidate():
             reason = made.dropped.get(record.point.name, "")
-            assert ("before training. After training, this" in reason) is (record.point.name not in on_the_front)
+            assert (". After training, this network is the point" in reason) is (record.point.name not in on_the_front)
         elif record.of != Candidate():
             assert kept or record.of.name in made.dropped
     first = search.folder.state.rungs[0].members
@@ -34,11 +34,12 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
     assert made.dropped[Candidate(branches=3).name] == "Failed: cannot be built"
     slow = made.dropped["deep-8bit"]
     assert slow.startswith(
-        "49.80 % before training. Not trained: it is slower, or hardly faster, than the fastest free baseline"
+        "49.80 % before training, 2.00 ms at batch 1, 256 ms at batch 128. Not trained: it is slower, or hardly "
+        "faster, than the fastest free baseline"
     )
     rung = [text for name, text in made.dropped.items() if name in first]
     assert rung
-    assert all("steps of training. Not trained further after rung 1 of" in text for text in rung if "100 steps" in text)
+    assert all("ms at batch 128. Not trained further after rung 1 of" in text for text in rung if "100 steps" in text)
     page = (search.folder.path / "report.html").read_text()
     assert all(f"<p>{name}: {reason}</p>" in page for name, reason in made.dropped.items())
 
@@ -132,7 +133,9 @@ def test_a_student_has_the_name_that_the_user_wrote(tmp_path):
     search.bench.students["net.py:small"] = None
     search.study = Study(InMemoryStorage(), "own", ["original", "net.py:small"], 0)
     surveys._try(search, student)
-    assert dropped(search, [])[student.name].startswith("net.py:small: 49.80 % before training. Not trained")
+    assert dropped(search, [])[student.name].startswith(
+        "net.py:small: 49.80 % before training, 3.00 ms at batch 1, 384 ms at batch 128. Not trained"
+    )
 
 
 def test_every_reason_is_a_sentence(tmp_path):
@@ -140,5 +143,5 @@ def test_every_reason_is_a_sentence(tmp_path):
     run(search)
     reasons = dropped(search, [])
     (last,) = search.folder.state.rungs[-1].members
-    assert reasons[last].endswith("steps of training. Another point was at least as good before the final measurement.")
+    assert reasons[last].endswith("ms at batch 128. Another point was at least as good before the final measurement.")
     assert not any(reason.endswith(". .") for reason in reasons.values())

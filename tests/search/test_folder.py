@@ -187,7 +187,11 @@ def test_an_original_that_cannot_be_trained_is_searched_all_the_same(ranged, mon
 def test_the_range_in_words(tmp_path):
     search = searching(tmp_path / "out", minutes=20.0, budget=Budget(max_drop=0.1))
     search.bench.time.work(60.0)
-    lines = describe_range(search)
+    first, second, *lines = describe_range(search)
+    images = len(search.bench.validation.images)
+    error = 100 * (0.9 * 0.1 / images) ** 0.5
+    assert first == f"validation: {images} images, on which one standard error of the accuracy is {error:.2f} points"
+    assert second.startswith("warning: the allowed drop of 0.1 points is smaller than this. Use more validation images")
     assert lines[1] == "  onnxruntime float32: 90.00 %, 2.00 ms at batch 1, 256 ms at batch 128, 0.200 MB"
     assert lines[2].startswith(
         "  onnxruntime int8: 89.80 %, 1.00 ms at batch 1, 128 ms at batch 128, 0.200 MB; it loses 0.20"
@@ -201,7 +205,9 @@ def test_the_range_in_words(tmp_path):
         f"{reserve / 60:.1f} for the final measurements; one training step of the original takes 0.1 s"
     )
     search = searching(tmp_path / "other", budget=Budget(megabytes=0.5))
-    assert describe_range(search)[3] == "budget: 0.5 MB; goal: the most accurate network within it"
+    lines = describe_range(search)
+    assert lines[4] == "budget: 0.5 MB; goal: the most accurate network within it"
+    assert not any(line.startswith("warning") for line in lines)
 
 
 def test_the_original_has_seen_images_on_which_it_is_much_better(tmp_path):

@@ -66,7 +66,9 @@ def test_an_error_larger_than_the_allowed_drop_is_said(tmp_path):
     for error, said in ((0.5, False), (2.0, True)):
         points = [each.model_copy(update={"drop_error": error}) if each == best else each for each in made.points]
         front = made.model_copy(update={"points": points, "limits": {**made.limits, "max_drop": 1.0}})
-        assert any("larger than the allowed drop: use more" in line for line in verdict_lines(front)) == said
+        assert any("larger than the allowed drop. Use more validation" in line for line in verdict_lines(front)) == said
+        halved = verdict_lines(front.model_copy(update={"tests_chose": True}))
+        assert any("larger than the allowed drop. Use more test images" in line for line in halved) == said
 
 
 def test_a_point_is_chosen_by_its_name(tmp_path, monkeypatch, capfd):

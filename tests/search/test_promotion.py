@@ -212,8 +212,12 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     search.points = [search.original, first.point, worse.point]
     after = 90 - expected(search, first, 150.0)
     assert 0 < after < 2
+    error = math.hypot(first.point.drop_error, 0.2 * (2 - after))
     assert finish.advice(search, first.point) == [
-        f"More time: in 30 minutes the same network is expected to lose about {after:.2f} points instead of 2.00.",
+        (
+            f"More time: in 30 minutes the same network is expected to lose about {after:.2f} points (standard error "
+            f"{error:.2f}) instead of 2.00."
+        ),
         f"Larger drop: {first.point.description} meets the other limits and loses 2.00 points.",
         "Another runtime: in openvino the original takes 0.75 of its time in onnxruntime.",
     ]

@@ -144,6 +144,24 @@ def test_of_few_images_a_larger_share_is_held_out(monkeypatch, train, validation
     assert len(found.train) == train
 
 
+def test_the_share_to_hold_out_is_that_of_the_user(monkeypatch):
+    loaded = []
+
+    def load(**options):
+        loaded.append(options["validation"])
+        return dataclasses.replace(splits(), train=range(30), validation=range(10))
+
+    monkeypatch.setattr(requests, "load", load)
+    requests._loaded(request(data="digits", validation=0.4), DataSource(name="digits"))
+    assert loaded == [0.4], "no larger share of few images"
+    for share in (0, 1, -0.5):
+        with pytest.raises(InputError, match=f"validation is {share}. Write a fraction above 0 and below 1"):
+            request(data="digits", validation=share)
+    with pytest.raises(InputError, match="validation cannot be used with images that are already loaded"):
+        request(validation=0.4)
+    assert request(data="digits", validation=0.4).arguments["validation"] == "0.4"
+
+
 def staged(model, teacher, *, train=40, name="train-1", steps=160, fresh=False, settled=False):
     recipe = Recipe(
         model=Network(name="resnet20"), teacher="original", data=DataSource(name="digits"),

@@ -65,6 +65,7 @@ def compress(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     image_size: int | Sequence[int] | None = None,
+    validation: float | None = None,
     storage: str | None = None,
     workers: int | None = None,
     ray_address: str | None = None,
@@ -94,6 +95,8 @@ def compress(
         mean: mean of each channel in [0, 1]; by default from the weights file, else computed from the training images.
         std: standard deviation of each channel in [0, 1].
         image_size: height and width in pixels, or one number for both.
+        validation: fraction of the training images to hold out for all choices; by default a tenth, or a quarter of
+            fewer than 2,000 images. Not used if the data has validation images.
         storage: SQLAlchemy URL of the trials; `study.db` in the folder by default.
         workers: number of Ray processes that train candidates at the same time; without it, this process trains them.
         ray_address: address of a Ray cluster for the workers; by default they run on this machine. Paths in the
@@ -131,6 +134,7 @@ def compress(
         None if mean is None else tuple(mean),
         None if std is None else tuple(std),
         image_size if image_size is None or isinstance(image_size, int) else tuple(image_size),
+        validation,
     )
     folder = SearchFolder(out, {**request.arguments, "budget": str(budget)})
     minutes = budget.minutes or DEFAULT_MINUTES

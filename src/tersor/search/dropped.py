@@ -32,7 +32,8 @@ def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
             reasons = "; ".join(_reasons(search, last, kept))
             trained = f"after {last.point.steps} steps of training" if last.rung else "before training"
             network = "" if last.of.network in name else f"{last.of.network}: "  # as the user wrote it
-            found[name] = f"{network}{last.point.validation:.2f} % {trained}. {reasons[:1].upper()}{reasons[1:]}."
+            measured = f"{network}{last.point.validation:.2f} % {trained}, {last.point.latencies}"
+            found[name] = f"{measured}. {reasons[:1].upper()}{reasons[1:]}."
     found |= {name: f"Failed: {reason}" for name, reason in failed.items()}
     return found | {candidate.name: not_tried(candidate) for candidate in search.untried}
 
@@ -49,7 +50,7 @@ def _trained_further(records: Sequence[Record], names: Collection[str]) -> dict[
         return {}
     kept = next(record.point for record in records if record.point.name in names)
     after = f"After training, this network is the point {kept.name}."
-    return {first.point.name: f"{first.point.validation:.2f} % before training. {after}"}
+    return {first.point.name: f"{first.point.validation:.2f} % before training, {first.point.latencies}. {after}"}
 
 
 def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:

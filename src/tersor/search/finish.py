@@ -21,7 +21,7 @@ from tersor.search.front import BaselineSpeedup, Point, front, pick, shortfall, 
 from tersor.search.front_page import write_front_page
 from tersor.search.learning_curves import expected
 from tersor.search.plan import AGAIN, speedup_seconds
-from tersor.search.promotion import improvable, promoted
+from tersor.search.promotion import DOUBT, improvable, promoted
 from tersor.search.search_context import Search
 
 _LONGEST = 30.0
@@ -201,7 +201,9 @@ def _more_time(search: Search, best: Point) -> list[str]:
     drop, after = search.reference - point.validation, search.reference - expected(search, record, seconds)
     minutes = f"{_MORE_TIME * search.clock.total / 60:.0f} minutes"
     network = "the same network" if of_best else point.description
-    return [f"More time: in {minutes} {network} is expected to lose about {after:.2f} points instead of {drop:.2f}."]
+    error = math.hypot(point.drop_error, DOUBT * (drop - after))
+    lost = f"about {after:.2f} points (standard error {error:.2f}) instead of {drop:.2f}"
+    return [f"More time: in {minutes} {network} is expected to lose {lost}."]
 
 
 def _more_loss(search: Search, best: Point) -> list[str]:

@@ -24,7 +24,7 @@ _STUDENTS = 3
 """One in so many of the first candidates is a student, if there are enough changes of the original."""
 _PROMISING = 0.4
 """A change of the original is worth training from this share of the original's metric on, if there are such."""
-_DOUBT = 0.2
+DOUBT = 0.2
 """One standard error of the expected gain by training, relative to that gain."""
 _CAUTION = {False: 1.5, True: 2.0}
 """Exponent of the probability in the expected improvement, before the last training and for it."""
@@ -165,6 +165,6 @@ def improvement(search: Search, record: Record, metric: float, power: float = 1.
 def _probability(search: Search, record: Record, metric: float) -> float:
     """The probability that a candidate with this expected metric ends within the drop."""
     assert search.budget.points is not None
-    error = math.hypot(record.point.drop_error, _DOUBT * (metric - record.point.validation))
+    error = math.hypot(record.point.drop_error, DOUBT * (metric - record.point.validation))
     margin = metric - (search.reference - search.budget.points)
     return (1 + math.erf(margin / (math.sqrt(2) * max(error, 1e-9)))) / 2

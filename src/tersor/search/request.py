@@ -26,7 +26,7 @@ from tersor.search.search_metric import refuse_other_metrics
 from tersor.search.space import SMALLEST_IMAGE
 
 _FEW = 2000
-"""With fewer training images, a larger share is held out."""
+"""With fewer training images, a larger share is held out by default."""
 _VALIDATION, _VALIDATION_OF_FEW = 0.1, 0.25
 _GRAY_SAMPLE = 64
 
@@ -51,6 +51,7 @@ class Request:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: int | tuple[int, ...] | None = None
+    validation: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -65,11 +66,17 @@ class Request:
                 f"{', '.join(self.reading)} cannot be used with images that are already loaded. Pass them to "
                 "tersor.data.load."
             )
+        if self.validation is not None and not 0 < self.validation < 1:
+            raise InputError(
+                f"validation is {self.validation:g}. Write a fraction above 0 and below 1, such as 0.2: a search "
+                "chooses on validation images."
+            )
 
     @property
     def reading(self) -> dict[str, Any]:
         """The given arguments of `tersor.data.load`."""
-        given = {"channels": self.channels, "mean": self.mean, "std": self.std, "image_size": self.image_size}
+        names = "channels", "mean", "std", "image_size", "validation"
+        given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
@@ -184,15 +191,17 @@ def _source(request: Request) -> DataSource:
 
 def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
     """The images; if there are few, a larger share is held out, because a small validation set is too noisy."""
-    options: dict[str, Any] = source.model_dump(exclude={"augment", "validation"}) | {
+    options: dict[str, Any] = source.model_dump(exclude={"augment"}) | {
         "channels": None,
+        "validation": _VALIDATION,
         **request.reading,
     }
-    splits = load(seed=request.seed, **options, validation=_VALIDATION)
-    if len(splits.train) + len(splits.validation) >= _FEW or not len(splits.validation):
+    splits = load(seed=request.seed, **options)
+    few = len(splits.train) + len(splits.validation) < _FEW and len(splits.validation)
+    if not few or request.validation is not None:
         return splits, source
-    held_out = source.model_copy(update={"validation": _VALIDATION_OF_FEW})
-    return load(seed=request.seed, **options, validation=_VALIDATION_OF_FEW), held_out
+    held_out = {"validation": _VALIDATION_OF_FEW}
+    return load(seed=request.seed, **options | held_out), source.model_copy(update=held_out)
 
 
 def _augmentation(request: Request, images: Images) -> str:

@@ -22,6 +22,7 @@ from tersor.search.plan import survey_seconds
 from tersor.search.search_context import Search
 from tersor.search.space import Space, candidate_of
 from tersor.search.study import Record
+from tersor.search.verdict_line import more_images
 
 ORIGINAL, FLOAT32 = "original", "original-float32"
 _PACE_STEPS = 3
@@ -164,7 +165,10 @@ def _add_free(search: Search, point: Point) -> None:
 def describe_range(search: Search) -> list[str]:
     """Lines that show the feasible range, the budget, the seconds of a training step, and the time plan."""
     state = search.folder.state
-    lines = ["free baselines: the original, without training; ± is half of the 95 % interval of a latency"]
+    lines = [
+        *_validation(search),
+        "free baselines: the original, without training; ± is half of the 95 % interval of a latency",
+    ]
     for point in state.baselines:
         lacking = shortfall(point, search.budget, search.reference)
         lines.append(
@@ -181,6 +185,19 @@ def describe_range(search: Search) -> list[str]:
         f"{(left - survey_seconds(left)) / 60:.1f} for training, {reserve / 60:.1f} for the final measurements; "
         f"one training step of the original takes {step:.2g} s"
     )
+    return lines
+
+
+def _validation(search: Search) -> list[str]:
+    """The number of validation images with the standard error of the metric, and a warning if they are too few."""
+    images, metric = len(search.bench.validation.images), search.bench.experiment.task.metric
+    error, allowed = search_metric.standard_error(search.reference, images), search.budget.points
+    lines = [f"validation: {images} images, on which one standard error of the {metric} is {error:.2f} points"]
+    if allowed is not None and allowed < error:
+        lines.append(
+            f"warning: the allowed drop of {allowed:g} points is smaller than this. "
+            f"{more_images(tests_chose=bool(search.folder.state.seen))}"
+        )
     return lines
 
 

@@ -40,10 +40,8 @@ def verdict_lines(front: Front) -> list[str]:
         change = best.validation - original.validation
         lines.append(f"On the {images}: {change:+.2f} points, with a standard error of {best.drop_error:.2f}.")
         if budget.points is not None and best.drop_error > budget.points:
-            lines.append(
-                "The standard error is larger than the allowed drop: use more validation images, for example with a "
-                "function as data (`--data your_file.py:function`)."
-            )
+            more = more_images(tests_chose=front.tests_chose)
+            lines.append(f"The standard error is larger than the allowed drop. {more}")
         lines += _on_test_images(front, budget)
     return [*lines, *_over_original(front), *single(front), *saturation(front), *front.advice]
 
@@ -152,6 +150,17 @@ def single(front: Front) -> list[str]:
     return [line]
 
 
+def more_images(*, tests_chose: bool) -> str:
+    """How to get more validation images.
+
+    Args:
+        tests_chose: whether half of the test images are the validation images.
+    """
+    if tests_chose:
+        return "Use more test images: half of them are the validation images."
+    return "Use more validation images, for example with a larger fraction of the training images: `--validation 0.3`."
+
+
 def saturation(front: Front) -> list[str]:
     """A line if the validation images cannot tell the best network from the original."""
     best, original = front.point(front.best), front.point(front.original)
@@ -159,7 +168,7 @@ def saturation(front: Front) -> list[str]:
         return []
     line = (
         f"The {front.validation_images} validation images cannot rank the candidates: {front.metric} is 100 % for the "
-        "original and for this network. Use more validation images."
+        f"original and for this network. {more_images(tests_chose=front.tests_chose)}"
     )
     return [line]
 
