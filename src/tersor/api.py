@@ -259,7 +259,8 @@ def compare(
 ) -> dict[str, Any]:
     """Measure two networks in a runtime: metric (such as "accuracy"), prediction agreement, file size and latency.
 
-    A `CompressionWarning` is issued if a classifier is at chance level.
+    A `CompressionWarning` is issued if a classifier is at chance level, or if the values of the images contradict the
+    normalization in the metadata of a file.
 
     Args:
         original: a network, or its ONNX file.
