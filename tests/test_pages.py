@@ -338,7 +338,8 @@ def test_the_output_of_a_block_replaces_the_text_behind_it():
 
 def test_a_notebook_has_the_prose_and_the_code(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text(
-        "# Title\n\n[Link](a.md) text.\n\n```python\nx = 1\n```\n\n```text\n1\n```\n\n![Figure](a.svg)\n\nThe end.\n"
+        "# Title\n\n[Link](a.md) text. [A\nnotebook](a.ipynb) has it.\n\n```python\nx = 1\n```\n\n```text\n1\n```\n\n"
+        "![Figure](a.svg)\n\nThe end.\n"
     )
     monkeypatch.setattr(blocks, "DOCS", tmp_path)
     cells = json.loads(blocks.notebook(["page.md"]))["cells"]
