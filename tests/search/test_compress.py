@@ -126,7 +126,7 @@ def _arguments(folder):
 
 def test_two_points_can_be_compared_by_layers_classes_and_times(without_time):
     evidence = read_evidence(without_time[0].folder)
-    assert not undocumented(evidence, "Of a search")
+    assert not undocumented(evidence, "evidence.json of a search")
     assert set(evidence["points"]) == {"original", "original-8bit"}
     floats, integers = (evidence["points"][name] for name in ("original", "original-8bit"))
     assert [layer[:3] for layer in floats["layers"]] == [["0", 16, 32], ["3", 32, 32], ["8", 10, 32]]
