@@ -162,7 +162,7 @@ def evaluate(
         typer.Option(help="task of the network: classification, segmentation, ... [default: from the recipe]"),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="number of image channels, 1 for gray images [default: from the file]")
+        int | None, typer.Option(min=1, help="number of channels, 1 for grayscale images [default: from the file]")
     ] = None,
     mean: Annotated[
         str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45 [default: from the file]")

@@ -66,7 +66,7 @@ def compress(
         str | None, typer.Option(help="metric from 0 to 1: package.module:function of (outputs, targets)")
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="number of image channels, 1 for gray images [default: 3]")
+        int | None, typer.Option(min=1, help="number of channels, 1 for grayscale images [default: 3]")
     ] = None,
     mean: Annotated[str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45")] = None,
     std: Annotated[str | None, typer.Option(help="standard deviation of each channel: 0.25,0.24,0.26")] = None,
@@ -80,7 +80,7 @@ def compress(
     pixels: Annotated[list[int] | None, typer.Option(min=8, help="another image size to try")] = None,
     augment: Annotated[
         str | None,
-        typer.Option(help="augmentation: none, flip, ... [default: crop_flip; none for gray images, flip for boxes]"),
+        typer.Option(help="augmentation: none, flip, ... [default: crop_flip; none for grayscale, flip for boxes]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="number of training images [default: all]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed")] = 0,

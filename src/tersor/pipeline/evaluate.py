@@ -58,7 +58,7 @@ class Evaluation:
     runtime: str
     """Runtime of the measurement."""
     precision: str
-    """Data type of the weights, and of products that are not quantized, such as `int8, rest float32`."""
+    """Data type of the stored weights, and of the products that stay in float, such as `int8, rest float32`."""
 
     def __str__(self) -> str:
         """ "91.20 % of 360 test images, onnxruntime in int8, rest float32"."""

@@ -79,18 +79,18 @@ def compress(
         model: a trained network, or its name: resnet56, timm:NAME, package.module:function.
         data: images, an image folder, or the name of a data set.
         weights: weights file of a `model` that is given by name.
-        budget: limits of accuracy, latency, size and search time; by default 1 point lost and 30 minutes.
+        budget: limits on accuracy, latency, size and search time; by default 1 point lost and 30 minutes.
         runtime: the runtime that files are measured in.
         students: other networks to try, as NAME or NAME=WEIGHTS.
         pixels: further resolutions to try.
-        augment: augmentation of the training images; crop_flip by default, none for gray images.
+        augment: augmentation of the training images; crop_flip by default, none for grayscale images.
         limit: number of training images; all by default.
         seed: random seed.
         task: what the network is for: classification, segmentation, ..., package.module:Task.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe has no loss of its own: to
             repeat the training with `tersor run`, write a task.
         metric: (outputs, targets) -> number from 0 to 1, where higher is better, or a torchmetrics Metric.
-        channels: number of image channels: 3 by default, 1 for gray images; see `tersor.data.load` for this and the
+        channels: number of channels: 3 by default, 1 for grayscale images; see `tersor.data.load` for this and the
             next three.
         mean: mean of each channel in [0, 1]; by default from the weights file, else computed from the training images.
         std: standard deviation of each channel in [0, 1].
