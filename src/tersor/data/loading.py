@@ -69,8 +69,8 @@ def load(
         image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
             with classes or values are resized until they cover it, and the center is cropped. Images with masks or
             boxes are resized to exactly this size, with their targets.
-        channels: 3, or 1 for grayscale images, or 4; data sets of tensors may have any number. By default 3, or those of
-            the `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.
+        channels: 3, or 1 for grayscale images, or 4; data sets of tensors may have any number. By default 3, or those
+            of the `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.
         validation: fraction of the training images to hold out, in [0, 1), stratified by class; ignored if the data
             set has validation images.
         limit: number of images to train on, stratified by class; drawn after the validation images.
