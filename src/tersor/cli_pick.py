@@ -60,7 +60,7 @@ def _write(choice: Choice, out: Path) -> None:
     if out.is_file() and choice.file.is_file() and sha256(out) == sha256(choice.file):
         return
     if out.exists():
-        raise InputError(f"{out} already exists and is not overwritten. Choose another file, or remove it.")
+        raise InputError(f"{out} already exists and will not be overwritten. Choose another file, or remove it.")
     choice.export(out)
 
 
