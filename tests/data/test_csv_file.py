@@ -78,7 +78,7 @@ def test_files_that_are_no_table(table, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load(csv=tmp_path / "none.csv")
     table("path,x", "1").write_text("path,x\n,1\n")
-    with pytest.raises(InputError, match="line 2: path is empty. Write the path of an image"):
+    with pytest.raises(InputError, match=r"line 2: path is empty\. Write the path of an image"):
         load(csv=tmp_path / "table.csv")
     table("path,x", "1").write_bytes(b"path,x\n\xff\xfe,1\n")
     with pytest.raises(InputError, match="not a CSV file in UTF-8"):

@@ -23,7 +23,7 @@ _FEW = 2
 
 
 def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, attachment: Chain) -> None:
-    """Compute the losses of a stage for one batch, so that a loss that fails is found before the training.
+    """Compute the losses of a stage for one batch, so that a loss that fails is found before training.
 
     Two images are tried first. A loss may need more, so a loss that fails for two is computed for a whole batch. The
     weights, buffers and modes of the networks stay unchanged. A user-defined method that overrides `begin` is not

@@ -27,7 +27,7 @@ _MIN_SWAPPED_IMAGES = 8
 _MIN_OTHERS = 10
 """Images of other classes from which on a network that predicts one class alone has not learned from them."""
 _SIGNIFICANCE = 0.01
-_CHECK = "Check that its weights, mean, std and image size are those of its training."
+_CHECK = "Check that its weights, mean, std and image size are those it was trained with."
 
 
 def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], task: Task = CLASSIFICATION) -> list[str]:
@@ -64,7 +64,7 @@ def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task:
         return ""
     logits, labels = found
     if len(logits) >= _MIN_IMAGES and bool((logits == logits[0]).all()):
-        return f"{name} returns the same logits for all of {len(logits)} images. {_CHECK}"
+        return f"{name} returns the same logits for all {len(logits)} images. {_CHECK}"
     if bool((labels > logits.shape[1]).any()):  # embeddings; one more than the last class are classes from 1
         return ""
     labelled = (labels >= 0) & (labels < logits.shape[1])
