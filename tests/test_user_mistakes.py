@@ -405,7 +405,7 @@ def test_however_a_forward_is_spelled_it_is_quantized_and_pruned(spelling):
             lambda net, x: net.inner(x) if x.sum() > 0 else -net.inner(x),
             r"branches on the values of a tensor \(test_user_mistakes\.py, line \d+: .*x\.sum\(\) > 0",
         ),
-        (lambda net, x: net.inner(x) if len(x) == 2 else 2 * net.inner(x), "its forward fixes the batch size"),
+        (lambda net, x: net.inner(x) if len(x) == 2 else 2 * net.inner(x), "its forward method fixes the batch size"),
         (lambda net, x: net.named["class"](x), r"named\.class is a Python keyword"),
     ],
 )

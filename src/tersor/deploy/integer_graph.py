@@ -163,7 +163,7 @@ def to_integer_graph(model: fx.GraphModule) -> nn.Module:
 
 
 def _keep_read_tensors(plain: nn.Module, graph: fx.Graph, replaced: Container[str]) -> None:
-    """Keep float copies of those tensors of replaced layers that the forward reads directly.
+    """Keep float copies of those tensors of replaced layers that the forward method reads directly.
 
     It may read the values of a shared weight, or only a dtype (`x.to(self.conv.weight.dtype)`).
     """

@@ -191,7 +191,7 @@ def source_of(node: fx.Node) -> fx.Node:
 
 
 def quantizable(graph: fx.GraphModule) -> set[str]:
-    """Names of the layers that a runtime can compute in integers: those with a node and with torch's own forward.
+    """Names of the layers that a runtime can compute in integers: those with a node and with torch's own `forward`.
 
     A layer with forward hooks may have other inputs and outputs than its weight suggests.
     """
@@ -200,7 +200,7 @@ def quantizable(graph: fx.GraphModule) -> set[str]:
 
 
 def _is_a(node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether `node` calls a module of one of these kinds with torch's own forward."""
+    """Whether `node` calls a module of one of these kinds with torch's own forward method."""
     module = layer_of(node)
     return isinstance(module, kinds) and is_plain(module)
 

@@ -236,7 +236,7 @@ def check_terms(terms: Sequence[object], owner: str = "") -> None:
         if not isinstance(term, LossTerm):
             raise InputError(
                 f"{owner}one of the terms is of type {cls}. Write a class derived from "
-                "tersor.training.objective.LossTerm with a `name` and a forward(batch, student, teacher)."
+                "tersor.training.objective.LossTerm with a `name` and a method forward(batch, student, teacher)."
             )
         if "_modules" not in vars(term):
             raise InputError(f"{owner}{without_init(term)}")

@@ -101,13 +101,13 @@ def _probabilities(name: str, logits: Tensor) -> str:
     if (logits >= 0).all() and (sums - 1).abs().max() < _SUM_TOLERANCE:
         return (
             f"{name} returns probabilities: its outputs for every image sum to {sums.mean():.3f}. Soft targets need "
-            "logits: remove the softmax from its forward."
+            "logits: remove the softmax from its forward method."
         )
     logs = logits.logsumexp(1)
     if (logits <= 0).all() and logs.abs().max() < _SUM_TOLERANCE:
         return (
             f"{name} returns log-probabilities: the exponentials of its outputs sum to {logs.exp().mean():.3f} for "
-            "every image. Methods that compare logits need logits: remove the log_softmax from its forward."
+            "every image. Methods that compare logits need logits: remove the log_softmax from its forward method."
         )
     return ""
 
