@@ -6,9 +6,9 @@ A runtime uses an integer operator only if its fusion finds quantized values in 
   (convolution + BatchNorm + activation; addition + activation; pooling) gets a quantizer.
 * OpenVINO fuses a residual addition into the convolution before it, and keeps the sum in float until it is rounded
   once; a quantizer between the two prevents the fusion.
-* ONNX Runtime multiplies two quantized activations (attention) in integers, and returns float. A quantizer behind the
+* ONNX Runtime multiplies two quantized activations (attention) in integers, and returns float. A quantizer after the
   scores costs more time than it saves, so there is none. OpenVINO computes attention in one float kernel, which
-  quantizers would divide; there it stays in float.
+  quantizers would split; there it stays in float.
 
 Operators that only move values (reshape, slicing, zero padding, max pooling) keep the grid of their input: rounding to
 the same grid twice changes nothing, and the runtime finds an integer operator.
