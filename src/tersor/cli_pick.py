@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def pick(
-    folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="folder that `tersor compress` wrote", show_default=False)],
     max_drop: MaxDrop = None,
     latency: Annotated[
         str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms")
