@@ -104,7 +104,7 @@ def prune(
 
     Args:
         model: a trained network; it is not changed.
-        example: normalized images (N, C, H, W), or batches of them; a few hundred are enough, and at most 1,024 are used.
+        example: normalized images (N, C, H, W), or batches of them. A few hundred are enough; at most 1,024 are used.
         keep_macs: largest fraction of the MACs to keep; 0.5 by default.
         keep_latency: largest fraction of the latency to keep, instead of `keep_macs`; it is measured at batch size 1 in
             `runtime`, which takes about a minute.

@@ -217,7 +217,7 @@ def test_without_batch_norms_adamw_trains_and_without_maps_there_is_no_feature_l
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     stage = staged(plain, plain, settled=True)
     assert (stage.optimizer.name, stage.optimizer.weight_decay) == ("adamw", 0.05)
-    assert stage.optimizer.learning_rate == pytest.approx(0.02 * 0.02 * 0.4), "after longer trainings"
+    assert stage.optimizer.learning_rate == pytest.approx(0.02 * 0.02 * 0.4), "after longer training runs"
     assert methods_of(stage).keys() == {"SoftTargets"}
 
 

@@ -184,7 +184,7 @@ def _place(error: BaseException) -> str:
 
 
 def place_in(stack_trace: str) -> str:
-    """File, line and code of the innermost frame of the user in a stack trace; empty if there is none."""
+    """File, line and code of the user's innermost frame in a stack trace; empty if there is none."""
     return _innermost(_frames(stack_trace))
 
 

@@ -89,7 +89,7 @@ def why_not_trained(search: Search, record: Record) -> str:
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:
-    """Changes of the original that no other one dominates, without those that have lost most of the metric."""
+    """Changes of the original that no other change dominates, without those that have lost most of the metric."""
     kept = {point.name for point in front(record.point for record in inherited)}
     best = [record for record in inherited if record.point.name in kept]
     return [record for record in best if record.point.validation >= _PROMISING * search.reference] or best

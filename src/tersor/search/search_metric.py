@@ -26,7 +26,7 @@ class Measured:
     """The metric of a file.
 
     Attributes:
-        metric: in percent.
+        metric: the metric in percent.
         right: whether the class of each image is right (N,); None if the metric is not the accuracy.
     """
 
@@ -139,7 +139,7 @@ def error_of_drop(
     Args:
         right: whether the class of each image is right (N,).
         original: the same for the original (N,).
-        metric: in percent, for metrics other than the accuracy.
+        metric: the metric in percent, for metrics other than the accuracy.
         images: N.
     """
     if right is None or original is None or len(right) != len(original):

@@ -43,7 +43,7 @@ class Placement:
 
     Attributes:
         workers: number of processes.
-        address: of a Ray cluster; a cluster of this machine's cores by default.
+        address: address of a Ray cluster; a cluster of this machine's cores by default.
     """
 
     workers: int
