@@ -295,7 +295,7 @@ def caught_by(tree: Path, wanted: Break, tests: Sequence[str], *, whole: bool) -
     Args:
         tree: a checkout.
         wanted: the break.
-        tests: to try instead of those that mirror the module, if any.
+        tests: tests to try instead of those that mirror the module, if any.
         whole: whether to try all of `make test` afterwards.
     """
     phases = {"mirror": list(tests) or mirrors(tree, wanted.file), "whole": WHOLE}

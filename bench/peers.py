@@ -130,7 +130,7 @@ def torchao_training(network: nn.Module, images: Tensor) -> nn.Module:
     """Prepare a network for PT2E's quantization-aware training with torchao's x86 quantizer, 8 bits.
 
     Args:
-        network: in training mode.
+        network: a network in training mode.
         images: a batch (N, C, H, W) of the size used in training.
     """
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e

@@ -248,7 +248,7 @@ def accuracy_of_the_original() -> float:
 
 
 def report_accuracy(contender: Contender, times: float, seed: int, steps: int, budget: str) -> Path:
-    """Write the row of one training; return its folder."""
+    """Write the row of one training run; return its folder."""
     path = made(contender, times, seed, steps)
     identity = {"kind": "accuracy", "contender": contender.name, "times": times, "budget": budget, "seed": seed}
     identity |= {"steps": steps, "learning_rate": contender.training().optimizer.learning_rate}

@@ -170,7 +170,7 @@ def ladder(rung: str, bits: int, activation_bits: int, seed: int) -> None:
 
 
 def trained(name: str, *, again: bool) -> None:
-    """Write the row of one training; `again`: also if only another machine has one."""
+    """Write the row of one training run; `again`: also if only another machine has one."""
     identity = {"kind": "trained", "contender": name, "epochs": EPOCHS}
     if rows.known(RESULT, identity, anywhere=not again):
         return
@@ -316,7 +316,7 @@ def main() -> None:
         nargs="+",
         default=[],
         choices=list(TRAINING),
-        help="trainings to repeat although another machine has rows",
+        help="training runs to repeat although another machine has rows",
     )
     parser.add_argument("--table", action="store_true", help="only print existing rows")
     chosen = parser.parse_args()

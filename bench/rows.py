@@ -83,10 +83,10 @@ def add(name: str, identity: Mapping[str, Any], numbers: Mapping[str, Any], seed
     """Write one row, replacing an older one of the same identity and machine.
 
     Args:
-        name: of the file of results.
+        name: name of the file of results.
         identity: what was measured; plain JSON values.
         numbers: the results, including `n` and `spread`.
-        seeds: of everything that was drawn.
+        seeds: seeds of everything that was drawn.
     """
     assert {"n", "spread"} <= set(numbers), "a number without n and spread is no evidence"
     here = machine()

@@ -30,7 +30,7 @@ REPETITIONS = 3
 
 
 class Sleeper:
-    """A worker whose trainings only take time."""
+    """A worker whose training runs only take time."""
 
     def train(self, candidate: Candidate, training: Training, files: Files) -> Outcome:
         """Sleep as long as the training would take."""

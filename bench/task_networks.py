@@ -175,11 +175,11 @@ class Subject:
         network: in words.
         model: as in a recipe, without weights.
         data: images and targets.
-        name: of the data, as in a recipe.
-        epochs: of the original's training.
-        learning_rate: of AdamW, for the original; fine-tuning takes a third.
+        name: name of the data, as in a recipe.
+        epochs: epochs of the original's training.
+        learning_rate: learning rate of AdamW, for the original; fine-tuning takes a third.
         taught: whether it has logits, so that it can learn from its own soft targets.
-        seeds: of the training.
+        seeds: seeds of the training runs.
     """
 
     task: str

@@ -40,7 +40,7 @@ def run(page: str, namespace: dict[str, Any], after: Callable[[int], None] | Non
 
     Args:
         page: path in docs/.
-        namespace: of all blocks; the blocks add to it.
+        namespace: namespace of all blocks; the blocks add to it.
         after: called with the number of each block that was run.
     """
     printed: list[str] = []

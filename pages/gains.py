@@ -126,7 +126,7 @@ _distillation = partial(
     "A ResNet-20 with a trained ResNet-56 as the teacher, 20 epochs of 10,000 images of CIFAR-10.",
     "distillation",
     reference={"kind": "accuracy", "contender": "alone"},
-    reference_name="the same student trained with the labels only",
+    reference_name="the same student trained on the labels only",
     cost_of="Training on 2 threads of an AMD EPYC",
 )
 

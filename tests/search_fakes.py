@@ -73,7 +73,7 @@ class FakeBench:
         interrupt_at: number of the piece of work that Ctrl-C interrupts.
         broken: names of candidates that cannot be built.
         rounding: points that quantization costs, unless the last stage quantizes.
-        given: the stages of every training, interrupted ones included, with the name of the candidate.
+        given: the stages of every training run, interrupted ones included, with the name of the candidate.
         settled: whether each planned training is shorter than those before it.
     """
 

@@ -141,7 +141,7 @@ def test_a_network_with_other_settings_is_not_loaded(tmp_path):
 def test_a_submodule_named_self_is_refused():
     model = Parts()
     model.add_module("self", nn.Identity())
-    with pytest.raises(InputError, match="a submodule named 'self'"):
+    with pytest.raises(InputError, match=r"a submodule named 'self', .*\. Rename it\."):
         capture(model.eval(), IMAGES)
 
 

@@ -405,7 +405,7 @@ def test_however_a_forward_is_spelled_it_is_quantized_and_pruned(spelling):
             lambda net, x: net.inner(x) if x.sum() > 0 else -net.inner(x),
             r"branches on the values of a tensor \(test_user_mistakes\.py, line \d+: .*x\.sum\(\) > 0",
         ),
-        (lambda net, x: net.inner(x) if len(x) == 2 else 2 * net.inner(x), "its forward fixes the batch size"),
+        (lambda net, x: net.inner(x) if len(x) == 2 else 2 * net.inner(x), "its forward method fixes the batch size"),
         (lambda net, x: net.named["class"](x), r"named\.class is a Python keyword"),
     ],
 )
@@ -444,7 +444,8 @@ def test_a_file_that_cannot_be_right_is_refused(run, message, tmp_path):
     ("options", "message"),
     [
         ({"classes": "abcdefghij"}, "Pass a list of names"),
-        ({"classes": ["a"] * 10}, "distinct strings"),
+        ({"classes": ["a"] * 10}, "classes contains 'a' twice. Pass distinct strings"),
+        ({"classes": ["a", 1]}, "classes contains 1, which is not a string. Pass distinct strings"),
         ({"pixels": ([0.5] * 3, [-1.0] * 3)}, "the second above 0"),
         ({"pixels": [0.5] * 3}, "two lists of 3 numbers"),
         ({"pixels": ([127.0] * 3, [60.0] * 3)}, "not in 0 to 255"),

@@ -104,7 +104,7 @@ def prune(
 
     Args:
         model: a trained network; it is not changed.
-        example: normalized images (N, C, H, W), or batches of them; a few hundred, at most 1,024 are used.
+        example: normalized images (N, C, H, W), or batches of them. A few hundred are enough; at most 1,024 are used.
         keep_macs: largest fraction of the MACs to keep; 0.5 by default.
         keep_latency: largest fraction of the latency to keep, instead of `keep_macs`; it is measured at batch size 1 in
             `runtime`, which takes about a minute.
@@ -164,9 +164,9 @@ def distill(
         epochs: passes over `loader`.
         temperature: temperature T of the softened outputs.
         loss_weight: weight of the loss between student and teacher.
-        label_weight: weight of the task's loss, such as the cross entropy with the labels.
+        label_weight: weight of the task's loss, such as the cross entropy on the labels.
         optimizer: SGD with momentum, or AdamW; usually the one that the teacher was trained with.
-        learning_rate: peak of the learning rate, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
+        learning_rate: peak learning rate, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
         progress: receives the progress.
         task: the task of the networks; by default classification if they return logits (N, classes), else distance.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
@@ -198,7 +198,7 @@ def export(
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     batch: int | None = None,
 ) -> Path:
-    """Write a network to one ONNX file and compare its outputs in `runtime` with torch on `example`.
+    """Write a network to one ONNX file and compare its outputs in `runtime` with those in torch, on `example`.
 
     A `CompressionWarning` is issued if the outputs differ by more than usual, or if `quantize` was called with another
     runtime.

@@ -153,7 +153,9 @@ def sensitivity(
 @app.command("eval")
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="folder of a run or a search, or ONNX file", show_default=False)],
-    data: Annotated[str | None, typer.Option(help="image folder or data set [default: from the recipe]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="image folder, CSV file, data set or file.py:function [default: from the recipe]")
+    ] = None,
     runtime: Annotated[
         str | None, typer.Option(help="onnxruntime or openvino [default: as in the recipe or file]")
     ] = None,
@@ -167,8 +169,8 @@ def evaluate(
     mean: Annotated[
         str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45 [default: from the file]")
     ] = None,
-    std: Annotated[str | None, typer.Option(help="standard deviation of each channel [default: from the file]")] = None,
-    image_size: Annotated[str | None, typer.Option(help="size of the images [default: from the file]")] = None,
+    std: Annotated[str | None, typer.Option(help="standard deviation: 0.25,0.24,0.26 [default: from the file]")] = None,
+    image_size: Annotated[str | None, typer.Option(help="size: 224, or height,width [default: from the file]")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure an artifact on test images in its runtime: accuracy, or the metric of its task."""

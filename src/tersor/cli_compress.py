@@ -50,7 +50,7 @@ def compress(
     model: Annotated[
         str, typer.Argument(help="trained network: resnet56, timm:NAME, net.py:function, ...", show_default=False)
     ],
-    data: Annotated[str, typer.Option(help="image folder or data set", show_default=False)],
+    data: Annotated[str, typer.Option(help="image folder, CSV file, data set or file.py:function", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
     max_drop: MaxDrop = None,
     latency: Annotated[
@@ -73,7 +73,7 @@ def compress(
     image_size: Annotated[str | None, typer.Option(help="size of the images: 224, or height,width")] = None,
     validation: Annotated[
         float | None,
-        typer.Option(help="fraction of the training images to hold out [default: 0.1, or 0.25 of fewer than 2,000]"),
+        typer.Option(help="fraction of the training images to hold out [default: 0.1; 0.25 for fewer than 2,000]"),
     ] = None,
     time: Annotated[str, typer.Option(help="search time: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
@@ -195,7 +195,7 @@ def front_tables(front: Front, best: str = "model.onnx") -> Iterator[Table]:
     threads = f"{front.machine.threads} thread{'' if front.machine.threads == 1 else 's'}"
     title = f"{front.machine.cpu}, {threads}, {front.minutes_used:.1f} minutes"
     caption = (
-        f"* = {best}. ± is half of the 95 % interval of a latency relative to the original. "
+        f"* = {best}. ± is half the width of the 95 % interval of a latency relative to the original. "
         "All choices were made on validation images."
     )
     free = {point.name for point in front.baselines}

@@ -19,7 +19,7 @@ Document = Literal["recipe", "results", "eval", "bench", "pick", "sensitivity", 
 _SHOWN = 10
 _SPARSE = 0.001
 """Share of zero weights from which it is shown."""
-_COSTS = (("MB", "bytes", 1e6), ("million MACs", "macs", 1e6), ("giga bit operations", "bit_operations", 1e9))
+_COSTS = (("MB", "bytes", 1e6), ("million MACs", "macs", 1e6), ("billion bit operations", "bit_operations", 1e9))
 
 
 def schema_of(document: Document) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def pick(
-    folder: Annotated[Path, typer.Argument(help="folder of `tersor compress`", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="folder that `tersor compress` wrote", show_default=False)],
     max_drop: MaxDrop = None,
     latency: Annotated[
         str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms")
@@ -60,7 +60,7 @@ def _write(choice: Choice, out: Path) -> None:
     if out.is_file() and choice.file.is_file() and sha256(out) == sha256(choice.file):
         return
     if out.exists():
-        raise InputError(f"{out} already exists and is not overwritten. Choose another file, or remove it.")
+        raise InputError(f"{out} already exists and will not be overwritten. Choose another file, or remove it.")
     choice.export(out)
 
 

@@ -175,7 +175,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(out, name):
 
 def test_a_folder_without_a_network_is_refused(tmp_path):
     out = write_folder(tmp_path / "out", lambda folder: (folder / "a.txt").write_text("a") and None)
-    with pytest.raises(InputError, match=r"holds no model\.onnx, only a\.txt"):
+    with pytest.raises(InputError, match=r"holds no model\.onnx, only a\.txt\. Pass the folder of a run"):
         read_artifact(out)
 
 

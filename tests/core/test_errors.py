@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import difflib
 
-from tersor.core.errors import nearest, unknown
+from tersor.core.errors import NonFiniteLoss, nearest, unknown
 
 
 def test_two_swapped_letters_come_before_other_similar_names():
@@ -13,6 +13,13 @@ def test_two_swapped_letters_come_before_other_similar_names():
 def test_without_a_similar_name_there_is_no_hint():
     assert nearest("resnet", ["ptq", "qat"]) is None
     assert str(unknown("method", "resnet", ["qat", "ptq"])) == "unknown method 'resnet'. Possible: ptq, qat."
+
+
+def test_a_loss_of_another_process_has_no_name():
+    later, first = (NonFiniteLoss(step, "", float("nan"), 0.1, None) for step in (4, 1))
+    assert str(later).startswith("a loss of another process is nan at step 4, with a learning rate of 0.1.")
+    assert str(first).startswith("a loss of another process is nan before any update of the weights.")
+    assert str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None)).startswith("the loss 'labels' is nan at step 4")
 
 
 def test_a_python_file_needs_the_name_of_a_function_in_it(tmp_path, monkeypatch):

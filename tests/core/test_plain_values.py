@@ -39,24 +39,24 @@ def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
             lambda: SoftTargets(tempeature=4),
             "unknown parameter of SoftTargets 'tempeature'. Did you mean 'temperature'? Possible: label_weight, loss_",
         ),
-        (lambda: SoftTargets(temperature="hot"), "temperature should be a number, given 'hot'."),
-        (lambda: SoftTargets("hot"), "temperature should be a number, given 'hot'."),
+        (lambda: SoftTargets(temperature="hot"), "temperature should be a number, got 'hot'."),
+        (lambda: SoftTargets("hot"), "temperature should be a number, got 'hot'."),
         (
             lambda: SoftTargets(1, 1, 1, False, 5),
-            "SoftTargets takes 4 values: temperature, loss_weight, label_weight, standardize. More are given.",
+            "SoftTargets takes 4 values: temperature, loss_weight, label_weight, standardize. More were given.",
         ),
         (lambda: PTQ(bits=9, first_last_bits=2.5), "bits is 9. Possible: 2 to 8.\nfirst_last_bits should be a whole"),
-        (lambda: ChannelPruning(scope="glob"), "scope should be 'layer' or 'global', given 'glob'. Did you"),
+        (lambda: ChannelPruning(scope="glob"), "scope should be 'layer' or 'global', got 'glob'. Did you"),
         (lambda: Training(optimizer={"nme": "sgd"}), "unknown parameter of Training.optimizer 'nme'. Did you mean"),
-        (lambda: Training(optimizer={"name": "adamx"}), "optimizer.name should be 'sgd' or 'adamw', given 'adamx'."),
-        (lambda: Training(optimizer="sgd"), "optimizer should be a mapping or OptimizerOptions, given 'sgd'."),
-        (lambda: LearningRateSchedule(milestones=(0.5, 2)), "milestones.1 should be less than 1, given 2."),
+        (lambda: Training(optimizer={"name": "adamx"}), "optimizer.name should be 'sgd' or 'adamw', got 'adamx'."),
+        (lambda: Training(optimizer="sgd"), "optimizer should be a mapping or OptimizerOptions, got 'sgd'."),
+        (lambda: LearningRateSchedule(milestones=(0.5, 2)), "milestones.1 should be less than 1, got 2."),
         (lambda: Recipe(model={"name": "resnet20"}), "Recipe needs data.\nRecipe needs stages."),
         (lambda: Stage(name="a", methods=["pqt"]), "unknown method 'pqt'. Did you mean 'ptq'?"),
         (lambda: Stage(name="a", methods=[{"ptq": {"bit": 4}}]), "Stage has no parameter methods.0.ptq.bit."),
-        (lambda: Stage(name="a b"), "a stage name may contain letters, digits, - and _, given 'a b'."),
+        (lambda: Stage(name="a b"), "a stage name may contain letters, digits, - and _, got 'a b'."),
         (lambda: DataSource(name="digits", image_size="big"), "image_size should be a whole number or a list, given"),
-        (lambda: Network(name=""), "name should be text that is not empty, given ''."),
+        (lambda: Network(name=""), "name should be text that is not empty, got ''."),
         (lambda: tasks.build("segmentation", num_clases=3), "unknown parameter of Segmentation 'num_clases'."),
     ],
 )  # fmt: skip
@@ -67,7 +67,7 @@ def test_an_invalid_value_is_one_line(make, message):
 
 
 def test_records_take_values_by_name():
-    with pytest.raises(InputError, match=r"Target takes values by name, given 'openvino'. Names: runtime, "):
+    with pytest.raises(InputError, match=r"Target takes values by name, got 'openvino'. Names: runtime, "):
         Target("openvino")
 
 

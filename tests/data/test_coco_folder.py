@@ -69,8 +69,14 @@ def changed(**changes):
         (changed(images=[]), "images: List should have at least 1 item"),
         (changed(annotations=[{"image_id": 5, "category_id": 3, "bbox": [1]}]), "annotations.0.bbox"),
         (changed(images=[{"id": 5, "file_name": "z.png"}]), r"the image 'z\.png' .* is in none of"),
-        (content([(5, "a.png")], [(8, 3, [0, 0, 1, 1], 0)]), "image_id 8, which it does not list"),
-        (content([(5, "a.png")], [(5, 4, [0, 0, 1, 1], 0)]), "category_id 4, which it does not list"),
+        (
+            content([(5, "a.png")], [(8, 3, [0, 0, 1, 1], 0)]),
+            "image_id 8, which is not among its images. Remove the annotation",
+        ),
+        (
+            content([(5, "a.png")], [(5, 4, [0, 0, 1, 1], 0)]),
+            "category_id 4, which is not among its categories. Remove the annotation",
+        ),
         (content([(5, "a.png"), (6, "b.png")], [(6, 3, [0, 0, 30, 1], 0)]), r"b\.png has the box .* outside"),
         (content([(5, "a.png")], [(5, 3, [9, 9, -4, 2], 0)]), r"a\.png has a box of -4x2 pixels"),
         (changed(categories=[{"id": 3, "name": "cow"}]), "different categories"),

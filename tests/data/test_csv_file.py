@@ -61,8 +61,8 @@ def test_several_classes(table):
         ("path,class,x", ["cat,1"], "has the columns class, x"),
         ("path,x", ["1", "two"], "line 3: could not convert .*'two'. Write numbers"),
         ("path,x", ["1", "nan"], "line 3: a value is not finite"),
-        ("path,x", ["1", "1,2"], "line 3: expected 2 cells: path, x"),
-        ("path,x,y", ["1"], "line 2: expected 3 cells"),
+        ("path,x", ["1", "1,2"], "line 3 has 3 cells. Write 2: path, x"),
+        ("path,x,y", ["1"], "line 2 has 2 cells. Write 3: path, x, y"),
         ("path,class", ["cat", "cat;dog"], "line 3: class is 'cat;dog'. Write one class, or call the column classes"),
         ("path,class", ["cat", ""], "line 3: class is ''"),
         ("path,split,x", ["training,1"], "split is 'training'. Possible: train, val, test"),
@@ -77,6 +77,9 @@ def test_tables_that_cannot_be_used(table, header, cells, words):
 def test_files_that_are_no_table(table, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load(csv=tmp_path / "none.csv")
+    table("path,x", "1").write_text("path,x\n,1\n")
+    with pytest.raises(InputError, match=r"line 2: path is empty\. Write the path of an image"):
+        load(csv=tmp_path / "table.csv")
     table("path,x", "1").write_bytes(b"path,x\n\xff\xfe,1\n")
     with pytest.raises(InputError, match="not a CSV file in UTF-8"):
         load(csv=tmp_path / "table.csv")

@@ -93,8 +93,8 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "given none"),
-        ({"name": "digits", "folder": "."}, "given folder and name"),
+        ({}, "got none"),
+        ({"name": "digits", "folder": "."}, "got folder and name"),
         ({"folder": ".", "root": "."}, "root is used only with name"),
         ({"name": "digits", "validation": 1}, "validation is 1"),
         ({"name": "digits", "validation": -0.1}, "validation is -0.1"),

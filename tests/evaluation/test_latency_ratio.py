@@ -56,4 +56,4 @@ def test_the_ratio_of_measured_times_is_returned_and_reported(runtime, monkeypat
     assert less == pytest.approx(small / middle)
     assert more == pytest.approx(large / middle)
     for line, value in zip(recorded.lines, (less, more), strict=True):
-        assert f"at batch 1 in {runtime}, {value:.3f} of the original's" in line
+        assert f"at batch 1 in {runtime}, {value:.3f} times the original's" in line

@@ -34,7 +34,7 @@ class Kind:
     """One kind of file.
 
     Attributes:
-        name: of the kind.
+        name: name of the kind.
         seeds: whole files; several parts of one where it is a folder.
         mutate: a seed that was changed.
         read: reads it in an empty folder; raises InputError, or nothing.

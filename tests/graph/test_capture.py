@@ -296,7 +296,7 @@ class Loops(nn.Module):
             r"BranchesOnValues cannot be captured: .* of a tensor \(test_capture.py, line \d+: return x if.*Compress",
         ),
         (NeedsTwo, r"NeedsTwo does not run on images \(3, 8, 8\) of float32: tuple index out of range"),
-        (Loops, r"the graph of Loops cannot be captured: its forward fixes the batch size.*it loops"),
+        (Loops, r"the graph of Loops cannot be captured: its forward method fixes the batch size.*it loops"),
     ],
 )
 def test_what_cannot_be_captured_is_an_error_and_stays_unchanged(kind, message, capfd):
@@ -454,7 +454,7 @@ def test_hooks_and_forwards_of_the_outermost_module_are_refused(what):
         model.register_forward_hook(lambda _, __, found: found + 1)
     else:
         model.register_forward_pre_hook(lambda _, given: (given[0] + 1,))
-    with pytest.raises(InputError, match="a forward was set on the instance, or forward hooks"):
+    with pytest.raises(InputError, match="a forward method was set on the instance, or forward hooks"):
         capture(model, SMALL)
     outer = nn.Sequential(model).eval()
     assert torch.equal(capture(outer, SMALL)(SMALL), outer(SMALL))

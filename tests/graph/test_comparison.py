@@ -71,7 +71,7 @@ def test_a_rewrite_that_moves_outputs_is_undone_and_named():
     before = copy.deepcopy(model.state_dict())
     said = undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1.1), "the rewrite")
     assert said is not None
-    assert said.startswith("the rewrite is undone: it changed the outputs by")
+    assert said.startswith("the rewrite was undone: it changed the outputs by")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1 + 1e-6), "the rewrite") is None
     assert not torch.equal(model[0].weight, before["0.weight"])
@@ -131,7 +131,7 @@ def test_equalisation_that_is_not_exact_is_undone_and_named(monkeypatch):
     monkeypatch.setattr("tersor.methods.ptq.equalize", wrong)
     attached = PTQ(equalize=True).attach(model, AttachContext(data=iter([IMAGES])))
     attached.begin()
-    assert any(note.startswith("cross-layer equalization is undone") for note in attached.notes)
+    assert any(note.startswith("cross-layer equalization was undone") for note in attached.notes)
     assert torch.equal(attached.model.get_submodule("1").weight, state["1.weight"])
 
 

@@ -144,7 +144,7 @@ class Buffers(nn.Module):
         return F.batch_norm(x, self.mean, self.var)
 
 
-@pytest.mark.filterwarnings("ignore:the forward of Sequential draws random numbers")
+@pytest.mark.filterwarnings("ignore:the forward method of Sequential draws random numbers")
 @pytest.mark.parametrize(
     ("build", "operator"),
     [

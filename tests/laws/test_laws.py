@@ -71,7 +71,7 @@ def attached(method, steps=STEPS, learned=None):
 
 
 def trained(method, learned=None, **training):
-    """The network after a short training with the method."""
+    """The network after a short training run with the method."""
     experiment, attachment = attached(method, learned=learned)
     attachment.begin()
     stage = recipe(method, **training).stages[0]
@@ -82,14 +82,14 @@ def trained(method, learned=None, **training):
 
 @functools.cache
 def trained_example(name, optimizer="sgd"):
-    """The network after a short training with the example of a method and accumulated gradients; only to be read."""
+    """The network after a short training run with a method's example and accumulated gradients; only to be read."""
     options = {"optimizer": {"name": optimizer, "learning_rate": 0.01}, "accumulate": 2}
     return trained(build_method(name, "example"), **options)[1]
 
 
 @functools.cache
 def trained_without_methods():
-    """The network after a short training on the labels; only to be read."""
+    """The network after a short training run on the labels; only to be read."""
     experiment = experiment_of(recipe())
     attachment = chain([], experiment.model, AttachContext())
     stage = experiment.recipe.stages[0]

@@ -352,9 +352,9 @@ def test_a_latency_is_one_of_the_network_with_its_branches(model):
 
 
 def test_more_branches_than_there_are_is_told(model):
-    with pytest.raises(InputError, match=r"branches: 10 .*: 9: layer1\.0\.conv1 to layer1\.0\.bn2 "):
+    with pytest.raises(InputError, match=r" has 9 that can be removed: layer1\.0\.conv1 to layer1\.0\.bn2 \.\.\. "):
         attached(model, branches=10)
-    with pytest.raises(InputError, match=r": none\. Write fewer"):
+    with pytest.raises(InputError, match=r"has none that can be removed\. Write branches: 0\."):
         ChannelPruning(branches=1).attach(
             nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), AttachContext(data=[IMAGES])
         )

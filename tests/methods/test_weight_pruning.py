@@ -272,7 +272,7 @@ def test_what_just_fits_is_not_refused(model, options):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"granularity": "1:4", "sparsity": 0.5}, "has a sparsity of 0.75, given 0.5"),
+        ({"granularity": "1:4", "sparsity": 0.5}, "fixes the sparsity at 0.75, but sparsity is 0.5. Leave out"),
         ({"granularity": "2:4", "scope": "global"}, "Leave out scope: global"),
         ({"granularity": "2:7"}, "whose number of input channels is a multiple of 7"),
         ({"floor": 0.1}, "Write scope: global"),

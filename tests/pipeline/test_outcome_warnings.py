@@ -44,8 +44,8 @@ def said(function, *arguments, **options):
     ("scale", "labels", "words"),
     [
         (1.0, LABELS, []),
-        (0.0, LABELS, ["the quantized network returns the same logits for all of 60 images"]),
-        (0.0, None, ["the quantized network returns the same logits for all of 60 images"]),
+        (0.0, LABELS, ["the quantized network returns the same logits for all 60 images"]),
+        (0.0, None, ["the quantized network returns the same logits for all 60 images"]),
         (1.0, LABELS.roll(1), []),
         (1.0, LABELS[torch.randperm(60, generator=torch.Generator().manual_seed(1))], ["% of 60 labeled images"]),
     ],
@@ -65,7 +65,7 @@ def test_compare_warns_of_the_first_file_at_chance_level():
     warn = outcome_warnings.warn_of_chance
     (found,) = said(warn, CLASSIFICATION, {"original": constant, "artifact": constant}, LABELS, logits)
     assert found.startswith("original: 33.3 % of 60 labeled images are classified correctly: class 0 is predicted for")
-    assert found.endswith("image size are those of its training.")
+    assert found.endswith("image size are those it was trained with.")
     (found,) = said(warn, CLASSIFICATION, {"original": right, "artifact": constant}, LABELS, logits)
     assert found.startswith("artifact: 33.3 %")
     assert found.endswith("Compress less, train longer, or fine-tune with a smaller learning rate.")

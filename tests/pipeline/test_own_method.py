@@ -1,4 +1,4 @@
-"""Methods of the user: the example of the documentation, zeros without a mask, and methods that tersor refuses."""
+"""User-defined methods: the example of the documentation, zeros without a mask, and methods that tersor refuses."""
 
 from __future__ import annotations
 

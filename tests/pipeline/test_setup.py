@@ -1,4 +1,4 @@
-"""What a recipe needs before any training: networks, data, normalization, and what does not fit together."""
+"""What a recipe needs before any training: networks, data, normalization, and what does not match."""
 
 import dataclasses
 from types import SimpleNamespace

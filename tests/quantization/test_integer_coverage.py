@@ -317,7 +317,7 @@ def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
     ("first", "reason"),
     [
         (nn.Conv2d(3, 3, 1), "it is called from within Sequential, which is not traced"),
-        (SameConv(3, 3, 3), "SameConv is a subclass with its own forward"),
+        (SameConv(3, 3, 3), "SameConv is a subclass with its own forward method"),
         (nn.ConvTranspose2d(3, 3, 1), TRANSPOSED),
         (
             Applied(nn.GRU(8, 8, batch_first=True), lambda layer, x: layer(x[:, 0])[0]),
@@ -326,7 +326,7 @@ def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
         (Applied(nn.Bilinear(8, 8, 8), lambda layer, x: layer(x, x)), "Bilinear is not supported"),
         (
             Applied(nn.Linear(8, 8), lambda layer, x: x @ layer.weight),
-            "the forward of Applied reads the weights directly",
+            "the forward method of Applied reads the weights directly",
         ),
     ],
 )

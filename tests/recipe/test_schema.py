@@ -170,9 +170,9 @@ def test_a_parameter_of_two_types_is_one_problem():
             parse(with_methods(f"[{{'{OWN}': {{{parameters}}}}}]"), "recipe.yaml")
         return str(caught.value)
 
-    assert mistake("layers: 3").endswith("layers should be text or a list, given 3. Put it in quotes to make it text.")
-    assert mistake("layers: [a, 3]").endswith(".layers.1 should be text, given 3. Put it in quotes to make it text.")
-    assert mistake("rates: [x]").endswith("rates.0 should be a number, given the text 'x'.")  # the list is long enough
+    assert mistake("layers: 3").endswith("layers should be text or a list, got 3. Put it in quotes to make it text.")
+    assert mistake("layers: [a, 3]").endswith(".layers.1 should be text, got 3. Put it in quotes to make it text.")
+    assert mistake("rates: [x]").endswith("rates.0 should be a number, got the text 'x'.")  # the list is long enough
 
 
 def test_overrides(tmp_path: Path):
@@ -208,14 +208,14 @@ def test_overrides(tmp_path: Path):
         ("stagez.0.epochs=3", "unknown key 'stagez'. Did you mean 'stages'? Possible: checkpoint_every,"),
         ("stages.0.epoch=3", "unknown key 'epoch'. Did you mean 'epochs'? Possible: accumulate,"),
         ("stages.0.epochs.x=3", "stages.0.epochs is 30, and there is no 'x' in it."),
-        ("stages.0.epochs=three", "stages.0.epochs should be a whole number, given the text 'three'."),
-        ("stages.1.methods.0.ptq.bits=0", "stages.1.methods.0.ptq.bits should be greater than or equal to 2, given 0."),
+        ("stages.0.epochs=three", "stages.0.epochs should be a whole number, got the text 'three'."),
+        ("stages.1.methods.0.ptq.bits=0", "stages.1.methods.0.ptq.bits should be greater than or equal to 2, got 0."),
         ("stages.0.epochs", "write it as path=value, such as stages.0.epochs=3."),
         ("=3", "write it as path=value"),
         ("a..b=3", "write it as path=value"),
         ("seed=[", "this is not YAML: "),
         ("stages.0.epochs=???", "values are missing: stages.0.epochs. Write them in place of ???, or add "),
-        ("model=", "model should be a mapping of the keys name, num_classes, weights, given nothing."),
+        ("model=", "model should be a mapping of the keys name, num_classes, weights, got nothing."),
     ],
 )
 def test_overrides_that_cannot_be(assignment: str, expected: str, tmp_path: Path):
@@ -238,10 +238,10 @@ def test_an_augmentation_is_written_as_it_was_read(augment):
     ("augment", "message"),
     [
         ("crop", "unknown augmentation 'crop'"),
-        ("3", "data.augment should be text or a list, given 3"),
-        ("[3]", "data.augment.0 should be text or a mapping, given 3"),
-        ("[{RandomCrop: 32}]", "data.augment.0.RandomCrop should be a mapping, given 32"),
-        ("[]", "data.augment should be text or a list of length at least 1, given a list of length 0"),
+        ("3", "data.augment should be text or a list, got 3"),
+        ("[3]", "data.augment.0 should be text or a mapping, got 3"),
+        ("[{RandomCrop: 32}]", "data.augment.0.RandomCrop should be a mapping, got 32"),
+        ("[]", "data.augment should be text or a list of length at least 1, got a list of length 0"),
     ],
 )
 def test_an_augmentation_that_cannot_be(augment, message):

@@ -55,7 +55,7 @@ def test_the_verdict_is_the_heading(page):
     ]
     assert "<title>tersor: 4.0x faster" in text
     assert (
-        "Original: original.onnx, ONNX Runtime in float32. Baseline: original.onnx in the fastest runtime of "
+        "Original: original.onnx, ONNX Runtime in float32. Baseline: original.onnx in the fastest of "
         "ONNX Runtime and OpenVINO at their default precision: OpenVINO in bfloat16."
     ) in text
 
@@ -220,7 +220,7 @@ def test_no_selector_if_the_original_is_the_baseline(page):
     text = page(alone(1.0))
     assert "<fieldset" not in text
     assert '"against-baseline"' not in text
-    assert "in the fastest runtime of ONNX Runtime at its default precision: ONNX Runtime in float32." in text
+    assert "original.onnx in ONNX Runtime at its default precision: ONNX Runtime in float32." in text
     assert text.count("<circle") == 2 * 2 * 5, "the original once"
 
 

@@ -345,7 +345,10 @@ def test_a_search_that_starts_again_with_other_arguments_prints_them(few, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             tersor.compress(small(), few, seed=seed, out=tmp_path / "out", progress=progress)
     (line,) = progress.lines
-    assert line.endswith("out belongs to an interrupted search with seed '0', but '1' is given. It starts again.")
+    assert line.endswith(
+        "out holds an interrupted search that measured nothing, with seed '0', but '1' is given. "
+        "The search starts from scratch."
+    )
 
 
 @pytest.mark.slow

@@ -150,10 +150,10 @@ def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_pat
     assert free.startswith(
         "original-8bit: accuracy 93.40 %, -0.20 points on the test images; a free baseline: no faster"
     )
-    missed = {"met": False, "shortfall": "it has 0.262 MB, 262.00 times the limit"}
+    missed = {"met": False, "shortfall": "it is 0.262 MB, 262.00 times the limit"}
     closest = made.model_copy(update={"best": "original-8bit", "speedup": {}, **missed})
     assert last_line(closest, tmp_path) == (
-        "original-8bit: accuracy 93.40 %, -0.20 points on the test images; the budget is not met: it has 0.262 MB, "
+        "original-8bit: accuracy 93.40 %, -0.20 points on the test images; the budget is not met: it is 0.262 MB, "
         f"262.00 times the limit. {tmp_path / 'model.onnx'} is the closest network that was found; "
         + files.partition("; ")[2]
     )
@@ -191,7 +191,7 @@ def test_a_faster_file_of_another_runtime_is_in_the_verdict_and_in_the_last_line
 def test_a_faster_file_of_another_runtime_that_exceeds_a_limit_is_not_recommended(tmp_path):
     missed = {"met": False, "shortfall": "it is slow", "limits": {"max_drop": 1, "latency_ms": {}, "megabytes": 0.05}}
     made = with_another_runtime(front_of(3).model_copy(update=missed), (0.1, 9.0))
-    lacking = "It does not meet the budget: it has 0.100 MB, 2.00 times the limit."
+    lacking = "It does not meet the budget: it is 0.100 MB, 2.00 times the limit."
     assert verdict_lines(made)[0].endswith(lacking)
     assert f" {lacking} {tmp_path / 'model.onnx'} is the closest network that was found; " in last_line(made, tmp_path)
     fitting = with_another_runtime(made, (0.1, 9.0), bytes=10**4)

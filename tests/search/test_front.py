@@ -127,7 +127,7 @@ def test_what_a_point_lacks_is_said_in_numbers():
     text = shortfall(POINTS[3], Budget(max_drop=1, latency_ms={1: 0.1}, megabytes=0.05), 90.0)
     assert text == (
         "it loses 10.00 points, 9.00 more than allowed; it takes 0.300 ms at batch 1, 3.00 times the limit; "
-        "it has 0.100 MB, 2.00 times the limit"
+        "it is 0.100 MB, 2.00 times the limit"
     )
 
 
@@ -154,7 +154,7 @@ def test_an_excess_that_is_not_measurable_is_called_so():
     near = point("near", 90.0, 2.02, 50_017, error=0.02)
     assert shortfall(near, Budget(latency_ms={1: 2.0}, megabytes=0.05), 90.0) == (
         "it takes 2.02 ± 0.05 ms at batch 1, 1.00 % above the limit, within the measurement error; "
-        "it has 0.050 MB, 0.03 % above the limit"
+        "it is 0.050 MB, 0.03 % above the limit"
     )
 
 

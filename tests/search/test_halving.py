@@ -200,7 +200,7 @@ def test_the_seconds_steps_and_numbers_of_each_training(finished):
         assert record.point.file == f"points/{record.point.name}/model.onnx"
         assert not record.point.free
         assert [stage["name"] for stage in record.stages] == [f"train-{number + 1}" for number in range(rung)]
-        assert record.point.steps == 100 * rung, "as many as were made in each training"
+        assert record.point.steps == 100 * rung, "as many as were made in each training run"
         assert record.point.seconds > seconds[name]
         seconds[name] = record.point.seconds
     trained = {candidate.name: value for candidate, value in search.bench.trained.items()}
@@ -258,7 +258,7 @@ def test_quantization_aware_training_gets_a_quarter_of_the_last_training(tmp_pat
     assert made.point.seconds == pytest.approx(bench.trained[made.of], abs=0.1)
     alone = [stages for _, stages in bench.given if stages[-1].name == "quantize"]
     assert len(alone) == 1, "only the last training quantizes"
-    assert not any(settled for settled in bench.settled if settled), "each training is longer than those before"
+    assert not any(settled for settled in bench.settled if settled), "each training run is longer than those before"
 
 
 def test_a_training_that_is_shorter_than_those_before_is_settled(finished):

@@ -96,7 +96,9 @@ def test_the_experiment_of_a_request(monkeypatch):
     assert not isinstance(own.task, Classification)
     with pytest.raises(InputError, match="higher is better"):
         experiment_of(request(task="regression"), NO_PROGRESS)
-    with pytest.raises(InputError, match=r"pixels is 7\. Write the side of an image, 8 or more"):
+    with pytest.raises(
+        InputError, match=r"pixels is 7\. Write the height and width of the images in pixels, 8 or more"
+    ):
         experiment_of(request(pixels=(8, 7)), NO_PROGRESS)
     with pytest.raises(InputError, match="pixels cannot be used with images that are already loaded"):
         experiment_of(request(pixels=(8,)), NO_PROGRESS)
@@ -215,7 +217,7 @@ def test_without_batch_norms_adamw_trains_and_without_maps_there_is_no_feature_l
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     stage = staged(plain, plain, settled=True)
     assert (stage.optimizer.name, stage.optimizer.weight_decay) == ("adamw", 0.05)
-    assert stage.optimizer.learning_rate == pytest.approx(0.02 * 0.02 * 0.4), "after longer trainings"
+    assert stage.optimizer.learning_rate == pytest.approx(0.02 * 0.02 * 0.4), "after longer training runs"
     assert methods_of(stage).keys() == {"SoftTargets"}
 
 

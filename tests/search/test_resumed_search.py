@@ -155,7 +155,7 @@ def _only_the_end(monkeypatch):
 @pytest.mark.usefixtures("_only_the_end")
 @pytest.mark.parametrize("export", [3.0, 60.0])
 def test_an_extension_surveys_where_it_cannot_train_and_says_why_it_ends(tmp_path, monkeypatch, export):
-    """The first minute is too short for a candidate; in the extension, a training is possible or not."""
+    """The first minute is too short for a candidate; in the extension, a training run is possible or not."""
     monkeypatch.setattr(compress, "write_evidence", lambda *_: None)
     search, told = searching(tmp_path / "out", minutes=0.2), []
     compress._run(search, SimpleNamespace(pixels=()))

@@ -109,7 +109,7 @@ def test_a_task_stays_the_same_in_a_written_recipe():
             "{segmentation: {num_classes: few}}",
             "recipe.yaml, line .*: num_classes should be a whole number, given",
         ),
-        ("{segmentation: 4}", "parameters of task segmentation must be keys with values, given 4"),
+        ("{segmentation: 4}", "parameters of task segmentation must be keys with values, got 4"),
         ("[segmentation]", "task must be a name, or a name with parameters"),
         ("{segmentation: {}, detection: {}}", "task must be a name, or a name with parameters"),
     ],

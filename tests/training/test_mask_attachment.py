@@ -267,8 +267,8 @@ def test_masks_lie_under_grids():
     ("masks", "message"),
     [
         ({"1": torch.ones(4, 3, 3, 3, dtype=torch.bool)}, "unknown masked layer '1'.* Possible: 0, 2"),
-        ({"0": torch.ones(4, 3, 3, 3)}, r"mask of layer '0' must be bool of shape \(4, 3, 3, 3\), given float32"),
-        ({"0": torch.ones(4, dtype=torch.bool)}, r"must be bool of shape \(4, 3, 3, 3\), given bool \(4,\)"),
+        ({"0": torch.ones(4, 3, 3, 3)}, r"mask of layer '0' must be bool of shape \(4, 3, 3, 3\), got float32"),
+        ({"0": torch.ones(4, dtype=torch.bool)}, r"must be bool of shape \(4, 3, 3, 3\), got bool \(4,\)"),
     ],
 )
 def test_masks_of_the_wrong_form_are_refused_and_none_is_set(masks, message):

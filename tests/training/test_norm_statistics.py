@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm after a training that is too short for their momentum."""
+"""Running statistics of BatchNorm after a training run that is too short for their momentum."""
 
 from __future__ import annotations
 

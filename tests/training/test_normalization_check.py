@@ -43,7 +43,7 @@ def batches(mean, std, *, labeled=True, channels=3):
 @pytest.mark.parametrize(
     ("trained", "words"),
     [
-        (NONE, "but 100.0 % with mean 0 0 0 and std 1 1 1. Give the mean and std of its training."),
+        (NONE, "but 100.0 % with mean 0 0 0 and std 1 1 1. Give the mean and std that it was trained with."),
         (IMAGENET, "but 100.0 % with mean 0.485 0.456 0.406 and std 0.229 0.224 0.225. Give the mean"),
     ],
 )

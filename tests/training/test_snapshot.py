@@ -1,4 +1,4 @@
-"""The state of a training: Ctrl-C, the optimizer, the clock and the losses."""
+"""The state of a training run: Ctrl-C, the optimizer, the clock and the losses."""
 
 import signal
 import threading

@@ -155,7 +155,7 @@ def test_the_tail_of_many_images_does_not_overflow():
 @pytest.mark.parametrize(
     ("logits", "words"),
     [
-        (torch.ones(40, 10), "the network returns the same logits for all of 40 images. Check that its weights"),
+        (torch.ones(40, 10), "the network returns the same logits for all 40 images. Check that its weights"),
         (torch.randn(40, 10), "not significantly more than by chance .10.0 % for 10 classes.. Check that its weights"),
         (GOOD * 1e-3 + 5 * torch.eye(10)[3], "10.0 % of 40 .*: class 3 is predicted for all of them. Check that"),
         (GOOD.softmax(1), "^$"),

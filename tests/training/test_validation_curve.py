@@ -169,7 +169,7 @@ def test_a_curve_without_validation_images_is_an_error_before_training():
 
 
 def test_a_curve_without_steps_is_an_error():
-    with pytest.raises(InputError, match=r"line 7: .*stage 'prune' has 0 steps\. Remove it"):
+    with pytest.raises(InputError, match=r"line 7: .*stage 'prune' has 0 steps\. Remove validate_every"):
         parse(RECIPE.replace("epochs: 2", "epochs: 0"), "recipe.yaml")
 
 

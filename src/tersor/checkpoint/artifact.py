@@ -73,7 +73,7 @@ def require_free(out: Path | str) -> None:
     """
     out = Path(out)
     if os.path.lexists(out):
-        raise InputError(f"{out} already exists and is not overwritten. Choose another folder, or remove it.")
+        raise InputError(f"{out} already exists and will not be overwritten. Choose another folder, or remove it.")
     ground = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
     if not ground.is_dir():
         raise InputError(f"cannot create {out}: {ground} is not a folder.")
@@ -154,7 +154,9 @@ def read_artifact(path: Path | str) -> Artifact:
         raise InputError(f"file or folder {path} not found.")
     files = _files_of_search(path) or read_folder(path)
     if MODEL not in files:
-        raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}.")
+        raise InputError(
+            f"{path} holds no {MODEL}, only {', '.join(files)}. Pass the folder of a run or a search, or a model file."
+        )
     for name, file in files.items():
         if name.endswith(".onnx"):
             refuse_outside(file)

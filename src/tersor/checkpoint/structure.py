@@ -227,7 +227,7 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
 def _captured(fresh: nn.Module, inputs: list[_Input], fingerprint: str | None) -> fx.GraphModule:
     specs = [InputSpec(each.name, tuple(each.shape), each.dtype) for each in inputs]
     captured = capture_again(fresh, specs)
-    if captured.meta[FINGERPRINT] != fingerprint:  # the saved network had run: a forward may store a table then
+    if captured.meta[FINGERPRINT] != fingerprint:  # the saved network had run: `forward` may store a table then
         device = next((each.device for each in fresh.parameters()), None)
         with evaluating(fresh), torch.no_grad():
             run(fresh, zeros(specs, 1, device))

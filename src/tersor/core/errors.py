@@ -17,13 +17,16 @@ class CompressionWarning(UserWarning):
 
 
 class NonFiniteLoss(InputError):  # noqa: N818 - names the event
-    """The loss `term` became infinite or NaN at `step` (from 1). The weights were not updated in that step."""
+    """The loss `term` became infinite or NaN at `step` (from 1). The weights were not updated in that step.
+
+    `term` is empty if only a loss of another process did.
+    """
 
     def __init__(self, step: int, term: str, value: float, learning_rate: float, last_good: str | None) -> None:
         super().__init__(
             not_finite(term, value)
             if step == 1
-            else f"the loss '{term}' is {value} at step {step}, with a learning rate of {learning_rate:g}. The weights "
+            else f"{_named(term)} is {value} at step {step}, with a learning rate of {learning_rate:g}. The weights "
             f"were not updated in this step. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
             "learning_rate, some warmup_epochs, or clip_norm."
         )
@@ -31,10 +34,14 @@ class NonFiniteLoss(InputError):  # noqa: N818 - names the event
         self.term = term
 
 
+def _named(term: str) -> str:
+    return f"the loss '{term}'" if term else "a loss of another process"
+
+
 def not_finite(term: str, value: float) -> str:
     """The message for a loss that is infinite or NaN in the first step."""
     return (
-        f"the loss '{term}' is {value} before any update of the weights. Check how it is computed (divisions by 0, "
+        f"{_named(term)} is {value} before any update of the weights. Check how it is computed (divisions by 0, "
         "logarithms or square roots of 0), and the weights and images that are loaded."
     )
 

@@ -76,9 +76,9 @@ def call_with(path: str, function: Callable[..., Any], explanation: str = "", /,
 
     Args:
         path: names the function in errors.
-        function: to call.
-        explanation: of the values; a sentence of the error about its arguments.
-        values: by name.
+        function: the function to call.
+        explanation: what the values are; a sentence in the error about its arguments.
+        values: the values by name.
 
     Raises:
         InputError: it requires other arguments, or raises an exception.

@@ -48,7 +48,7 @@ class PlainRecord(BaseModel):
     def __init__(self, /, *unnamed: Any, **values: Any) -> None:
         if unnamed:
             names = ", ".join(type(self).model_fields)
-            raise InputError(f"{type(self).__name__} takes values by name, given {unnamed[0]!r}. Names: {names}.")
+            raise InputError(f"{type(self).__name__} takes values by name, got {unnamed[0]!r}. Names: {names}.")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -83,7 +83,7 @@ def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> In
 
     Args:
         kind: the record.
-        error: from its constructor.
+        error: the error from its constructor.
         values: the arguments of the constructor, by name.
     """
     lines: list[str] = []
@@ -94,7 +94,7 @@ def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> In
         name, value = ".".join(path), detail["input"]
         field = fields.get(path[-1]) if path else None
         if detail["type"] == "unexpected_positional_argument":
-            lines.append(f"{kind.__name__} takes {len(fields)} values: {', '.join(fields)}. More are given.")
+            lines.append(f"{kind.__name__} takes {len(fields)} values: {', '.join(fields)}. More were given.")
         elif detail["type"] in UNKNOWN_KEY and not fields:
             lines.append(f"{kind.__name__} has no parameter {name}.")
         elif detail["type"] in UNKNOWN_KEY:
@@ -119,7 +119,7 @@ def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> In
 def _should_be(name: str, wanted: Sequence[str], value: object) -> str:
     possible = " or ".join(dict.fromkeys(wanted))
     meant = nearest(value, re.findall(r"'([^']*)'", possible)) if isinstance(value, str) else None
-    return f"{name} should be {possible}, given {value!r}.{f' Did you mean {meant!r}?' if meant else ''}"
+    return f"{name} should be {possible}, got {value!r}.{f' Did you mean {meant!r}?' if meant else ''}"
 
 
 def _place(

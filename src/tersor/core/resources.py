@@ -47,7 +47,7 @@ def enough_memory(remedy: str) -> Generator[None]:
 
 
 def smaller_batch(batch_size: int, accumulate: int) -> str:
-    """Return the remedy for a training that needs too much memory."""
+    """Return the remedy for a training run that needs too much memory."""
     if batch_size == 1:
         return "The batch_size is already 1: use smaller images (data.image_size) or a smaller network."
     return (

@@ -20,7 +20,7 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
     """Turn an exception inside a user's function into one message.
 
     Args:
-        name: of the function, in the message.
+        name: name of the function in the message.
         function: the function, an object whose methods run, or the name of a module that is imported. An error stays
             unchanged unless the traceback contains code of the module of `function`, or of a module that defines one of
             its base classes. Errors of tersor's own classes stay unchanged too, and so does an InputError that the

@@ -48,7 +48,7 @@ def resolve(augmentation: Augmentation) -> Named | Transform:
 
 
 def described(augmentation: Augmentation) -> str:
-    """ "flip (half of the images are mirrored)": what a user reads of an augmentation."""
+    """ "flip (half of the images are mirrored)": the augmentation as shown to the user."""
     if isinstance(augmentation, str):
         meaning = _MEANINGS.get(augmentation)
         return f"{augmentation} ({meaning})" if meaning else augmentation
@@ -70,7 +70,7 @@ def augmented(
 
     Args:
         pixels: (B, H, W, C) uint8 or uint16, contiguous; may be overwritten.
-        targets: of the batch: masks (B, H, W) and lists of boxes are augmented, others stay as they are.
+        targets: targets of the batch: masks (B, H, W) and lists of boxes are augmented, others stay as they are.
         augmentation: what `resolve` returns.
         draw: the generator of this batch.
 
@@ -202,7 +202,7 @@ def _checked(result: Any, before: Tensor, transform: Transform) -> Tensor:
 
 
 def _composed(entries: Any) -> Transform:
-    """The transforms of a list, one after the other."""
+    """The transforms of a list, one after another."""
     from torchvision.transforms import v2  # imported here because it takes seconds
 
     if not isinstance(entries, list | tuple) or not entries:

@@ -131,7 +131,7 @@ class OnePass(Iterator[Any]):
         return next(self._batches)
 
     def ahead(self) -> Iterator[Any]:
-        """The next batches, all of which remain to be read."""
+        """The next batches, which this does not consume."""
         self._batches, ahead = tee(self._batches)
         return ahead
 

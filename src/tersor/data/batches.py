@@ -30,8 +30,8 @@ class Batches:
     Args:
         images: the images.
         batch_size: images per batch and process.
-        mean: of each channel in [0, 1].
-        std: of each channel in [0, 1].
+        mean: mean of each channel in [0, 1].
+        std: standard deviation of each channel in [0, 1].
         shuffle: whether every epoch has a new order.
         seed: 0 or more; determines order and augmentation together with the epoch.
         augment: "none"; "flip"; "crop_flip"; classes of torchvision.transforms.v2 with their arguments, such as

@@ -43,7 +43,7 @@ class BoxedImage:
 
 
 def boxed_images(records: Sequence[BoxedImage], form: ImageFormat) -> Decoded:
-    """Return the images, decoded at every call and resized without cropping, with boxes as targets."""
+    """Return the images, decoded on every call and resized without cropping, with boxes as targets."""
     form = replace(form, crop=False)
 
     def target(number: int) -> Target:

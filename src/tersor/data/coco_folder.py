@@ -126,7 +126,10 @@ def _records(folder: Path, one: _Set, number_of: dict[int, int]) -> list[BoxedIm
         record = records.get(each.image_id)
         if record is None or each.category_id not in number_of:
             what = f"image_id {each.image_id}" if record is None else f"category_id {each.category_id}"
-            raise InputError(f"'{one.path}' has an annotation with {what}, which it does not list. Remove it.")
+            where = "images" if record is None else "categories"
+            raise InputError(
+                f"'{one.path}' has an annotation with {what}, which is not among its {where}. Remove the annotation."
+            )
         left, top, width, height = each.bbox
         if width < 0 or height < 0:
             raise InputError(

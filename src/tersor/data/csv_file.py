@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tersor.core.errors import InputError, without_function
+from tersor.core.errors import InputError, counted, without_function
 from tersor.data.decoding import ImageFormat, read_file
 from tersor.data.image_sets import Decoded, Splits, View
 from tersor.data.splitting import with_test_set
@@ -72,8 +72,12 @@ def _rows(path: Path) -> tuple[list[str], list[Row]]:
     if not rows:
         raise InputError(f"'{path}' lists no images. Write one line for each.")
     for line, row in rows:
-        if None in row or None in row.values() or not row["path"]:
-            raise InputError(f"'{path}', line {line}: expected {len(header)} cells: {', '.join(header)}.")
+        cells = sum(row[name] is not None for name in header) + len(row.get(None, ""))
+        if cells != len(header):
+            what = f"{counted(cells, 'cell')}. Write {len(header)}: {', '.join(header)}."
+            raise InputError(f"'{path}', line {line} has {what}")
+        if not row["path"]:
+            raise InputError(f"'{path}', line {line}: path is empty. Write the path of an image.")
         if row.get("split", "train") not in _SETS:
             raise InputError(f"'{path}', line {line}: split is '{row['split']}'. Possible: {', '.join(_SETS)}.")
     return columns, rows

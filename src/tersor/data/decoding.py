@@ -154,7 +154,7 @@ def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[n
 
 
 def _layers(image: object, channels: int, name: str) -> list[Image.Image]:
-    """Pillow images whose channels, one after the other, are those of `image`: RGB, gray, or float32 for 16 bits."""
+    """Pillow images whose channels, one after another, are those of `image`: RGB, gray, or float32 for 16 bits."""
     if isinstance(image, Tensor):
         return _layers_of_tensor(image, channels, name)
     if not isinstance(image, Image.Image):

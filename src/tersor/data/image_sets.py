@@ -45,7 +45,7 @@ class Images(Protocol):
         ...
 
     def take(self, index: Tensor) -> Tensor:
-        """Return the images at `index` (B,) as uint8 or uint16 (B, C, H, W); the same at every call."""
+        """Return the images at `index` (B,) as uint8 or uint16 (B, C, H, W); the same on every call."""
         ...
 
     def targets_at(self, index: Tensor) -> Any:
@@ -149,7 +149,7 @@ class Pixels:
 
 
 class Decoded:
-    """Images decoded at every call.
+    """Images decoded on every call.
 
     Args:
         targets: see `Images`.
@@ -258,8 +258,8 @@ class Splits:
         validation: the images for all choices, such as hyperparameters; may be empty.
         test: the images for the reported results; they are used for nothing else.
         classes: names of the classes, in the order of their numbers; names of the values if the targets are values.
-        mean: of each channel in [0, 1]; subtracted from every pixel.
-        std: of each channel in [0, 1]; every pixel is then divided by it.
+        mean: mean of each channel in [0, 1]; subtracted from every pixel.
+        std: standard deviation of each channel in [0, 1]; every pixel is then divided by it.
         test_is_drawn: whether the data has no test set of its own, so that a fifth of each class became the test set.
     """
 

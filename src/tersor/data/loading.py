@@ -75,9 +75,9 @@ def load(
             set has validation images.
         limit: number of images to train on, stratified by class; drawn after the validation images.
         seed: 0 or more; draws the validation images and the limited training images.
-        mean: of each channel in [0, 1]; None computes mean and `std` from the training images. For a network that was
-            trained on images in [0, 1] without normalization, pass 0 for each channel, and 1 as `std`.
-        std: of each channel in [0, 1].
+        mean: mean of each channel in [0, 1]; None computes mean and `std` from the training images. For a network that
+            was trained on images in [0, 1] without normalization, pass 0 for each channel, and 1 as `std`.
+        std: standard deviation of each channel in [0, 1].
 
     Raises:
         InputError: an argument is invalid, files are missing or damaged, or there are too few images.
@@ -129,7 +129,7 @@ def _source(given: Mapping[str, Any], root: str | Path | None, targets: SceneTar
     named = [key for key, value in given.items() if value is not None]
     if len(named) != 1:
         raise InputError(
-            f"data needs one of {', '.join(given)}, given {' and '.join(named) or 'none'}. Write folder: "
+            f"data needs one of {', '.join(given)}, got {' and '.join(named) or 'none'}. Write folder: "
             "path/to/images, or name: digits."
         )
     if root is not None and named != ["name"]:

@@ -76,7 +76,7 @@ def tensors_of(inputs: NetworkInput) -> list[Tensor]:
 
 
 def by_name(names: tuple[str, ...], inputs: TensorInputs) -> list[Tensor]:
-    """The tensors in the order of `names`, those of all inputs of the network.
+    """The tensors in the order of `names`, the names of all inputs of the network.
 
     Raises:
         InputError: another number of inputs, or other names.
@@ -98,7 +98,7 @@ def same_sizes(one: NetworkInput, other: NetworkInput) -> bool:
 
 
 def joined_inputs(batches: Iterable[NetworkInput]) -> NetworkInput:
-    """Concatenate several batches to one, with the inputs in the order of the first batch.
+    """Concatenate several batches into one, with the inputs in the order of the first batch.
 
     Raises:
         InputError: the batches have inputs of different names.

@@ -31,7 +31,7 @@ class FileLayer:
     Attributes:
         name: name of its node, which is the path of the module; if the node has no name, the name of its output.
         channels: number of output channels.
-        bits: of a stored weight.
+        bits: bits of a stored weight.
     """
 
     name: str

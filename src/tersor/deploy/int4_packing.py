@@ -5,7 +5,7 @@ between the two, runtimes fold the Cast when they load the file, and run the net
 since 1.23, OpenVINO tested from 2025.3 on.
 
 Affine 4-bit weights without their zero point are in -15..15 (see `integer_graph.py`): each channel is shifted into
--8..7, and an Add behind the Cast shifts it back.
+-8..7, and an Add after the Cast shifts it back.
 """
 
 from __future__ import annotations

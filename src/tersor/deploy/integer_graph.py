@@ -61,13 +61,13 @@ class IntegerLayer(nn.Module):
     """A convolution or fully connected layer with an int8 weight and an int32 bias.
 
     The bias of a fully connected layer whose inputs have more than two dimensions stays in float: ONNX writes it as an
-    addition behind the matrix product, so it is not part of an integer kernel.
+    addition after the matrix product, so it is not part of an integer kernel.
 
     Args:
         layer: the layer without quantizers; its settings are used.
         weight: integers (C_out, ...), int8.
-        scale: of the weight, (C_out,).
-        zero_point: of the weight, (C_out,) int8; None where it is zero.
+        scale: scale of the weight, (C_out,).
+        zero_point: zero point of the weight, (C_out,) int8; None where it is zero.
         bias: (C_out,) in float, or None.
         input_scale: scale of the input activations, a scalar; None where they are float.
     """
@@ -163,7 +163,7 @@ def to_integer_graph(model: fx.GraphModule) -> nn.Module:
 
 
 def _keep_read_tensors(plain: nn.Module, graph: fx.Graph, replaced: Container[str]) -> None:
-    """Keep float copies of those tensors of replaced layers that the forward reads directly.
+    """Keep float copies of those tensors of replaced layers that the forward method reads directly.
 
     It may read the values of a shared weight, or only a dtype (`x.to(self.conv.weight.dtype)`).
     """

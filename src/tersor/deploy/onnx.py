@@ -145,7 +145,7 @@ def _convert(network: nn.Module, inputs: NetworkInput, *, dynamic: bool) -> torc
     args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else (inputs.args, inputs.kwargs)
     try:
         # The exporter decomposes attention into matrix products. A fused kernel returns another memory layout, for
-        # which a `reshape` behind it would be captured as a view that is invalid after the decomposition.
+        # which a `reshape` after it would be captured as a view that is invalid after the decomposition.
         with without_exporter_output(), sdpa_kernel(SDPBackend.MATH), one_operator_table():  # the file is checked below
             program = torch.onnx.export(
                 network,
@@ -189,7 +189,7 @@ def _reason(error: BaseException) -> str:
         return refusal_reason(error)
     if "Unsupported attribute type" in str(error):
         return (
-            "an argument of an operator, such as the groups of a convolution, depends on the batch size. Write a file "
+            "an argument of an operator, such as the groups of a convolution, depends on the batch size. Export "
             "with a fixed batch size: batch=1."
         )
     lines = str(error).strip().splitlines()

@@ -55,7 +55,7 @@ def logits_index(names: Sequence[str], ranks: Sequence[int | None]) -> int | Non
     """Index of the logits: the output of that name, a single output, or the only one of shape (N, classes); else None.
 
     Args:
-        names: of the outputs, in their order.
+        names: names of the outputs, in their order.
         ranks: number of dimensions of each; None where the file has none.
     """
     if LOGITS in names:

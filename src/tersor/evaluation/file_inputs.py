@@ -22,7 +22,7 @@ class FileInput:
     """An input of a file.
 
     Attributes:
-        name: in the file.
+        name: name in the file.
         dtype: data type.
         shape: (N, ...); None for any size.
     """

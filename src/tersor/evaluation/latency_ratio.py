@@ -58,8 +58,8 @@ def latency_ratio(
         timings = measure_latency(sessions, image, [1], seconds=seconds)
         measured = timings.ratio("network", "original", 1)
         progress.say(
-            f"{timings.spread('network', 1).median:.2f} ms at batch 1 in {target.runtime}, {measured.value:.3f} of the "
-            f"original's ({measured.low:.3f} to {measured.high:.3f})"
+            f"{timings.spread('network', 1).median:.2f} ms at batch 1 in {target.runtime}, {measured.value:.3f} times "
+            f"the original's ({measured.low:.3f} to {measured.high:.3f})"
         )
         return measured.value
 

@@ -63,8 +63,8 @@ class _Measured:
 
     Attributes:
         candidates: by runtime, the name of the original file at the default precision.
-        predictions: of the test images, as `task.predictions` returns them.
-        targets: of the test images.
+        predictions: predictions for the test images, as `task.predictions` returns them.
+        targets: targets of the test images.
         example: one image in the input format of the files.
     """
 

@@ -45,7 +45,7 @@ def share_of_peak(
     """The time of a network's multiplications at the peak, as a fraction of its latency; None without that peak.
 
     Args:
-        runtime: of the network.
+        runtime: runtime of the network.
         precision: data type of the products that are not computed in integers.
         macs: multiplications of a batch.
         milliseconds: latency of the batch.
@@ -135,7 +135,7 @@ def _write(path: Path, kind: str) -> Path:
 
 
 def _rounded(nodes: list[Any], helper: Any, value: str) -> str:
-    """Add Q/DQ nodes behind a value; returns the name of the result."""
+    """Add Q/DQ nodes after a value; returns the name of the result."""
     nodes.append(helper.make_node("QuantizeLinear", [value, "scale", "zero"], [f"{value}_integer"]))
     nodes.append(helper.make_node("DequantizeLinear", [f"{value}_integer", "scale", "zero"], [f"{value}_float"]))
     return f"{value}_float"

@@ -68,7 +68,7 @@ class Machine(_Record):
     cores: int | None = None
     """Number of physical cores."""
     threads: Count
-    """Number of threads of the measurements."""
+    """Number of threads in the measurements."""
     instruction_sets: list[Text] = []
     """Instruction sets that matter here, such as `avx512_vnni`; only known on Linux."""
     system: Text
@@ -229,7 +229,7 @@ class Results(_Record):
     metric: Metric
     """The metric of every score."""
     machine: Machine
-    """The machine of the measurements."""
+    """The machine that everything was measured on."""
     seed: Count
     """Random seed of the run."""
     date: Text

@@ -215,7 +215,7 @@ def openvino_compiled(ov: Any, network: Any, config: dict[str, Any]) -> Any:
 
     This uses a thread of its own: the plugin sets a signal stack (sigaltstack) in the compiling thread, and restores
     the previous one when the model is destroyed. With two models in one thread, the second restores the stack of the
-    first, which may be freed by then: the next Ctrl-C was a segmentation fault (2026.4).
+    first, which may be freed by then: the next Ctrl-C caused a segmentation fault (2026.4).
     """
     with ThreadPoolExecutor(1) as compiler:
         return compiler.submit(ov.Core().compile_model, network, "CPU", config).result()

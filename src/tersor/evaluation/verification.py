@@ -76,7 +76,7 @@ def _compare(
     if shapes[0] != shapes[1]:
         raise InputError(
             f"for {len(images)} images, the file in {session.runtime} returns shape {shapes[0]}, but the "
-            f"network in torch returns {shapes[1]}. The file is discarded. Write a forward that accepts any "
+            f"network in torch returns {shapes[1]}. The file is discarded. Write a forward method that accepts any "
             "number of images."
         )
     difference, quantization = _difference(file_outputs, torch_outputs), _difference(float_outputs, torch_outputs)
@@ -95,7 +95,7 @@ def _compare(
     if not all(map(torch.equal, again, torch_outputs)):
         difference = 100 * _difference(again, torch_outputs)
         raise InputError(
-            f"the forward uses random numbers in eval mode: two runs in torch differ by {difference:.3g} %. "
+            f"the forward method uses random numbers in eval mode: two runs in torch differ by {difference:.3g} %. "
             "Use a dropout module, or F.dropout(x, training=self.training)."
         )
     if not difference <= refuse_above:
@@ -104,7 +104,7 @@ def _compare(
             + (
                 "Use another runtime, or keep the faulty layers in float (`exclude`)."
                 if several
-                else "On several images they agree. Write a forward that does not depend on the number of images."
+                else "On several images they agree. Write a forward method that does not depend on their number."
             )
         )
     if several:

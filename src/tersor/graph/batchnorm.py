@@ -21,7 +21,7 @@ def gamma_and_beta(norm: Norm) -> tuple[nn.Parameter | None, nn.Parameter | None
 
 
 class Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
-    """First base of the classes of `freezable_class`; the forward is that of the second base."""
+    """First base of the classes of `freezable_class`; the forward method is that of the second base."""
 
     frozen = False
 
@@ -46,12 +46,12 @@ class Freezable(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPriva
 
 @cache
 def freezable_class(kind: type[Norm]) -> type[Freezable]:
-    """A freezable class with the forward of `kind`."""
+    """A freezable class with the forward method of `kind`."""
     return type(f"Freezable{kind.__name__}", (Freezable, kind), {})
 
 
 def freezable(norm: Norm) -> Freezable:
-    """A freezable BatchNorm with the forward, the Parameter objects and the buffers of `norm`."""
+    """A freezable BatchNorm with the forward method, the Parameter objects and the buffers of `norm`."""
     if isinstance(norm, Freezable):
         return norm
     kind = freezable_class(type(norm))

@@ -1,7 +1,7 @@
 """The BatchNorm after a layer: a BatchNorm that is the only user of the layer's output.
 
 A convolution has its channels along dimension 1, which BatchNorm normalizes. A fully connected layer has its features
-along the last dimension, which is dimension 1 only for (N, F). For (N, T, F) a BatchNorm behind it normalizes T and
+along the last dimension, which is dimension 1 only for (N, F). For (N, T, F) a BatchNorm after it normalizes T and
 cannot be folded, and where T == F only the rank of the layer's output shows the difference.
 """
 
@@ -26,7 +26,7 @@ class NormCall(NamedTuple):
 
 
 def norm_reading(node: fx.Node) -> NormCall | None:
-    """The BatchNorm that is the only user of `node`, with running statistics and torch's own forward; hooks allowed."""
+    """The BatchNorm that is the only user of `node`, with running statistics and torch's `forward`; hooks allowed."""
     reader = sole_user(node)
     norm = None if reader is None else layer_of(reader)
     if reader is None or not isinstance(norm, Norm) or norm.running_mean is None or not has_plain_forward(norm):
@@ -37,7 +37,7 @@ def norm_reading(node: fx.Node) -> NormCall | None:
 def norm_behind(node: fx.Node) -> NormCall | None:
     """The BatchNorm that can be folded into the layer `node`: the only user of its output, along its channels.
 
-    Returns None if there is none, or if the layer or the BatchNorm has hooks or a forward of its own.
+    Returns None if there is none, or if the layer or the BatchNorm has hooks or a forward method of its own.
     """
     layer, norm = layer_of(node), norm_reading(node)
     if norm is None or not isinstance(layer, Layer) or not is_plain(layer) or is_hooked(norm.module):
@@ -47,7 +47,7 @@ def norm_behind(node: fx.Node) -> NormCall | None:
 
 
 def norms_behind(model: nn.Module, images: NetworkInput) -> dict[str, Norm]:
-    """Layer -> the BatchNorm behind it, for the layers of `model` that have one; captures the network on `images`.
+    """Layer -> the BatchNorm after it, for the layers of `model` that have one; captures the network on `images`.
 
     Raises:
         InputError: the network cannot be captured.

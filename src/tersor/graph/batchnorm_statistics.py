@@ -66,7 +66,7 @@ def fit(norm: Norm, found: Moments, expected: Moments, *, variances: bool) -> No
 
 
 def with_statistics(graph: fx.GraphModule) -> dict[str, Norm]:
-    """The BatchNorms with running statistics and torch's own forward, which updates them."""
+    """The BatchNorms with running statistics and torch's own forward method, which updates them."""
     return {
         name: module
         for name, module in graph.named_modules()

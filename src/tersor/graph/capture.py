@@ -56,8 +56,8 @@ def capture(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     A `CompressionWarning` is issued if the network draws random numbers in eval mode.
 
     Raises:
-        InputError: the network does not run on the images, its forward depends on their values, or the captured graph
-            computes something else.
+        InputError: the network does not run on the images, its forward method depends on their values, or the captured
+            graph computes something else.
     """
     if is_captured(model):
         return model
@@ -66,15 +66,15 @@ def capture(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     images = (images[:2] if len(images) > 1 else images[[0, 0]]).contiguous().to(device)
     several = [images[[0, 1, 0]], images[:1]]  # other numbers than the exporter sees
     with checked_forward(type(model).__name__, images):
-        expected = [outputs_of(strip(model), each) for each in several]  # a copy: a forward may store what it computes
+        expected = [outputs_of(strip(model), each) for each in several]  # a copy: `forward` may store what it computes
     captured = _recorded(model, images)
     with checked_forward(type(model).__name__, images, captured=True):
         for each, outputs in zip(several, expected, strict=True):
             require_same(captured, outputs, each)
     if (place := captured.meta[RANDOM]) is not None:
         warnings.warn(
-            f"the forward of {type(model).__name__} draws random numbers in eval mode{place}: its outputs differ from "
-            "run to run, before and after compression.",
+            f"the forward method of {type(model).__name__} draws random numbers in eval mode{place}: its outputs "
+            "differ from run to run, before and after compression.",
             CompressionWarning,
             stacklevel=2,
         )
@@ -128,20 +128,21 @@ def _own_names(model: nn.Module) -> set[str]:
 
 
 def _require_own_forward(model: nn.Module) -> None:
-    """Check that the graph can hold everything that the forward of the outermost module does.
+    """Check that the graph can hold everything that the forward method of the outermost module does.
 
     Raises:
-        InputError: a forward set on the instance, hooks on the outermost module, or a part with a reserved name.
+        InputError: a forward method set on the instance, hooks on the outermost module, or a part with a reserved name.
     """
     if "forward" in vars(model) or is_hooked(model):
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: a forward was set on the instance, or forward "
-            "hooks are registered on it, and the graph would lose them. Define the forward in a class; remove the "
-            "hooks."
+            f"the graph of {type(model).__name__} cannot be captured: a forward method was set on the instance, or "
+            "forward hooks are registered on it, and the graph would lose them. Define the forward method in a class; "
+            "remove the hooks."
         )
     refuse_reserved_names(model)
     if "self" in _own_names(model):
-        raise InputError(f"{type(model).__name__} has a submodule named 'self', which a captured graph cannot call.")
+        kind = type(model).__name__
+        raise InputError(f"{kind} has a submodule named 'self', which a captured graph cannot call. Rename it.")
     if scripts := [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]:
         raise InputError(
             f"the graph of {type(model).__name__} cannot be captured: {scripts[0]} is a TorchScript program. Replace "
@@ -191,7 +192,7 @@ def _place_tensor(captured: fx.GraphModule, model: nn.Module, recorded: fx.Graph
     try:
         source = model.get_submodule(path.rpartition(".")[0])
         value = getattr(source, name)
-    except AttributeError:  # a tensor that the forward creates
+    except AttributeError:  # a tensor that the forward method creates
         source, value = recorded, operator.attrgetter(path)(recorded)
     if isinstance(value, nn.Parameter):
         owner.register_parameter(name, value)

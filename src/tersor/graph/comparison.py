@@ -45,7 +45,7 @@ def few_images(data: Iterable[Any], device: torch.device) -> tuple[NetworkInput,
 def outputs_of(model: nn.Module, images: NetworkInput, seed: int = 0) -> list[Tensor]:
     """All floating-point tensors that `model` returns in eval mode for `images` (N, C, H, W), in any container.
 
-    Random numbers come from `seed`. A forward that works in place changes a copy of the images.
+    Random numbers come from `seed`. A forward method that works in place changes a copy of the images.
     """
     with evaluating(model), seeded(seed, images.device):
         leaves: list[Any] = tree_leaves(run(model, images.clone()))
@@ -83,8 +83,9 @@ def require_same(after: nn.Module, expected: list[Tensor], images: NetworkInput)
         kind = type(after).__name__
         raise InputError(
             f"the captured graph of {kind} is not equivalent to {kind}: on a batch of {len(images)} outputs differ by "
-            f"{found:.2g} of their largest value; {TOLERANCE:g} is allowed. The forward must depend only on its input: "
-            "no random numbers in eval mode, no counters, no changing Python values, no branch on the batch size."
+            f"{found:.2g} of their largest value; {TOLERANCE:g} is allowed. The forward method must depend only on its "
+            "input: no random numbers in eval mode, no counters, no Python attributes that change, no branch on the "
+            "batch size."
         )
 
 
@@ -109,4 +110,4 @@ def undone_unless_same(model: nn.Module, images: NetworkInput, rewrite: Callable
         return None
     for tensor, value in zip(tensors, saved, strict=True):
         tensor.copy_(value)
-    return f"{what} is undone: it changed the outputs by {found:.2g} of their largest value; {TOLERANCE:g} is allowed"
+    return f"{what} was undone: it changed the outputs by {found:.2g} of their largest value; {TOLERANCE:g} is allowed"

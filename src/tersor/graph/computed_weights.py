@@ -29,7 +29,7 @@ def computed_weight(
     """A new Parameter with the value of `node`; None if it depends on the images, or on no Parameter.
 
     Args:
-        node: of a graph that torch.export has recorded.
+        node: a node of a graph that torch.export has recorded.
         reader: the operator that reads it.
         attribute: returns what a `get_attr` node reads.
         modules: those that the graph calls, by path.

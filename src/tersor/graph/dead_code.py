@@ -16,9 +16,9 @@ def has_effects(node: fx.Node) -> bool:
 
 
 def remove_unused(graph: fx.Graph) -> None:
-    """Remove paddings of 0, and operators whose results are not used. An in-place change stays if its target is used.
+    """Remove padding of width 0, and operators with unused results. An in-place change stays if its target is used.
 
-    Swin pads by 0 on all sides if the windows fit; OpenVINO 2026.4 crashes on a quantizer behind such a padding.
+    Swin pads by 0 on all sides if the windows fit; OpenVINO 2026.4 crashes on a quantizer after such padding.
     """
     for node in graph.nodes:
         if (

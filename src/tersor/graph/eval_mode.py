@@ -20,7 +20,7 @@ _CHANNELS = re.compile(r"expected input\[[\d, ]*\] to have (\d+) channels, but g
 
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError, AttributeError)
-_SQUEEZED = "its forward squeezes the batch dimension. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
+_SQUEEZED = "its forward method squeezes the batch dimension. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
 
 
 _CAPTURED = "It was captured for the size of the first images. Pass all images in this size."
@@ -64,8 +64,8 @@ def checked_forward(name: str, images: NetworkInput, *, captured: bool = False) 
         reason = _reason(error)
         if isinstance(images, TensorInputs):
             raise InputError(
-                f"{name} does not run on the inputs {_described(images)}: {reason}. Pass the inputs of its forward in "
-                "order, or by name: ((left, right), targets) or ({'left': left, 'right': right}, targets)."
+                f"{name} does not run on the inputs {_described(images)}: {reason}. Pass the inputs of its forward "
+                "method in order, or by name: ((left, right), targets) or ({'left': left, 'right': right}, targets)."
             ) from error
         kind = str(images.dtype).removeprefix("torch.")
         details, advice = f" of {kind}: {reason}", "Pass images that the network accepts."
@@ -89,7 +89,7 @@ def check_forward(name: str, network: nn.Module, images: NetworkInput) -> Any:
 
     Args:
         name: name of the network in error messages.
-        network: in eval mode; the images are moved to its device.
+        network: a network in eval mode; the images are moved to its device.
         images: (N, C, H, W), or several tensors; the first two are used, or the first one twice.
 
     Returns:
@@ -101,9 +101,9 @@ def check_forward(name: str, network: nn.Module, images: NetworkInput) -> Any:
     required = required_inputs(network)
     if len(required) > 1 and isinstance(images, Tensor):
         raise InputError(
-            f"the forward of {name} needs {len(required)} inputs: {', '.join(required)}, but a batch has one. Pass "
-            f"batches (({', '.join(required)}), targets) to the Python functions, or give the other inputs a default. "
-            "A recipe has one input, the images."
+            f"the forward method of {name} needs {len(required)} inputs: {', '.join(required)}, but a batch has one. "
+            f"Pass batches (({', '.join(required)}), targets) to the Python functions, or give the other inputs a "
+            "default. A recipe has one input, the images."
         )
     if not images.is_floating_point():
         raise InputError(f"images for {name} have the type {images.dtype}. Pass normalized floating-point images.")
@@ -111,7 +111,7 @@ def check_forward(name: str, network: nn.Module, images: NetworkInput) -> Any:
     two = images[:2] if len(images) > 1 else images[[0, 0]]
     with checked_forward(name, two):
         two = two.to(device)
-        outputs = run(network, two.clone())  # a forward may change its input in place
+        outputs = run(network, two.clone())  # a forward method may change its input in place
     try:
         of_one = run(network, two[:1].clone())
     except _FAILURES as error:

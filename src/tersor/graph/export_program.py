@@ -37,8 +37,8 @@ _CONVERSIONS = {"to", "type_as", "_to_copy"}
 _LIBRARY = re.compile(r"/(torch|torchvision)/")
 _TERSOR = str(Path(__file__).parents[1])
 _WAY_OUT = (
-    "A forward must not branch on the values of tensors or create tensors of data-dependent size. Compress only "
-    "a submodule without that part, such as model.backbone, and put the result in its place."
+    "A forward method must not branch on the values of tensors or create tensors of data-dependent size. Compress "
+    "only a submodule without that part, such as model.backbone, and put the result in its place."
 )
 
 
@@ -91,7 +91,7 @@ class _Refused(Exception):  # noqa: N818 - never leaves this module
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with computed weights in place of parametrizations; what a forward stores stays in it."""
+    """A copy in eval mode with computed weights in place of parametrizations; what `forward` stores stays in it."""
     network = with_plain_attention(strip(model).eval())
     for parameter in network.parameters():  # without gradients, torch would take the fast path of attention
         if parameter.is_floating_point():
@@ -107,7 +107,7 @@ def _exported(network: nn.Module, images: NetworkInput, batch: Any) -> ExportedP
             args, kwargs = images.args, images.kwargs
             shapes = {name: {0: batch} for name in kwargs} or tuple({0: batch} for _ in args)
             return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # whatever the forward and torch.export raise
+    except Exception as error:  # whatever the forward method and torch.export raise
         raise _Refused from error
 
 
@@ -126,9 +126,9 @@ def _with_batch_found(images: NetworkInput, model: nn.Module, first: _Refused) -
             _free_batch(graph, model, images)
     except _Refused:
         raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: its forward fixes the batch size{_place(error)}. "
-            "Possible reasons: it loops over the images, branches on their number, or stores a tensor of that size. "
-            "Write a forward that runs the same operators for any number of images."
+            f"the graph of {type(model).__name__} cannot be captured: its forward method fixes the batch "
+            f"size{_place(error)}. Possible reasons: it loops over the images, branches on their number, or stores a "
+            "tensor of that size. Write a forward method that runs the same operators for any number of images."
         ) from error
     return _finished(graph, model, images)
 
@@ -166,12 +166,12 @@ def _refusal(model: nn.Module, error: Exception) -> InputError:
 
 
 def refusal_reason(error: BaseException) -> str:
-    """What the forward does that torch.export cannot record, with file and line, and the way out."""
+    """What the forward method does that torch.export cannot record, with file and line, and the way out."""
     way_out = _WAY_OUT if "data-dependent" in str(error) or "data-dependent" in type(error).__name__ else ""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)).rstrip(".")
     if "fake tensor in the exported program" in reason:
         reason = "it assigns to the values of its parameters or buffers (.data)"
-        way_out = "Write values into buffers with copy_(), and change no parameter in the forward."
+        way_out = "Write values into buffers with copy_(), and change no parameter in the forward method."
     if "Could not guard on data-dependent" in reason or "data-dependent" in type(error).__name__.lower():
         reason = "it branches on the values of a tensor"
     return f"{reason[:300]}{_place(error)}. {way_out}".rstrip()
@@ -184,7 +184,7 @@ def _place(error: BaseException) -> str:
 
 
 def place_in(stack_trace: str) -> str:
-    """File, line and code of the innermost frame of the user in a stack trace; empty if there is none."""
+    """File, line and code of the user's innermost frame in a stack trace; empty if there is none."""
     return _innermost(_frames(stack_trace))
 
 
@@ -215,7 +215,7 @@ def _plain_signature(graph: fx.GraphModule, program: ExportedProgram) -> None:
 
 
 def _overwrites_input(node: fx.Node) -> bool:
-    """Whether a tensor is copied onto the images, as the exporter writes it for a buffer that the forward registers."""
+    """Whether a tensor is copied onto the images, as the exporter writes it for a buffer that `forward` registers."""
     return operator_name(node) == "copy_" and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
 
 

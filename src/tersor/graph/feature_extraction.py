@@ -1,8 +1,9 @@
 """Feature extraction: the outputs of inner layers, together with those of the network.
 
 A plain network gets forward hooks for the length of one call. A captured network has no module to hook: `layer3` was
-traced through, and may have lost channels and got quantizers since. There, the tracer's record (`graph.meta["layers"]`:
-path -> node) gives the node of the layer's output, and a second graph over the same modules returns that node too.
+traced through, and may since have lost channels and gained quantizers. There, the tracer's record
+(`graph.meta["layers"]`: path -> node) gives the node of the layer's output, and a second graph over the same modules
+returns that node too.
 
 Feature maps are returned as (N, C, H, W), also for layers that output (N, H, W, C), such as Swin's; the aspect ratio of
 the images decides which of the two layouts it is.

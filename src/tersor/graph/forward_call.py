@@ -21,9 +21,9 @@ class InputSpec:
     """An input of a network.
 
     Attributes:
-        name: of the keyword argument, or None for a positional one.
-        shape: without the batch.
-        dtype: such as "float32".
+        name: name of the keyword argument, or None for a positional one.
+        shape: the shape without the batch.
+        dtype: the data type, such as "float32".
     """
 
     name: str | None

@@ -3,9 +3,9 @@
     convolution [+ BatchNorm] [+ another value] [+ ReLU]      one oneDNN pass instead of two to four
 
 On a CPU, a convolution of few channels takes less time than writing its output and reading it again: fusion reduces the
-time of a ResNet-56 to 0.6 (`bench/distillation_costs.py`, bfloat16). `torch.compile` finds the same fusions, but needs
-a compiler on the machine and half a minute. Requested layers remain available by path; values inside a fused pass do
-not.
+time of a ResNet-56 to 0.6 of what it was (`bench/distillation_costs.py`, bfloat16). `torch.compile` finds the same
+fusions, but needs a compiler on the machine and half a minute. Requested layers remain available by path; values inside
+a fused pass do not.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def rewritten(model: nn.Module, images: NetworkInput, paths: tuple[str, ...]) ->
     """
     captured = capture(strip(model), images).eval()
     returned: dict[str, str] = captured.meta["layers"]
-    if not returned.keys() >= set(paths):
-        raise InputError("a requested layer is inside a module that is not traced.")
+    if missing := [path for path in paths if path not in returned]:
+        raise InputError(f"the layer {missing[0]} is inside a module that is not traced. Choose another layer.")
     requested = {returned[path] for path in paths}
     for place, node in enumerate(list(captured.graph.nodes)):
         convolution = layer_of(node)

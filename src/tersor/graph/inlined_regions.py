@@ -1,4 +1,4 @@
-"""Regions of a forward under `torch.no_grad()` or `torch.autocast`: torch.export records each as a graph of its own.
+"""Regions of `forward` under `torch.no_grad()` or `torch.autocast`: torch.export records each as a graph of its own.
 
 Their operators are moved into the graph of the network, so that layers inside can be pruned, quantized and trained.
 """
@@ -35,8 +35,8 @@ def _inline(graph: fx.GraphModule, node: fx.Node) -> None:
     before = _ARGUMENTS[name]
     if name == _AUTOCAST and node.args[2]:
         raise InputError(
-            "the forward turns autocast on, which a captured graph does not support. Remove torch.autocast from the "
-            "forward; training.precision sets it for the whole network."
+            "the forward method turns autocast on, which a captured graph does not support. Remove torch.autocast from "
+            "it; training.precision sets autocast for the whole network."
         )
     region_read = cast("fx.Node", node.args[before])
     region: fx.GraphModule = attrgetter(str(region_read.target))(graph)

@@ -2,9 +2,9 @@
 
     aten.conv2d(x, conv1_weight, None, [1, 1], [1, 1])    ->    conv1(x)
 
-A module with torch's own forward stays the object that it was. An operator that a network's own code computes with a
+A module with torch's own `forward` stays the object that it was. An operator that a network's own code computes with a
 weight (a subclass, `F.linear(x, self.weight)`, the fused projection of attention) gets a new layer over that weight, so
-that it can be pruned and quantized. torch.export runs a network in eval mode; modules train as in PyTorch again.
+that it can be pruned and quantized. torch.export runs a network in eval mode; the restored modules train as in PyTorch.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Restoration:
         return self.called
 
     def _groups(self) -> Iterator[list[fx.Node]]:
-        """The operators of every call of a module with torch's own forward."""
+        """The operators of every call of a module with torch's own forward method."""
         groups: dict[str, list[fx.Node]] = {}
         for node in self.graph.nodes:
             calls = calls_of(node) if node.op == "call_function" else []
@@ -150,7 +150,7 @@ class _Restoration:
         if weight is None or weight.ndim != 2:
             return
         layer = _empty(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
-        added = given["bias"] if bias is None else None  # a bias that depends on the images is added behind the layer
+        added = given["bias"] if bias is None else None  # a bias that depends on the images is added after the layer
         call = self._put(node, given, layer, weight, bias)
         if added is not None and call is not None:
             with self.graph.inserting_after(call):

@@ -2,7 +2,7 @@
 
     scaled_dot_product_attention(q, k, v)    ->    softmax(q @ k.transpose(-2, -1) * scale + mask) @ v
 
-The fused operator shows neither the scores nor their softmax. The ONNX exporter divides it in the same way.
+The fused operator shows neither the scores nor their softmax. The ONNX exporter decomposes it in the same way.
 """
 
 from __future__ import annotations

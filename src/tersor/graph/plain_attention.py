@@ -1,7 +1,7 @@
 """nn.MultiheadAttention written with one linear layer per projection, for export.
 
-torch's own forward folds heads into the batch dimension: (L, N heads, width). There, no dimension counts the heads, so
-none can be removed. This module has the same parameters under the same keys, and a dimension for the heads.
+torch's own `forward` folds heads into the batch dimension: (L, N heads, width). There, no dimension counts the heads,
+so none can be removed. This module has the same parameters under the same keys, and a dimension for the heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tersor.graph.plain_modules import is_plain
 
 
 class PlainAttention(nn.MultiheadAttention):
-    """The forward of `nn.MultiheadAttention` in eval mode; torch's own forward if there is a key padding mask."""
+    """The forward method of `nn.MultiheadAttention` in eval mode; torch's own if there is a key padding mask."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -1,7 +1,7 @@
 """Whether a module computes exactly what torch's class computes.
 
 Folding, fusing, equalizing, correcting and exporting replace the call of a module by a formula. `isinstance` does not
-prove that the formula holds: a subclass may define its own forward (timm's `BatchNormAct2d` contains an activation),
+prove that the formula holds: a subclass may define its own `forward` (timm's `BatchNormAct2d` contains an activation),
 and an instance may have hooks.
 """
 
@@ -16,7 +16,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of `module` is torch's own forward without hooks."""
+    """Whether a call of `module` runs torch's own forward method without hooks."""
     return has_plain_forward(module) and not is_hooked(module)
 
 
@@ -26,7 +26,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def has_plain_forward(module: nn.Module) -> bool:
-    """Whether the forward is that of torch's class, and its tensors are plain attributes.
+    """Whether the forward method is that of torch's class, and its tensors are plain attributes.
 
     Parametrizations (`torch.nn.utils.parametrize`) are allowed: they change a tensor, not what is computed with it.
     """

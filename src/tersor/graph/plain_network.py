@@ -52,7 +52,7 @@ def plain_copy(model: nn.Module, name: str = "the network") -> nn.Module:
     plain = _copied(unwrapped(model), name).eval()
     _unwrap_parts(plain)
     plain = _folded(plain)
-    for module in plain.modules():  # accelerate wraps the forward to change its precision
+    for module in plain.modules():  # accelerate wraps the forward method to change its precision
         if "_original_forward" in vars(module):
             del module._original_forward, module.forward
     if any(each.is_floating_point() and each.dtype != torch.float32 for each in plain.state_dict().values()):

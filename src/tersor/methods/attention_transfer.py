@@ -99,7 +99,7 @@ class AttentionTransfer:
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss (beta in the code); 0 turns it off")] = (
         1000.0
     )
-    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Add the loss; changes nothing in `model`.

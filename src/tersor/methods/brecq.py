@@ -8,16 +8,16 @@ Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reco
     activations   (N, ...)        x_hat = s * (clip(round(x / s) + z, 0, 2^b - 1) - z),  s learned as in LSQ
     loss          of each block   |B(x) - B_hat(x_hat)|^2 + lambda sum(1 - |2 h(v) - 1|^beta)
 
-The network is cut at each node on which all later nodes depend only through its value. A block is the part of the graph
-between two consecutive cuts: a residual block, or one layer of a sequence. x is its input in float, x_hat its input
-from the blocks that are already rounded. It needs a few hundred images and no labels. The network may return any
-tensors: the error of the last block is measured on all of them. `quantization/reconstruction.py` has the formulas.
+The network is cut at each node whose value is the only connection between earlier and later nodes. A block is the part
+of the graph between two consecutive cuts: a residual block, or one layer of a sequence. x is its input in float, x_hat
+its input from the blocks that are already rounded. It needs a few hundred images and no labels. The network may return
+any tensors: the error of the last block is measured on all of them. `quantization/reconstruction.py` has the formulas.
 
 As in QDrop, activation steps are learned together with the rounding, on rounded activations; `drop` is the share of
 these activations, and of the block's input values, that stays in float in each iteration (QDrop: 0.5). BRECQ's paper
 learns the rounding on activations in float, and the steps afterwards. Learning both together was better in QDrop's
 paper and here: a W4A4 ResNet-20 classifies 94.3 and 94.5 % of the validation images correctly, compared with 93.8 % if
-they are learned one after the other.
+they are learned one after another.
 
 BRECQ's paper weights the error by the squared gradient of the task loss (Fisher). Its released code does not do this by
 default, nor does this file. The papers run 20,000 iterations per block; the default here is 2,000 at ten times the

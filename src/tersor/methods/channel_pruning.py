@@ -161,7 +161,7 @@ class ChannelPruning:
         keeps = {kind: getattr(self, f"keep_{kind}") for kind in ("macs", "parameters", "channels", "latency")}
         targets: dict[str, float] = {kind: keep for kind, keep in keeps.items() if keep is not None}
         if len(targets) > 1:
-            raise InputError(f"channel_pruning takes one target, given keep_{' and keep_'.join(targets)}. Write one.")
+            raise InputError(f"channel_pruning takes one target, got keep_{' and keep_'.join(targets)}. Write one.")
         return next(iter(targets.items()), ("macs", 0.5))
 
     def _cheapest_branches(self, budget: _Budget, graph: fx.GraphModule, context: AttachContext) -> list[Branch]:
@@ -169,10 +169,10 @@ class ChannelPruning:
         assert context.data is not None
         branches = find_branches(graph, budget.example)
         if len(branches) < self.branches:
-            possible = f"{len(branches)}: {branches[0]} ... {branches[-1]}" if branches else "none"
+            count, among = len(branches), f": {branches[0]} ... {branches[-1]}" if branches else ""
             raise InputError(
-                f"branches: {self.branches} residual branches requested; removable in {type(graph).__name__}: "
-                f"{possible}. Write fewer."
+                f"branches: {self.branches} residual branches are requested, but {type(graph).__name__} has "
+                f"{count or 'none'} that can be removed{among}. Write branches: {count}{' or fewer' * bool(count)}."
             )
         rates = dict[Branch, float]()
         changes = removal_cost(graph, branches, context.data, self.importance_images, context.progress, context.task)
@@ -228,7 +228,7 @@ class ChannelPruning:
             if each is None
         }
         if not scored:
-            raise InputError(f"importance: {self.importance} applies to no channel of this network. Write another one.")
+            raise InputError(f"importance: {self.importance} applies to no channel of this network. Write magnitude.")
         chosen, of_chosen = zip(*scored, strict=True)
         each_cost = None
         if self.importance in COMPARED_BY_COST and self.scope == "global":

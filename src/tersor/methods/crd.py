@@ -139,7 +139,7 @@ class CRD:
     layer: Annotated[str, Field(description="student layer; by default the last feature map")] = ""
     teacher_layer: Annotated[str, Field(description="teacher layer; by default the same as `layer`")] = ""
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 0.8
-    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0
     negatives: Annotated[int, Field(ge=1, description="K: negatives per image")] = 16384
     width: Annotated[int, Field(ge=1, description="d: size of the embeddings")] = 128
     tau: Annotated[float, Field(gt=0, description="temperature of the similarity")] = 0.07

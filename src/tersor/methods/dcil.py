@@ -62,7 +62,7 @@ def mutual_loss(first: Tensor, second: Tensor) -> Tensor:
 
 
 class DensePath(LossTerm):
-    """The labels' loss of the dense path, and the mutual loss of both paths.
+    """The dense path's loss on the labels, and the mutual loss of both paths.
 
     Args:
         own: the modules that the dense path does not share with the masked one.

@@ -72,7 +72,7 @@ class DIST:
     beta: Annotated[float, Field(ge=0, description="weight of the distance within images")] = 1.0
     gamma: Annotated[float, Field(ge=0, description="weight of the distance within classes")] = 1.0
     temperature: Annotated[float, Field(gt=0, description="temperature T of the softmax")] = 4.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
         """Add the loss; changes nothing in `model`.

@@ -87,7 +87,7 @@ class DKD:
     alpha: Annotated[float, Field(ge=0, description="weight of the target class (TCKD)")] = 1.0
     beta: Annotated[float, Field(ge=0, description="weight of the non-target classes (NCKD)")] = 8.0
     temperature: Annotated[float, Field(gt=0, description="temperature T of the softmax")] = 4.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:

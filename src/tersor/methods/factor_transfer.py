@@ -136,7 +136,7 @@ class FactorTransfer:
     )
     p: Annotated[Literal[1, 2], Field(description="power of the difference between the factors")] = 1
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 11.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0
     reconstruction: Annotated[Reconstruction, Field(description="error that the paraphraser minimizes")] = "absolute"
     batch_norm: Annotated[bool, Field(description="use BatchNorm in paraphraser and translator")] = False
     paraphraser_epochs: Annotated[int, Field(ge=1, description="training epochs of the paraphraser")] = 6

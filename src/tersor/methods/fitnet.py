@@ -77,7 +77,7 @@ class FitNet:
         tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
     ] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 10.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0
     regressor: Annotated[bool, Field(description="1x1 convolution to the teacher's channels")] = True
     seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the regressors' weights")] = 0
 

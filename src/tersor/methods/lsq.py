@@ -75,7 +75,7 @@ class LSQ(QuantizedTrainingOptions):
 
 
 class LSQAttachment(Attachment):
-    """Quantizers with learned steps."""
+    """Quantizers with learned step sizes."""
 
     def __init__(self, method: LSQ, quantizers: Quantizers, context: AttachContext) -> None:
         super().__init__(quantizers.graph, notes=notes(quantizers, context.target))

@@ -7,9 +7,10 @@ Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", ICML 2021 (the bits b
     bits b_l      minimize sum_l error(l, b_l)  subject to  sum_l n_l b_l <= average_bits * sum_l n_l
     weights       (C_out, ...)   w_hat = s_c * clip(round(w / s_c), -n, n),  n = 2^(b_l-1) - 1
 
-y are the network's outputs in float, all tensors of them, y_lb those with only the weight of layer l at b bits, n_l the
-number of its weights. Choosing one width per layer is a multiple-choice knapsack, solved exactly by dynamic programming
-over the total number of bits. As in the papers, the errors of layers are added as if they were independent.
+y: the network's outputs in float (all tensors); y_lb: the outputs with only the weight of layer l quantized, to b bits;
+n_l: the number of weights of layer l. Choosing one width per layer is a multiple-choice knapsack, solved exactly by
+dynamic programming over the total number of bits. As in the papers, the errors of layers are added as if they were
+independent.
 
 The papers estimate a layer's error: HAWQ by the largest eigenvalue of its Hessian, which orders the layers and leaves
 the choice of bits to the user; V3 by the Hessian's trace times |w - w_hat|^2. Here the error is measured on a few

@@ -227,7 +227,7 @@ class ReviewKD:
         tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
     ] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 1.0
-    label_weight: Annotated[float, Field(ge=0, description="factor on the task's loss with the labels")] = 1.0
+    label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0
     warmup: Annotated[float, Field(ge=0, lt=1, description="fraction of the stage over which the weight rises")] = 0.08
     seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of the fusion modules' weights")] = 0
 

@@ -51,7 +51,7 @@ def layer_counts(shapes: Mapping[str, torch.Size], sparsity: float, distribution
 
     Args:
         shapes: layer -> (C_out, C_in, ...).
-        sparsity: of all together.
+        sparsity: the sparsity of all layers together.
         distribution: "erk" or "uniform".
     """
     sizes = {name: shape.numel() for name, shape in shapes.items()}

@@ -158,7 +158,7 @@ class WeightPruning:
             if is_function_path(name):
                 import_function(name)
         if self.importance in FILTER_IMPORTANCES and self.granularity != "filter":
-            raise InputError(f"importance: {self.importance} is defined for filters. Write granularity: filter.")
+            raise InputError(f"importance: {self.importance} is defined only for filters. Write granularity: filter.")
         if self.importance == "magnitude_l2" and self.granularity not in ("kernel", "filter"):
             raise InputError("magnitude_l2 orders single weights as magnitude does. Write importance: magnitude.")
         pattern = n_of_m(self.granularity)
@@ -166,8 +166,8 @@ class WeightPruning:
             raise InputError(f"with {self.granularity} all layers have the same sparsity. Leave out scope: global.")
         if pattern is not None and not math.isclose(self.target, 1 - pattern[0] / pattern[1]):
             raise InputError(
-                f"granularity {self.granularity} has a sparsity of {1 - pattern[0] / pattern[1]:g}, given "
-                f"{self.sparsity:g}. Leave out sparsity."
+                f"granularity {self.granularity} fixes the sparsity at {1 - pattern[0] / pattern[1]:g}, but sparsity "
+                f"is {self.sparsity:g}. Leave out sparsity."
             )
         if self.floor and self.scope == "layer":
             raise InputError("floor limits the sparsity of layers under a global threshold. Write scope: global.")

@@ -31,8 +31,8 @@ def build(name: str, num_classes: int | None = None, *, channels: int = 3) -> nn
             segmentation, a torchvision network (`resnet18`, `mobilenet_v2`), a network of another library
             (`timm:resnet18`, see `libraries.py`), or `package.module:function`, which is called with `num_classes` if
             it accepts that, and returns a network.
-        num_classes: number of logits; None for the network's own (10 for CIFAR, 11 of `unet`, 1000 in torchvision).
-        channels: of the images; only `wide_plain_...` accepts other numbers than 3, other networks ignore it.
+        num_classes: number of logits; None for the network's own (10 for CIFAR, 11 for `unet`, 1000 in torchvision).
+        channels: number of image channels; only `wide_plain_...` accepts numbers other than 3, others ignore it.
 
     Raises:
         InputError: the name is unknown, or the function cannot be imported or does not return a network.

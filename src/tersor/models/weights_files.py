@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, st
     else:
         state_dicts, metadata = _from_checkpoint(path, _read_checkpoint(path, start)), {}
     if not state_dicts:
-        raise InputError(f"'{path}' holds no tensors. Write a file with the weights of the network.")
+        raise InputError(f"'{path}' holds no tensors. Give a file that holds the weights of the network.")
     return state_dicts, metadata
 
 

@@ -47,7 +47,7 @@ def match(path: str, state_dicts: Mapping[str, Tensors], model: nn.Module) -> tu
     """Return the tensors of `model` by its keys, and their location in the file if there was a choice.
 
     Args:
-        path: of the file.
+        path: path of the file.
         state_dicts: every dict of tensors in the file, by location.
         model: the network.
 

@@ -4,7 +4,7 @@ Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024 (arXiv 2404.0049
 shortcuts. Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021: plain 3x3 convolutions are the
 fastest layers per multiplication.
 
-A stem, then three stages of two 3x3 convolutions with a max pooling behind the first one, a global max pooling and a
+A stem, then three stages of two 3x3 convolutions with a max pooling after the first one, a global max pooling and a
 linear layer. With base width w, the stages have w, 4w and 4w channels. All widths are multiples of 8. The stem of
 `wide_plain_W` is a convolution at full resolution, for images of about 32 pixels; that of `wide_plain_large_W` has two
 convolutions of stride 2 before it, for larger images. Differences from Jordan's network: the stem is learned and not a
@@ -45,7 +45,7 @@ class WidePlain(nn.Module):
         width: base width.
         large: whether the stem quarters the image.
         num_classes: number of logits.
-        channels: of the images.
+        channels: number of image channels.
     """
 
     def __init__(self, width: int, large: bool, num_classes: int = 10, channels: int = 3) -> None:

@@ -169,8 +169,10 @@ def check_metadata(classes: object, pixels: object, images: NetworkInput) -> Nor
     if isinstance(classes, str) or not isinstance(classes, Sequence):
         raise InputError(f"classes is {classes!r}. Pass a list of names, in the order of the logits.")
     names = list(cast("Sequence[object]", classes))
-    if not all(isinstance(each, str) for each in names) or len(set(names)) < len(names):
-        raise InputError("classes must be distinct strings, in the order of the logits.")
+    wrong = [each for place, each in enumerate(names) if not isinstance(each, str) or each in names[:place]]
+    if wrong:
+        fault = " twice" if isinstance(wrong[0], str) else ", which is not a string"
+        raise InputError(f"classes contains {wrong[0]!r}{fault}. Pass distinct strings, in the order of the logits.")
     if pixels is None:
         return None
     if not isinstance(images, Tensor):

@@ -175,7 +175,7 @@ class ImageOptions:
     image_size: int | Sequence[int] | None = None
 
     def check(self, session: Session, told: Mapping[str, Any]) -> None:
-        """Check that they fit the file, and what its folder or its metadata says.
+        """Check them against the file and against its folder or metadata.
 
         Raises:
             InputError: one of them contradicts it.

@@ -119,12 +119,12 @@ class TimedFile:
     latency_ms: Spread
     """Latency of one batch."""
     roles: Sequence[Compared]
-    """The references that this file is: `original` or `baseline` of a folder, or `model` (the artifact of the first
-    folder); without a folder, `first` or `first_fastest` (the first ONNX file in its fastest runtime)."""
+    """The references that this file serves as: `original` or `baseline` of a folder, or `model` (the artifact of the
+    first folder); without a folder, `first` or `first_fastest` (the first ONNX file in its fastest runtime)."""
     speedup: Mapping[Compared, Ratio]
     """Latency of each reference divided by that of the file; empty for the original, or the first file."""
     copies: Sequence[str] = ()
-    """Paths of originals of other folders with the same content, which are not timed again."""
+    """Paths of identical originals in other folders, which are not timed again."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
     ONNX files are compared with the first of them.
 
     Args:
-        artifacts: folders of runs, or ONNX files; a second mention of one is ignored.
+        artifacts: folders of runs, or ONNX files; duplicates are ignored.
         seconds: time limit per batch size, as for `measure_latency`.
 
     Raises:

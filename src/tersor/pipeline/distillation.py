@@ -41,10 +41,10 @@ def train_on_outputs(
     task: Task | None,
     progress: ProgressReporter | None,
 ) -> nn.Module:
-    """Train the student on softened logits, or where there are none on the distance from the teacher's outputs.
+    """Train the student on softened logits or, where there are none, on the distance from the teacher's outputs.
 
     Raises:
-        InputError: student, teacher, task and batches do not fit together, or a loss is not finite.
+        InputError: student, teacher, task and batches do not match, or a loss is not finite.
     """
     loader, first = batches_of(loader)
     few = first[:_FEW].to(next(teacher.parameters()).device)

@@ -83,7 +83,7 @@ def evaluate(
         runtime: by default that of the folder's recipe, else the one that the file was quantized for, else ONNX
             Runtime.
         task: its name; by default that of the folder's recipe, else classification.
-        options: how the images are read, where the artifact does not say it.
+        options: how the images are read, where the artifact does not specify it.
         progress: reports the progress.
 
     Raises:

@@ -46,7 +46,7 @@ class Experiment:
 
     @property
     def original(self) -> nn.Module:
-        """The network that the artifact is compared with: the model, or the teacher of a model without weights."""
+        """The network that the artifact is compared with: the model, or the teacher if the model has no weights."""
         return self.model if self.model_is_trained or self.teacher is None else self.teacher
 
     @property

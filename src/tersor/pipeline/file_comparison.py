@@ -108,7 +108,7 @@ def _input_format(file: Path, session: Session, images: NetworkInput) -> Callabl
     told = normalization_in(file)
     if "mean" not in told or "std" not in told:
         raise InputError(
-            f"{file} takes uint8 pixels, but the batches are {images.dtype}, and its metadata do not contain the "
+            f"{file} takes uint8 pixels, but the batches are {images.dtype}, and its metadata does not contain the "
             "normalization. Export it again, or pass batches of uint8 pixels and an original that takes them too."
         )
 

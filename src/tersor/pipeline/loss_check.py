@@ -23,15 +23,15 @@ _FEW = 2
 
 
 def check_losses(experiment: Experiment, rehearsal: Experiment, stage: Stage, attachment: Chain) -> None:
-    """Compute the losses of a stage for one batch, so that a loss that fails is found before the training.
+    """Compute the losses of a stage for one batch, so that a loss that fails is found before training.
 
     Two images are tried first. A loss may need more, so a loss that fails for two is computed for a whole batch. The
-    weights, buffers and modes of the networks stay unchanged. A method of the user with a `begin` of its own is not
+    weights, buffers and modes of the networks stay unchanged. A user-defined method that overrides `begin` is not
     checked: its loss may need what `begin` prepares.
 
     Args:
-        experiment: with all images.
-        rehearsal: with the few images to which the methods were attached.
+        experiment: the experiment with all images.
+        rehearsal: the experiment with the few images to which the methods were attached.
         stage: one of its stages.
         attachment: the methods of the stage.
 

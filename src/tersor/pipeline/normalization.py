@@ -37,12 +37,12 @@ def check_normalization(name: str, given: object, channels: int) -> Normalizatio
     """Check that `given` are mean and standard deviation of pixels in [0, 1], and return them as plain numbers.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         given: two lists, arrays or tensors (channels,).
         channels: number of channels.
 
     Raises:
-        InputError: they are not, or not one for each channel.
+        InputError: they are not such numbers, or their number differs from `channels`.
     """
     try:
         mean, deviation = (torch.as_tensor(each, dtype=torch.float64).cpu() for each in cast("Sequence[Any]", given))
@@ -93,8 +93,8 @@ def check_values(
     Args:
         batches: the images.
         normalization: mean and standard deviation.
-        who: what the images are, in the warning.
-        stacklevel: of the warning, so that it names the line of the user.
+        who: how the warning names the images.
+        stacklevel: stack level of the warning, so that it names the user's line.
 
     Raises:
         InputError: the normalization does not fit the images.

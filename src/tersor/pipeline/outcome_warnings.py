@@ -33,9 +33,9 @@ def warn_of_chance(task: Task, predictions: Mapping[str, Any], targets: Any, out
 
     Args:
         task: what the files are for.
-        predictions: of the files by name, the original first.
-        targets: of all images, or None.
-        outputs: of the original for some images.
+        predictions: predictions of the files by name, the original first.
+        targets: targets of all images, or None.
+        outputs: outputs of the original for some images.
     """
     logits = task.logits(outputs) if isinstance(task, Classification) else None
     if logits is None or not isinstance(targets, Tensor):

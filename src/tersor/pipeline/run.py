@@ -61,7 +61,7 @@ def run(
         model: a trained network, instead of the one in the recipe; it is not changed.
         data: images, instead of those in the recipe.
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
-        resume: resume the interrupted run of `out`, with the same `model` and `data`; if there is none, start a
+        resume: resume the interrupted run in `out`, with the same `model` and `data`; if there is none, start a
             new run.
         progress: receives the progress; `tersor.progress_bars.Bars` draws it. Without it, only warnings are issued.
 

@@ -1,4 +1,4 @@
-"""From a recipe to an Experiment: load networks and data and check that they fit together, before any training."""
+"""From a recipe to an Experiment: load networks and data and check that they match, before any training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def prepare(
         own_mean: whether `data` may have a mean that was not computed from its training images.
 
     Raises:
-        InputError: a file, a network or the data cannot be used, or they do not fit together.
+        InputError: a file, a network or the data cannot be used, or they do not match.
     """
     load_runtime(recipe.target.runtime)
     if data is None and recipe.data.name == YOUR_DATA:

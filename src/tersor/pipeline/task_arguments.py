@@ -64,7 +64,7 @@ def task_of_both(
     Without a task, two networks that return logits (N, classes) are classifiers; all others are compared by distance.
 
     Raises:
-        InputError: a forward pass fails, or the outputs of the two do not fit together or to the task.
+        InputError: a forward pass fails, or the outputs of the two do not match each other or the task.
     """
     outputs: list[Any] = []
     for name, network in (("the student", student), ("the teacher", teacher)):

@@ -39,7 +39,7 @@ def meet_cost(
     closer to `keep`.
 
     Args:
-        order: of the removal.
+        order: the order of removal.
         estimated: remaining fraction without the first 0, 1, 2 ... blocks, from the widths of layers. Attention and
             other operators between layers are not in it.
         exact: the remaining fraction after the removal of this number of blocks, counted on the pruned network; used
@@ -109,7 +109,7 @@ def explain_shortfall(
     Args:
         graph: the unpruned network.
         shares: layer -> its cost after removal of everything removable, as a fraction of the original network's cost.
-        cuts: of one channel of every removable group.
+        cuts: the cut of one channel of every removable group.
         unprunable: root of a group that is not removed -> the reason.
         exclude: patterns of layers whose channels are not removed.
     """

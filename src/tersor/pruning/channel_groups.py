@@ -2,8 +2,8 @@
 
 A channel is removed together with every slice that writes or reads it: the filter, its bias and BatchNorm entry, the
 columns of the following layers, the same slices of layers that are coupled by an addition, constants that pad it, and
-arguments that count it. The captured graph says which (`pruning/dependency`): the network runs once, every index of
-every dimension gets an id, and a rule for each operator couples ids. Fang et al., "DepGraph: Towards Any Structural
+arguments that count it. The captured graph determines which (`pruning/dependency`): the network runs once, every index
+of every dimension gets an id, and a rule for each operator couples ids. Fang et al., "DepGraph: Towards Any Structural
 Pruning", CVPR 2023, couple layers; coupling single indices needs no special case for concatenation, shuffles, heads and
 padding.
 
@@ -43,7 +43,7 @@ class Group:
 
     Attributes:
         root: the layer that writes them, by name.
-        slices: for every channel, what is removed with it. Heads and positions within heads are channels, too.
+        slices: what is removed with each channel. Heads and positions within heads are channels, too.
         within_heads: whether a channel is a position within every head.
     """
 

@@ -64,7 +64,7 @@ class WeightSlice:
         layer: name in the cut: a layer, or the weight itself where it belongs to a larger module.
         axis: `out` or `0`, rows; `in` or `1`, columns.
         weight: (C_out, C_in / groups, ...), or (C,) of a norm.
-        groups: of a convolution.
+        groups: number of groups of a convolution.
     """
 
     layer: str
@@ -75,7 +75,7 @@ class WeightSlice:
     channels: Tensor
 
     def rows(self, values: Tensor) -> Tensor:
-        """(indices, numbers): the values, of the weight's shape, at each index."""
+        """Values of the weight's shape, as one row for each index: (indices, numbers)."""
         if self.axis not in _READS:
             return values.reshape(len(values), -1)[self.indices.to(values.device)]
         by_group = values.reshape(self.groups, -1, *values.shape[1:]).transpose(1, 2)
@@ -176,10 +176,10 @@ def importances(
         kind: an `Importance`, or a user's function as `package.module:function`. It is called for every group with
             those of `graph`, `group` and `data` that it accepts, and returns (channels,).
         graph: a captured network without masks and quantizers.
-        groups: of its channels.
+        groups: groups of its channels.
         data: batches of images, with targets for `taylor`.
         images: used by `taylor` and `obs`.
-        seed: of `random`.
+        seed: seed of `random`.
         progress: reports the passes of `obs`.
         task: gives the loss of `taylor` and the logits of `obs`.
 

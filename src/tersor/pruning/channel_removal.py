@@ -29,7 +29,7 @@ def remove(graph: fx.GraphModule, cuts: Sequence[Cut]) -> None:
 
     Args:
         graph: a captured network.
-        cuts: of groups (`merge_cuts`) and of branches.
+        cuts: cuts of groups (`merge_cuts`) and of branches.
     """
     modules = dict(graph.named_modules())
     tensors = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}

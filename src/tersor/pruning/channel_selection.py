@@ -34,8 +34,8 @@ class RemovalOrder:
     """Blocks of channels in the order of their removal.
 
     Attributes:
-        groups: of coupled channels.
-        channels: of every group, the least important first.
+        groups: groups of coupled channels.
+        channels: the channels of every group, the least important first.
         blocks: for each block the index of its group, and how many channels of the group are removed up to and
             including it.
     """
@@ -138,13 +138,13 @@ def removal_order(
     """Sort blocks of channels by importance.
 
     Args:
-        groups: of coupled channels.
-        importances: of every group (channels,).
+        groups: groups of coupled channels.
+        importances: importance of every group (channels,).
         scope: `layer`: the next block is of the group that has lost the smallest fraction; `global`: the block with
             the lowest mean importance.
         round_to: the number of remaining output channels of the root is a multiple of this.
         floor: fraction of a group that always remains.
-        channel_costs: of one channel of every group; importances are divided by them.
+        channel_costs: cost of one channel of every group; importances are divided by them.
     """
     if channel_costs is not None:
         importances = [each / max(cost, 1e-9) for each, cost in zip(importances, channel_costs, strict=True)]
@@ -173,10 +173,10 @@ def remaining_costs(kind: str, graph: fx.GraphModule, order: RemovalOrder, macs:
     """The fraction of the cost that remains after each number of blocks, from none to all.
 
     Args:
-        kind: of cost: `macs`, `parameters`, or `channels` of the groups.
+        kind: the kind of cost: `macs`, `parameters`, or `channels` of the groups.
         graph: the unpruned network.
-        order: of the removal.
-        macs: of the network, by layer.
+        order: the order of removal.
+        macs: MACs of the network, by layer.
     """
     if kind == "channels":
         channels = sum(len(group.slices) for group in order.groups)

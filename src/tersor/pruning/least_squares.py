@@ -9,7 +9,7 @@ refit the next layer. This is their second step, in closed form and for every la
 
 over images and up to 16 positions of each, drawn with a fixed seed; r is a thousandth of the mean variance of k. A
 channel whose filter or BatchNorm factor is zero outputs a constant, which b covers. A layer without a bias passes b to
-the BatchNorm behind it (running mean -= b); one with neither drops it. With fewer positions than twice the remaining
+the BatchNorm after it (running mean -= b); one with neither drops it. With fewer positions than twice the remaining
 features, or more than 4,608 features, V = W_k and b restores the mean alone. Grouped convolutions are not refitted.
 
 DCIL's released checkpoints show why b is needed: of 492 dead filters 346 output a constant that is not zero. A
@@ -118,7 +118,7 @@ def _fit(layer: nn.Module, moments: InputMoments, removed_in: list[int], removed
 
 @torch.no_grad()
 def apply_fits(graph: fx.GraphModule, fits: Mapping[str, Fit]) -> None:
-    """Set the fitted weights and biases; the BatchNorm behind takes the bias of a layer without one."""
+    """Set the fitted weights and biases; the BatchNorm after a layer takes the bias of a layer without one."""
     nodes = {node.target: node for node in reversed(graph.graph.nodes) if node.op == "call_module"}
     for name, fit in fits.items():
         layer, norm = graph.get_submodule(name), norm_behind(nodes[name]) if name in nodes else None

@@ -28,13 +28,13 @@ class Mask(nn.Module):
 
     The gradient of the dense weight, where g is that of the masked weight:
 
-        masked              m * g   the chain rule: masked weights do not learn (`mask_attachment.py` also undoes
+        masked              m * g   the chain rule: masked weights are not trained (`mask_attachment.py` also undoes
                                     momentum and weight decay)
         straight_through    g       as if nothing were masked
         split               m * g   and (1 - m) * g on the dense path (`masks_and_quantizers_disabled`)
 
     Args:
-        shape: of the weight; the mask starts with ones.
+        shape: shape of the weight; the mask starts with ones.
         gradient: one of the three.
 
     Attributes:
@@ -94,4 +94,4 @@ def note_of_lost_zeros(zeros: Mapping[str, Tensor], model: nn.Module) -> tuple[s
     if lost <= _WORTH_A_NOTE * total:
         return ()
     share = f"{100 * lost / total:.1f} % of the weights were zero before this stage and are not zero after it"
-    return (f"{share}: training changes zeros without a mask. Use tersor.training.mask_attachment.insert_masks.",)
+    return (f"{share}: training changes zeros that no mask covers. Use tersor.training.mask_attachment.insert_masks.",)

@@ -10,7 +10,7 @@ and factored by layer as in Wang et al., "EigenDamage: Structured Pruning in the
     G = E over images of sum over positions of g g^T                          (C_out, C_out)
     g = gradient of sum_k s_k (z_k - mean z) at the position's output, z: logits (N, classes, ...), s: random signs
 
-The paper has the Fisher matrix of the labels' loss for G. Here G is the Gauss-Newton matrix of squared logits: the
+G is the Fisher matrix of the loss on the labels in the paper. Here it is the Gauss-Newton matrix of squared logits: the
 Fisher matrix is almost zero for a network that is confident on its training images. Channels are removed greedily, the
 one with the smallest loss increase first; an importance is at least that of the channel before, so that the scores keep
 this order. In wide groups, up to 1/64 of the channels are removed in one step: those whose loss increase, given the
@@ -23,7 +23,7 @@ centered: the loss is the relative squared error from the original's outputs. Lo
 are not centered either.
 
 On a ResNet-56 on CIFAR-10 JPEG, for 99 prunings of one layer by an eighth to seven eighths, log I and the log of the
-measured KL divergence from the original (1,024 training images) correlate by 0.96, with a slope of 1.07
+measured KL divergence from the original (1,024 training images) have a correlation of 0.96, and a slope of 1.07
 (`bench/pruning_losses.py`). With half of the MACs removed from the inner layers, before any training, the divergence is
 0.36 for channels chosen by magnitude and 0.32 for channels chosen by I, both with the same fraction in every layer. It
 is 0.22 if the fractions are chosen by I per MAC, too (scope `global`).
@@ -91,7 +91,7 @@ def loss_increases(
 
     Args:
         graph: a captured network without masks and quantizers; unchanged afterwards.
-        groups: of its channels.
+        groups: groups of its channels.
         data: batches of images (N, C, H, W).
         images: how many of them are used, at least.
         progress: reports both passes.

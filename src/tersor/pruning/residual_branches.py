@@ -121,7 +121,7 @@ def removal_cost(
 
     Args:
         graph: the network of the branches; unchanged afterwards.
-        branches: from `find_branches`.
+        branches: the branches that `find_branches` returned.
         data: batches of images (N, C, H, W).
         images: how many of them are used.
         progress: reports every run without a branch.

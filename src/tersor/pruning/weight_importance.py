@@ -156,15 +156,15 @@ def _loss(task: Task, outputs: Any, targets: Any) -> Tensor:
         return loss_of(task, outputs, targets)
     except InputError as error:
         raise InputError(
-            f"importance: taylor needs gradients of the loss of the task {name_of(task)} in eval mode: {error} Or "
-            "write importance: magnitude, which needs no loss."
+            f"importance: taylor needs gradients of the loss of the task {name_of(task)} in eval mode: {error} You can "
+            "also write importance: magnitude, which needs no loss."
         ) from error
 
 
 def _unusable(problem: str) -> InputError:
     return InputError(
-        f"importance: taylor needs gradients of the labels' loss, and {problem}. Pass data=... with batches of images "
-        "and labels, or write importance: magnitude."
+        f"importance: taylor needs gradients of the loss on the labels, and {problem}. Pass data=... with batches of "
+        "images and labels, or write importance: magnitude."
     )
 
 

@@ -112,7 +112,7 @@ def keep_in_float(
     help. Bisection finds the number.
 
     Args:
-        quantizers: of the network, all enabled.
+        quantizers: quantizers of the network, all enabled.
         data: batches of images, with targets or without; the first 2,000 images are used.
         max_drop: largest drop of the metric (accuracy in points); without targets, percentage of changed predictions.
         target: its runtime determines which activations are quantized.

@@ -5,7 +5,7 @@ Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Corre
     bias_c <- bias_c - (E[y'_c] - E[y_c])       y, y' (N, C, ...): outputs in float, and quantized
 
 The means are over images and positions. The layers are corrected in order, in one pass over one large batch, so the
-input of each includes the corrections of those before it. A BatchNorm behind a layer takes the difference into its
+input of each includes the corrections of those before it. A BatchNorm after a layer takes the difference into its
 running mean. A layer with neither BatchNorm nor bias stays unchanged; in the paper every layer has a bias.
 
 Clipped weights also shrink the outputs of their layer, and this accumulates with depth. Beyond the paper, the running
@@ -78,7 +78,7 @@ def moments(graph: fx.GraphModule, images: NetworkInput) -> dict[str, Moments]:
 def correct(
     graph: fx.GraphModule, images: NetworkInput, before: dict[str, Moments], *, variances: bool = False
 ) -> None:
-    """Correct the means of every layer in its bias, or in the running mean of the BatchNorm behind it.
+    """Correct the means of every layer in its bias, or in the running mean of the BatchNorm after it.
 
     It can be repeated when other quantizers are enabled: the result does not depend on earlier corrections.
 
@@ -115,7 +115,7 @@ def _run(graph: fx.GraphModule, images: NetworkInput, names: list[str], hook: Ca
 
 
 def _correctable(graph: fx.GraphModule) -> dict[str, Norm | None]:
-    """The layers that are called once and have a BatchNorm behind them, or else a bias."""
+    """The layers that are called once and have a BatchNorm after them, or else a bias."""
     known, calls = quantizable(graph), [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     reads = parameter_reads(graph)
     found: dict[str, Norm | None] = {}

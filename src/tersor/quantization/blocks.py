@@ -38,7 +38,7 @@ class Block:
 def blocks(graph: fx.GraphModule) -> list[Block]:
     """The smallest blocks of a network that contain at least one layer, in order.
 
-    A block includes the BatchNorms, activations and quantizers behind its layers; the first includes the input too.
+    A block includes the BatchNorms, activations and quantizers after its layers; the first includes the input too.
     """
     nodes = list(graph.graph.nodes)
     places = {node: place for place, node in enumerate(nodes)}

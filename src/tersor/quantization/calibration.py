@@ -35,7 +35,7 @@ def calibrate(
     """Run the network on `images` of `data`: one pass for the ranges of its activations, a second for histograms.
 
     Args:
-        quantizers: of the network, all disabled.
+        quantizers: quantizers of the network, all disabled.
         data: batches of images, with or without labels.
         images: number of images.
         passes: 1 or 2.

@@ -201,7 +201,7 @@ def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
         return name, function, f"it is computed by a function ({function}), not by a layer"
     if owner == product.module:
         return name, kind, _reason(model, module, product)
-    return name, kind, f"the forward of {kind} reads the weights directly"
+    return name, kind, f"the forward method of {kind} reads the weights directly"
 
 
 def _reason_without_weight(product: Product) -> str:
@@ -222,9 +222,9 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
         return f"ONNX Runtime and OpenVINO have no integer kernel for {kind}"
     if not isinstance(module, Layer):
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
-        return f"{kind} is not supported" if of_torch else f"the forward of {kind} reads the weights directly"
+        return f"{kind} is not supported" if of_torch else f"the forward method of {kind} reads the weights directly"
     if not has_plain_forward(module):
-        return f"{kind} is a subclass with its own forward"
+        return f"{kind} is a subclass with its own forward method"
     around = model.get_submodule(product.parent)
     if not isinstance(around, fx.GraphModule):
         return f"it is called from within {type(around).__name__}, which is not traced"

@@ -195,7 +195,7 @@ def _least_squares(
 
 
 def without_saturation(weight: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Widen `scale`, (C,) or (), until no two integers of a channel of `weight` (C, ...) exceed 128 in sum.
+    """Widen `scale`, (C,) or (), until no two integers of a channel of `weight` (C, ...) sum to more than 128.
 
     The integers are those that a runtime multiplies, minus the zero point if the grid has one.
 

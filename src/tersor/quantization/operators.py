@@ -103,7 +103,7 @@ def run_through(model: nn.Module, images: NetworkInput, *, planned: bool = False
 class _Running:
     name: str
     reads: Operand | None
-    """Its input, for a layer with torch's own forward, since padding in any mode does not change the grid."""
+    """Its input, for a layer with torch's own forward method, since padding in any mode does not change the grid."""
 
 
 class _Recorder(TorchDispatchMode):

@@ -36,7 +36,7 @@ def set_weight_grids(quantizers: Quantizers, energies: dict[str, Tensor], target
     """Set the grids of all weights.
 
     Args:
-        quantizers: of the network.
+        quantizers: quantizers of the network.
         energies: `input_energies` of the network in float.
         target: runtime and processor that the network is compressed for.
     """

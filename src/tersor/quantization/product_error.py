@@ -35,7 +35,7 @@ def without_inaccurate_products(quantizers: Quantizers, data: Iterable[Any], tar
     """Keep products with a large rounding error on a few images in float; return the remaining quantizers.
 
     Args:
-        quantizers: of the network, all enabled.
+        quantizers: quantizers of the network, all enabled.
         data: batches of images, which can be read again.
         target: runtime and processor that the network is compressed for.
     """
@@ -59,7 +59,7 @@ def product_errors(quantizers: Quantizers, images: NetworkInput, always: Contain
     """The relative squared error of each product, as the mean over its matrices.
 
     Args:
-        quantizers: of the network, all enabled.
+        quantizers: quantizers of the network, all enabled.
         images: (N, C, H, W).
         always: quantizers whose rounding does not count, since layers need them too.
     """

@@ -6,9 +6,9 @@ A runtime uses an integer operator only if its fusion finds quantized values in 
   (convolution + BatchNorm + activation; addition + activation; pooling) gets a quantizer.
 * OpenVINO fuses a residual addition into the convolution before it, and keeps the sum in float until it is rounded
   once; a quantizer between the two prevents the fusion.
-* ONNX Runtime multiplies two quantized activations (attention) in integers, and returns float. A quantizer behind the
+* ONNX Runtime multiplies two quantized activations (attention) in integers, and returns float. A quantizer after the
   scores costs more time than it saves, so there is none. OpenVINO computes attention in one float kernel, which
-  quantizers would divide; there it stays in float.
+  quantizers would split; there it stays in float.
 
 Operators that only move values (reshape, slicing, zero padding, max pooling) keep the grid of their input: rounding to
 the same grid twice changes nothing, and the runtime finds an integer operator.
@@ -191,7 +191,7 @@ def source_of(node: fx.Node) -> fx.Node:
 
 
 def quantizable(graph: fx.GraphModule) -> set[str]:
-    """Names of the layers that a runtime can compute in integers: those with a node and with torch's own forward.
+    """Names of the layers that a runtime can compute in integers: those with a node and with torch's own `forward`.
 
     A layer with forward hooks may have other inputs and outputs than its weight suggests.
     """
@@ -200,7 +200,7 @@ def quantizable(graph: fx.GraphModule) -> set[str]:
 
 
 def _is_a(node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether `node` calls a module of one of these kinds with torch's own forward."""
+    """Whether `node` calls a module of one of these kinds with torch's own forward method."""
     module = layer_of(node)
     return isinstance(module, kinds) and is_plain(module)
 

@@ -34,9 +34,9 @@ class Precision:
     """Bit widths and kinds of the grids.
 
     Attributes:
-        bits: of a weight.
-        activation_bits: of an activation.
-        first_last_bits: of the first and the last layer's weight and input.
+        bits: bits of a weight.
+        activation_bits: bits of an activation.
+        first_last_bits: bits of the first and the last layer's weight and input.
         per_channel: whether each output channel of a weight has its own scale.
         symmetric: whether weight grids are symmetric around zero. 8-bit grids always are: integers minus their zero
             point would not fit into a byte, and OpenVINO computes a layer in float if its weight has a zero point.

@@ -262,7 +262,7 @@ def _require_same_options(quantizers: Quantizers, options: QuantizedTrainingOpti
             raise InputError(
                 f"{method} has {key}: {bits}, but an earlier stage has quantized the network to "
                 f"{', '.join(map(str, sorted(widths)))} bits. Leave out {key} to keep those bits, or write the same "
-                "{key} in the earlier stage."
+                f"{key} in the earlier stage."
             )
     kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
     if options.per_channel is not None and kinds - {options.per_channel}:

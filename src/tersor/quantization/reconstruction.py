@@ -53,8 +53,8 @@ class Reconstruction:
         learn_steps: learn the steps of activations together with the rounding, on rounded activations; otherwise the
             rounding is learned on activations in float.
         drop: share of the activations that stay in float, drawn anew in every iteration.
-        iterations: per part, with batches of 32 images.
-        seed: of the random batches and of `drop`.
+        iterations: iterations per part, with batches of 32 images.
+        seed: seed of the random batches and of `drop`.
     """
 
     by_block: bool

@@ -1,7 +1,7 @@
 """Layers that a runtime would compute incorrectly in integers.
 
 OpenVINO, since 2026.0, loses the bias of an 8-bit convolution whose output is concatenated with a constant that is
-expanded to the batch size, directly or behind other operators. A ViT is built like this: patch embedding, then the
+expanded to the batch size, directly or after other operators. A ViT is built like this: patch embedding, then the
 class token. Its accuracy fell from 61 to 47 %, and by as much in the 8-bit files of two other tools. With a static
 batch, without a bias, or in float, the convolution is computed correctly.
 """

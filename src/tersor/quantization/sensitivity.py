@@ -62,7 +62,7 @@ def sensitivity(
     """Measure the cost of each layer and width, one at a time, when the iterator reaches it.
 
     Args:
-        quantizers: of the network, all disabled; they stay disabled.
+        quantizers: quantizers of the network, all disabled; they stay disabled.
         data: batches of images (N, C, H, W), with targets or without; every iteration yields the same.
         candidates: names of layers, and bits.
         target: processor that the network is compressed for.
@@ -103,7 +103,7 @@ class _Reference:
     Its outputs are kept for the first batches, up to `KEPT_BYTES`. Those of the others are computed again each time.
 
     Args:
-        quantizers: of the network.
+        quantizers: quantizers of the network.
         data: as for `sensitivity`.
         task: as for `sensitivity`.
     """

@@ -63,9 +63,10 @@ class DataSource(PlainRecord):
     def _check(self) -> Self:
         given = [key for key in _SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
-            raise InputError(f"data needs one of {', '.join(_SOURCES)}, given {' and '.join(given) or 'none'}.")
+            raise InputError(f"data needs one of {', '.join(_SOURCES)}, got {' and '.join(given) or 'none'}.")
         if (self.mean is None) != (self.std is None):
-            raise InputError("data needs `mean` and `std` together, given one of them.")
+            present, missing = ("mean", "std") if self.std is None else ("std", "mean")
+            raise InputError(f"data has `{present}` without `{missing}`. Write both `mean` and `std`, or neither.")
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise InputError(

@@ -50,7 +50,7 @@ class Network(PlainRecord):
 
 
 class Teacher(Network):
-    """The network to learn from. Without weights, it is first trained with the labels only."""
+    """The network to learn from. Without weights, it is first trained on the labels only."""
 
     epochs: Annotated[int, Field(ge=0, description="epochs of training before the first stage")] = 0
     training: Annotated[Training, Field(description="training options, as in a stage")] = Training()
@@ -65,12 +65,12 @@ def _method(entry: Any) -> Any:
     if not isinstance(entry, dict):
         possible = ", ".join(registry.names())
         raise InputError(
-            f"a method must be a name, or a name with parameters, given {shown(entry)}. Possible: {possible}."
+            f"a method must be a name, or a name with parameters, got {shown(entry)}. Possible: {possible}."
         )
     name, *more = entry or [""]
     if more:
         raise InputError(
-            f"a method must be one key with its parameters inside, given the keys {', '.join(entry)}. "
+            f"a method must be one key with its parameters inside, got the keys {', '.join(entry)}. "
             f"Write - {name}: {{{more[0]}: ...}}, or start each method with its own dash."
         )
     cls: Any = registry.get(name)
@@ -121,18 +121,18 @@ class Stage(Training):
     def _check(self) -> Self:
         problems: list[tuple[Location, str]] = []
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            problems.append((("name",), f"a stage name may contain letters, digits, - and _, given {self.name!r}."))
+            problems.append((("name",), f"a stage name may contain letters, digits, - and _, got {self.name!r}."))
         if self.epochs and self.steps:
-            problems.append(
-                (("steps",), f"a stage needs either epochs or steps, given {self.epochs} and {self.steps}.")
-            )
+            given = f"epochs: {self.epochs} and steps: {self.steps}"
+            problems.append((("steps",), f"a stage needs either epochs or steps, got {given}. Remove one."))
         if self.validate_every and not self.epochs and not self.steps:
-            message = f"validate_every needs training, and stage '{self.name}' has 0 steps. Remove it."
+            message = f"validate_every needs training, and stage '{self.name}' has 0 steps. Remove validate_every."
             problems.append((("validate_every",), message))
         names = [registry.name_of(method) for method in self.methods]
         for index, method in enumerate(self.methods):
             if names[index] in names[:index]:
-                problems.append((("methods", index), f"stage '{self.name}' lists the method '{names[index]}' twice."))
+                message = f"stage '{self.name}' lists the method '{names[index]}' twice. Remove one."
+                problems.append((("methods", index), message))
             if getattr(method, "needs_steps", False) and not self.epochs and not self.steps:
                 message = f"'{names[index]}' needs training, and stage '{self.name}' has 0 steps."
                 problems.append((("methods", index), f"{message} Write epochs: ... or steps: ... in that stage."))
@@ -157,7 +157,7 @@ class Recipe(PlainRecord):
     target: Annotated[Target, Field(default_factory=Target, description="the runtime and the processor type")]
     seed: Annotated[int, Field(ge=0, lt=2**32, description="random seed")] = 0
     checkpoint_every: Annotated[int, Field(ge=1, description="steps between checkpoints within a stage")] = 200
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="stages, run one after the other")]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, description="stages, run one after another")]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -23,7 +23,7 @@ class TaskEntry(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        """Whether it names code of the user."""
+        """Whether it names the user's code."""
         return is_function_path(self.name)
 
     def build(self) -> Task:
@@ -42,12 +42,12 @@ def _entry(value: Any) -> TaskEntry:
         value = {value: None}
     if not isinstance(value, dict) or len(value) != 1:
         raise InputError(
-            f"task must be a name, or a name with parameters, given {shown(value)}. Write task: segmentation, or task: "
+            f"task must be a name, or a name with parameters, got {shown(value)}. Write task: segmentation, or task: "
             f"{{segmentation: {{num_classes: 4}}}}. Possible: {', '.join(tasks.NAMES)}, package.module:Task."
         )
     (name, parameters), *_ = value.items()
     if not isinstance(parameters, dict | None):
-        raise InputError(f"the parameters of task {name} must be keys with values, given {shown(parameters)}.")
+        raise InputError(f"the parameters of task {name} must be keys with values, got {shown(parameters)}.")
     entry = TaskEntry(name, parameters or {})
     if not entry.is_own and name not in tasks.NAMES:
         raise unknown("task", name, [*tasks.NAMES, "package.module:Task"], "the class of a task")

@@ -32,14 +32,14 @@ class _Problem:
         hint = f" Did you mean '{meant}'?" if meant else ""
         if "text" in self.wanted and isinstance(value, int | float):
             hint = " Put it in quotes to make it text."
-        return f"{self.node.place}: {self.path} should be {wanted}, given {shown(value)}.{hint}"
+        return f"{self.node.place}: {self.path} should be {wanted}, got {shown(value)}.{hint}"
 
 
 def explain(error: ValidationError, tree: Located, keys: Callable[[Location], Iterable[str]]) -> InputError:
     """One line for each problem that pydantic found, with its line in the file.
 
     Args:
-        error: from validating `plain(tree)`.
+        error: the error from validating `plain(tree)`.
         tree: the result of `load`.
         keys: returns the valid keys of the mapping at a location.
     """

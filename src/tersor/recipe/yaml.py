@@ -89,9 +89,9 @@ class _Reader:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, ScalarNode):
-                self.complain(line, "a key should be a name, given a list or a mapping.")
+                self.complain(line, "a key should be a name, got a list or a mapping.")
             elif key.value in entries:
-                self.complain(line, f"the key '{key.value}' is given twice, first in line {entries[key.value].line}.")
+                self.complain(line, f"the key '{key.value}' is given twice, first on line {entries[key.value].line}.")
             else:
                 entries[self.text(key.value, line)] = self.convert(value, line)
         return entries
@@ -108,16 +108,16 @@ class _Reader:
             self.complain(line, f"{shown(node.value)} cannot be read as {node.tag.removeprefix(_TAG)}.")
             return None
         if isinstance(value, int) and value.bit_length() > _BITS:
-            self.complain(line, f"a whole number should have at most {_BITS} bits, given {value.bit_length()} bits.")
+            self.complain(line, f"a whole number should have at most {_BITS} bits, got {value.bit_length()} bits.")
             return None
         if isinstance(value, float) and not math.isfinite(value):
-            self.complain(line, f"a number should be finite, given {node.value}.")
+            self.complain(line, f"a number should be finite, got {node.value}.")
         return value
 
     def text(self, value: str, line: int) -> str:
         # a lone surrogate is no Unicode, and no name of a file or a model holds a control character
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
-            self.complain(line, f"text should have no control characters, given {shown(value)}.")
+            self.complain(line, f"text should have no control characters, got {shown(value)}.")
         return value
 
 

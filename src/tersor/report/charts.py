@@ -81,7 +81,7 @@ def mask_paths(filters: Sequence[Sequence[str]], shape: Sequence[int]) -> tuple[
 
     Args:
         filters: for each filter (a row) the kernels of its input channels, as strings of 1 (not masked) and 0.
-        shape: of the weight, (C_out, C_in, ...).
+        shape: shape of the weight, (C_out, C_in, ...).
     """
     wide = shape[-1] if len(shape) > 2 else 1
     high = len(filters[0][0]) // wide

@@ -4,7 +4,7 @@
 computed values from the functions of `summary.py` and `*_section.py`, and macros from `tables.html` and `charts.html`.
 
 Radio buttons select the reference that the artifact is compared with; the style sheet shows what belongs to it. So the
-page's security policy can forbid all scripts, requests and foreign styles.
+page's security policy can forbid all scripts, requests and external styles.
 """
 
 from __future__ import annotations

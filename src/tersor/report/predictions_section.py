@@ -56,7 +56,7 @@ def change_of(example: Mapping[str, Any]) -> str:
 
 
 def most_changed(classes: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
-    """Classes from the largest loss of accuracy; of many, those with the largest changes. With a title."""
+    """Classes by loss of accuracy, the largest first, and a title; if there are many, only the most changed ones."""
     ordered = sorted(classes, key=lambda each: (each["after"] - each["before"]) / each["images"])
     if len(ordered) <= _MATRIX_CLASSES:
         return ordered, "All classes"
@@ -64,7 +64,7 @@ def most_changed(classes: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str
 
 
 def most_changed_scores(classes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Classes by the size of the change of their score, the largest first; of many, those with the largest changes."""
+    """Classes by the size of the change of their score, the largest first; if there are many, only the first."""
     size = lambda each: -1.0 if None in (each["before"], each["after"]) else abs(each["after"] - each["before"])  # noqa: E731
     return sorted(classes, key=size, reverse=True)[:_ROWS]
 

@@ -17,7 +17,7 @@ def sensitivity_svg(costs: Sequence[Cost], weights: Mapping[str, int], title: st
     """A heat map with a row for each layer, a column for each bit width, and in each cell the error in percent.
 
     Args:
-        costs: of every layer at every bit width.
+        costs: errors of every layer at every bit width.
         weights: layer -> number of weights, in the order of the rows.
         title: the network.
         subtitle: the images.

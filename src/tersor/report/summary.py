@@ -26,9 +26,9 @@ def references(numbers: Results) -> list[Reference]:
 def describe_baseline(numbers: Results) -> str:
     """The runtimes that were tried, and the fastest of them at each batch size."""
     tried = " and ".join(RUNTIMES[runtime] for runtime in numbers.candidates)
-    their = "its" if len(numbers.candidates) == 1 else "their"
+    best = f"{tried} at its" if len(numbers.candidates) == 1 else f"the fastest of {tried} at their"
     fastest = by_batch_size({size: runtime_of(entry) for size, entry in numbers.baseline.items()})
-    return f"original.onnx in the fastest runtime of {tried} at {their} default precision: {fastest}"
+    return f"original.onnx in {best} default precision: {fastest}"
 
 
 def entries(numbers: Results) -> dict[str, FileResults]:
@@ -106,7 +106,7 @@ def describe_methods(methods: Sequence[Any]) -> str:
 
 
 def latency_runs(numbers: Results, size: str) -> tuple[dict[str, list[float]], float]:
-    """Milliseconds of each entry, and the end of their axis: 15 % after the largest 95th percentile."""
+    """Milliseconds of each entry, and the end of their axis: 15 % beyond the largest 95th percentile."""
     runs = {title: list(chain(*entry.latency_runs_ms[size])) for title, entry in entries(numbers).items()}
     return runs, 1.15 * max(float(np.percentile(run, 95)) for run in runs.values())
 

@@ -51,7 +51,7 @@ def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
 
 
 def describe_speedup(ratio: Speedup | Ratio, name: str = "") -> str:
-    """A speedup with its 95 % confidence interval, and what it is against, if that has a `name`.
+    """A speedup with its 95 % confidence interval and, if given, the `name` of what it is compared with.
 
     "2.4x faster (2.1 to 2.7)", or "no measurable difference (0.97x to 1.02x)" if the interval contains 1.
     """
@@ -72,7 +72,7 @@ def _digits(low: float, high: float) -> int:
 
 
 def medians_note(numbers: Results) -> str:
-    """What to know where the printed medians have a ratio outside the printed interval of the speedup; else empty."""
+    """A note if the ratio of the printed medians is outside the printed interval of the speedup; else empty."""
     outside: list[str] = []
     for name, size in product(numbers.speedup, numbers.baseline):
         if name == "baseline" and same_runtime(numbers.baseline[size], numbers.original):

@@ -29,7 +29,7 @@ class Candidate:
         network: `original`, or the name of a student.
         branches: residual branches that are removed.
         keep_macs: fraction of the MACs that is kept.
-        bits: of the weights: "8", "4" or "mixed".
+        bits: bits of the weights: "8", "4" or "mixed".
         pixels: height and width of the images; None for those of the data.
     """
 

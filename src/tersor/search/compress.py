@@ -87,8 +87,8 @@ def compress(
         limit: number of training images; all by default.
         seed: random seed.
         task: what the network is for: classification, segmentation, ..., package.module:Task.
-        loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe has no loss of its own: to
-            repeat the training with `tersor run`, write a task.
+        loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe cannot contain a loss
+            function: to repeat the training with `tersor run`, write a task class.
         metric: (outputs, targets) -> number from 0 to 1, where higher is better, or a torchmetrics Metric.
         channels: number of channels: 3 by default, 1 for grayscale images; see `tersor.data.load` for this and the
             next three.
@@ -142,7 +142,10 @@ def compress(
         progress.say(f"{out}: the search is complete. {_LONGER}")
         return Result(out, read_front(out))
     if folder.changed:
-        progress.say(f"{out} belongs to an interrupted search {'; '.join(folder.changed)}. It starts again.")
+        progress.say(
+            f"{out} holds an interrupted search that measured nothing, {'; '.join(folder.changed)}. The search starts "
+            "from scratch."
+        )
     clock = Clock(minutes, folder.state.used + now() - begun, now)
     with enough_memory(_MEMORY), writable(out), folder.held():
         search = _search(request, folder, budget, clock, storage, progress)

@@ -20,7 +20,7 @@ _LATENCIES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of the compressed network, and of the search for it. Every part is optional.
+    """Limits on the compressed network and on the search for it. Every part is optional.
 
     Attributes:
         max_drop: largest drop of the metric, in points.
@@ -29,7 +29,7 @@ class Budget:
         minutes: time of the search; 30 by default.
 
     Raises:
-        InputError: a number is not finite, or negative or 0 where that is impossible.
+        InputError: a number is not finite, or is negative or 0 where that is not allowed.
     """
 
     max_drop: float | None = None
@@ -61,7 +61,7 @@ class Budget:
 
     @staticmethod
     def of_numbers(numbers: Mapping[str, Any]) -> Budget:
-        """The budget of `as_numbers`."""
+        """The budget from the values that `as_numbers` returned."""
         latency = {int(size): limit for size, limit in numbers["latency_ms"].items()}
         return Budget(numbers["max_drop"], latency, numbers["megabytes"])
 
@@ -86,10 +86,10 @@ def _check(name: str, value: object, possible: str, *, zero: bool = False) -> No
 
 
 def parse_latency(text: str) -> dict[int, float]:
-    """Milliseconds by batch size from `1:2ms,128:8ms`; `2ms` is that of batch size 1.
+    """Milliseconds by batch size from `1:2ms,128:8ms`; `2ms` alone means batch size 1.
 
     Raises:
-        InputError: the text has another form.
+        InputError: the text does not have this form.
     """
     limits: dict[int, float] = {}
     for part in text.split(","):
@@ -104,7 +104,7 @@ def parse_size(text: str) -> float:
     """Megabytes from `0.5MB` or `500kB`.
 
     Raises:
-        InputError: the text has another form.
+        InputError: the text does not have this form.
     """
     return _quantity("size", text, _SIZES, "0.5MB or 500kB")
 
@@ -113,7 +113,7 @@ def parse_time(text: str) -> float:
     """Minutes from `45m`, `90s` or `2h`.
 
     Raises:
-        InputError: the text has another form.
+        InputError: the text does not have this form.
     """
     return _quantity("time", text, _TIMES, "45m, 90s or 2h")
 

@@ -12,7 +12,7 @@ from tersor.search.study import Record
 
 
 def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
-    """The reason for every candidate without a point on the front, by its name; failed ones have their error.
+    """Why each candidate has no point on the front, by name; for failed ones, the error.
 
     Args:
         search: a search at its end.

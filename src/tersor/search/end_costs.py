@@ -12,7 +12,7 @@ from tersor.search.search_context import Search
 
 
 def measure_end(search: Search, file: Path) -> None:
-    """Measure the multiply peaks of the machine, and the seconds of naming layers and of opening files.
+    """Measure the multiply peaks of the machine, and how many seconds it takes to name layers and to open files.
 
     The peaks are measured once per process, so that the end of the search has them already.
 
@@ -32,6 +32,6 @@ def measure_end(search: Search, file: Path) -> None:
 
 
 def folded_layers(search: Search) -> dict[str, str]:
-    """Layers of the original by their path and by that of the BatchNorm that is folded into them."""
+    """The original's layers, by their own path and by the path of the BatchNorm folded into each."""
     original = copy.deepcopy(search.bench.experiment.model).cpu().float().eval()
     return layers_by_module(original, next(iter(search.bench.validation)).only_images[:2])

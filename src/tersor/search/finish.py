@@ -139,14 +139,14 @@ def _speedup(search: Search, best: Point) -> dict[int, BaselineSpeedup]:
 
 
 def final_seconds(search: Search) -> float:
-    """Seconds of the final measurement for each batch size. The least time for a second one is kept."""
+    """Seconds of the final measurement for each batch size. The minimum time for a second one is reserved."""
     least, sizes = AGAIN * speedup_seconds(search.clock.total), len(search.measurement.batch_sizes)
     left = (search.clock.left - search.evidence_seconds) / sizes - least
     return min(max(left, least), _LONGEST)
 
 
 def advice(search: Search, best: Point) -> list[str]:
-    """What to expect of more time, a larger drop or another runtime, if the budget is not met or nothing was gained."""
+    """What to expect from more time, a larger drop or another runtime, if the budget is not met or nothing gained."""
     lines = [
         *_out_of_reach(search, best),
         *_more_time(search, best),

@@ -54,7 +54,7 @@ class Front(BaseModel):
     minutes_used: float
     """Time used, in minutes."""
     machine: Machine
-    """The machine of the measurements."""
+    """The machine that everything was measured on."""
     validation_images: int
     """Number of validation images."""
     validation_error: float
@@ -62,7 +62,8 @@ class Front(BaseModel):
     test_images: int
     """Number of test images."""
     tests_chose: bool = False
-    """Whether the validation images were half of the test set, because the original was trained on the others."""
+    """Whether half of the test images were used for validation, because the original was trained on the held-out
+    images."""
     original: str
     """Name of the baseline that drops are computed from."""
     baselines: list[Point]
@@ -87,10 +88,10 @@ class Front(BaseModel):
     dropped: dict[str, str] = {}
     """Why each candidate has no point on the front, by its name; empty before the end."""
     test_runs: list[list[str]] = []
-    """Names of the points that ran on the test images, for each end of the search."""
+    """Names of the points that were run on the test images, one list for each time the search ended."""
 
     def point(self, name: str) -> Point:
-        """The point of a name."""
+        """The point with this name."""
         return next(each for each in (*self.points, *self.dominated, *self.baselines) if each.name == name)
 
 
@@ -104,8 +105,8 @@ class SearchFolder:
     """Reads and writes the folder.
 
     Attributes:
-        changed: the arguments that differ from those of an earlier search in the folder that has measured nothing, in
-            words.
+        changed: how the arguments differ from those of an earlier search in this folder, if that search measured
+            nothing.
 
     Args:
         path: the folder; it is created if necessary.
@@ -120,7 +121,7 @@ class SearchFolder:
         self._created = [each for each in (path, *path.parents) if not each.exists()]
         self._begins_again, self.changed = False, list[str]()
         if path.exists() and (not path.is_dir() or (_holds_files(path) and not (path / STATE).is_file())):
-            raise InputError(f"{path} already exists and is not overwritten. Choose another folder, or remove it.")
+            raise InputError(f"{path} already exists and will not be overwritten. Choose another folder, or remove it.")
         self.state = State(arguments=dict(arguments), study=f"{path.absolute().name}-{uuid.uuid4().hex[:8]}")
         if (path / STATE).is_file():
             begun = read_state(path / STATE)

@@ -45,11 +45,11 @@ class Point(BaseModel):
     validation: Annotated[float, Field(ge=0, le=100)]
     """The metric on the validation images, in percent."""
     drop_error: Annotated[float, Field(ge=0)] = 0.0
-    """One standard error of the difference to the original on the validation images, in points."""
+    """One standard error of the difference from the original on the validation images, in points."""
     test: Annotated[float | None, Field(ge=0, le=100)] = None
     """The metric on the test images, in percent; measured at the end, for the front and the free baselines."""
     test_drop_error: Annotated[float, Field(ge=0)] = 0.0
-    """One standard error of the difference to the original on the test images, in points."""
+    """One standard error of the difference from the original on the test images, in points."""
     latency_ms: dict[int, float]
     """Median latency by batch size, in milliseconds."""
     latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}
@@ -110,7 +110,7 @@ def _costs(point: Point) -> list[float]:
 
 
 def front(points: Iterable[Point], best: Point | None = None) -> list[Point]:
-    """The points that no other one of the front dominates or equals, from the fastest to the slowest.
+    """The points that no other point on the front dominates or equals, from the fastest to the slowest.
 
     Points are considered from the best metric to the worst, and points with the same metric in the given order. Each is
     compared with the points kept so far. So the first of equal points is kept, and small differences do not add up.
@@ -192,7 +192,8 @@ def rank(point: Point, budget: Budget, original: float) -> tuple[float, ...]:
 def pick(points: Sequence[Point], budget: Budget, original: float) -> Point:
     """The best point within the budget, or the nearest to it; of equal points the first.
 
-    The criteria of `rank` are applied one after the other. Points equal to the best one (see `like`) stay for the next.
+    The criteria of `rank` are applied one after another. Points equal to the best one (see `like`) go on to the next
+    criterion.
     """
     kept = [point for point in points if not violations(point, budget, original)] or list(points)
     for step in range(len(rank(kept[0], budget, original))):
@@ -212,7 +213,7 @@ def shortfall(point: Point, budget: Budget, original: float) -> str:
         if name == "drop":
             texts.append(f"it loses {original - point.validation:.2f} points, {value:.2f} more than allowed")
         elif name == "size":
-            texts.append(f"it has {point.bytes / 1e6:.3f} MB, {_excess(value)}")
+            texts.append(f"it is {point.bytes / 1e6:.3f} MB, {_excess(value)}")
         else:
             size = int(name.removeprefix("latency "))
             inside = math.log(value) <= point.latency_error.get(size, 0.0)

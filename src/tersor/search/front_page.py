@@ -32,7 +32,7 @@ _SHOWN_DROP = 12.0
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: places from 0 to 1 on a logarithmic horizontal axis and a linear vertical one."""
+    """A chart: positions from 0 to 1 on a logarithmic horizontal axis and a linear vertical one."""
 
     title: str
     points: list[dict[str, Any]]
@@ -55,7 +55,7 @@ class _Panel:
 
 
 def write_front_page(folder: Path, front: Front) -> Path:
-    """Write `report.html`; returns it."""
+    """Write `report.html`; returns its path."""
     points = [*front.baselines, *front.points, *front.dominated]
     rows = sorted({point.name: point for point in points}.values(), key=lambda point: (not point.free, point.mean_ms))
     kept = {point.name for point in front.points}

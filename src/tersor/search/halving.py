@@ -1,13 +1,13 @@
 """Successive halving: train promising candidates for a while, train the better ones further, and repeat.
 
 Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016. The
-resource is time, not steps, since a step of a fast network costs less: each candidate of a rung gets the same seconds.
-Each rung is a training stage of its own, from the weights of the rung before. The last rungs have one candidate and
-most of the time. The candidate of the very last rung is chosen from all candidates again: if the best one is already
-within the budget, the rest of the time can be used for a faster one.
+resource is time, not steps, since a step of a fast network costs less: each candidate of a rung gets the same number of
+seconds. Each rung is a training stage of its own, from the weights of the rung before. The last rungs have one
+candidate and most of the time. The candidate of the very last rung is chosen from all candidates again: if the best one
+is already within the budget, the rest of the time can be used for a faster one.
 
-A candidate that is not expected to end within the drop, even after all of the time left, is not trained again, unless
-nothing else can use the time.
+A candidate that is not expected to end within the allowed drop, even after all of the time left, is not trained again,
+unless nothing else can use the time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tersor.search.workers import Workers
 
 _LEAST_SHARE = 0.03
 _LEAST_OVERHEADS = 10
-"""A training is divided if its second part has at least so many times the seconds of attaching and exporting."""
+"""A training run is divided if its second part has at least so many times the seconds of attaching and exporting."""
 
 
 def halve(search: Search, workers: Workers | None = None, *, last_resort: bool = True) -> None:
@@ -36,7 +36,7 @@ def halve(search: Search, workers: Workers | None = None, *, last_resort: bool =
 
     Args:
         search: the search.
-        workers: processes that train several candidates at a time; by default, this one trains one after the other.
+        workers: processes that train several candidates at a time; by default, this process trains them one by one.
         last_resort: what to do if all candidates are expected to exceed the allowed drop. True: train them further.
             False: leave the time for surveying more candidates.
     """
@@ -68,7 +68,7 @@ def why_not_trained(search: Search) -> str:
 
 
 def _worthwhile(search: Search) -> bool:
-    """Whether the time left is enough for another training."""
+    """Whether the time left is enough for another training run."""
     return seconds_to_train(search) > _least_seconds(search)
 
 

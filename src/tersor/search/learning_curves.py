@@ -4,7 +4,7 @@ Hestness et al., "Deep Learning Scaling is Predictable, Empirically", 2017, find
 power law describes the distance to the original. A ResNet-56 without 9 of its branches lost 4.8 points after 11 s of
 training and 1.2 after 148 s (exponent 0.52); with half of its MACs, 0.93 after 600 steps, 0.5 after 1,310 and 0.23
 after 7,020 (0.8 and then 0.46). So the curves get flatter. The expected exponent is three quarters of the exponent
-between the last two trainings of a candidate. It is averaged with a usual exponent; both are weighted by their
+between the last two training runs of a candidate. It is averaged with a typical exponent; both are weighted by their
 precision.
 """
 

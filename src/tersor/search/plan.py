@@ -18,7 +18,7 @@ RESERVE = 0.005
 """Share of the whole time that is reserved for delays at the end."""
 MOST_RESERVED = 0.3
 _SPEEDUP, _SPEEDUP_SHARE = 5.0, 0.03
-"""Least seconds of the final measurement for each batch size, and at most this share of the whole time."""
+"""Minimum seconds of the final measurement for each batch size, and at most this share of the whole time."""
 AGAIN = 0.5
 """Least time of a second final measurement relative to the first, if the first point proves slower than another."""
 _GROUPS_AT_THE_END = 2.0
@@ -31,21 +31,21 @@ _LEAST_STEPS = 20
 
 
 def survey_seconds(left: float) -> float:
-    """Seconds for the survey of the candidates, if so many are left for survey and training."""
+    """Seconds for the survey of the candidates, if `left` seconds remain for survey and training."""
     return max(_SURVEY * left, min(_SURVEY_OF_SHORT * left, _SHORT))
 
 
 def speedup_seconds(total: float) -> float:
-    """Least seconds of the final measurement for each batch size; it gets longer if there is time left."""
+    """Minimum seconds of the final measurement for each batch size; it gets longer if there is time left."""
     return min(_SPEEDUP, _SPEEDUP_SHARE * total)
 
 
 class Clock:
-    """Seconds that a search has used, those of earlier processes included.
+    """Seconds that a search has used, including those of earlier processes.
 
     Attributes:
         minutes: time of the search.
-        total: its seconds.
+        total: the same time in seconds.
 
     Args:
         minutes: time of the search.
@@ -65,7 +65,7 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds left; below 0 when more than the time was used."""
+        """Seconds left; negative once the time is exceeded."""
         return self.total - self.used
 
 
@@ -75,7 +75,7 @@ class Costs:
 
     Attributes:
         survey: to build, export, validate and time a candidate.
-        attach: to attach the methods of a training.
+        attach: to attach the methods of a training run.
         export: to quantize, export and validate a trained candidate.
         step: one training step of the original.
         test: to run one file on the test set.
@@ -117,20 +117,21 @@ class Costs:
         """Number of candidates for a rung of this many seconds, so that each has enough time to train.
 
         Args:
-            seconds: of the rung.
+            seconds: seconds of the rung.
             at_once: number of candidates that are trained at the same time.
         """
         trained = int(at_once * seconds / max(self.least, 1e-9))
-        if at_once > 1:  # exports and measurements are made one after the other
+        if at_once > 1:  # exports and measurements are made one after another
             trained = min(trained, int(seconds / max(2 * (self.export + self.latency), 1e-9)))
         return max(0, min(RUNG_SIZES[0] * at_once, trained))
 
     @property
     def overhead(self) -> float:
-        """Seconds of a training besides its steps: at least those of a survey, which does the same without steps."""
+        """Seconds of a training run apart from its steps: at least those of surveying a candidate, which is the same
+        work without steps."""
         return max(self.attach + self.export + self.latency, self.survey)
 
     @property
     def least(self) -> float:
-        """Seconds of a short training, half of which are spent on steps."""
+        """Seconds of a short training run, half of which are spent on steps."""
         return self.overhead + max(_LEAST_STEPS * self.step, self.overhead)

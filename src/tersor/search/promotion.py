@@ -2,9 +2,9 @@
 
 Without a limit on the drop, the candidates with the best expected metric are promoted. With one, it is the expected
 improvement (Jones et al., "Efficient Global Optimization of Expensive Black-Box Functions", 1998): the probability that
-the candidate ends within the drop, times the logarithm of its speedup over the fastest point within the budget so far.
-The probability is raised to a power above 1, because a candidate that misses the drop gains nothing: of two candidates
-with the same expected improvement, the safer one is trained.
+the candidate ends within the allowed drop, times the logarithm of its speedup over the fastest point within the budget
+so far. The probability is raised to a power above 1, because a candidate that exceeds the drop gains nothing: of two
+candidates with the same expected improvement, the safer one is trained.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _PROMISING = 0.4
 DOUBT = 0.2
 """One standard error of the expected gain by training, relative to that gain."""
 _CAUTION = {False: 1.5, True: 2.0}
-"""Exponent of the probability in the expected improvement, before the last training and for it."""
+"""Exponent of the probability in the expected improvement, before the last training run and for it."""
 _LEAST_GAIN = 0.01
 _HOPELESS = 0.05
-"""A candidate is trained further if it ends within the drop with at least this probability, or if no other can be."""
+"""A candidate is trained further if it ends within the allowed drop with at least this probability, or if no other
+candidate can be."""
 
 
 def entrants(search: Search, count: int, without: Collection[str] = ()) -> list[Record]:
@@ -88,7 +89,7 @@ def why_not_trained(search: Search, record: Record) -> str:
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:
-    """Changes of the original that no other one dominates, without those that have lost most of the metric."""
+    """Changes of the original that no other change dominates, without those that have lost most of the metric."""
     kept = {point.name for point in front(record.point for record in inherited)}
     best = [record for record in inherited if record.point.name in kept]
     return [record for record in best if record.point.validation >= _PROMISING * search.reference] or best
@@ -120,7 +121,7 @@ def promoted(
         trained: the candidates so far.
         count: number of candidates of the next rung.
         seconds: time for which the best one is expected to be trained further.
-        last: whether it is the last training.
+        last: whether it is the last training run.
     """
     trained = [record for record in trained if improvable(search, record)]
     metrics = {record.point.name: expected(search, record, record.point.seconds + seconds) for record in trained}
@@ -143,7 +144,7 @@ def _key(search: Search, record: Record, metrics: Mapping[str, float], *, last: 
 
 
 def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[Record]:
-    """The trained candidates that may end within the drop after `seconds` more of training."""
+    """The trained candidates that may end within the allowed drop after another `seconds` of training."""
     if search.budget.points is None:
         return list(trained)
     metrics = [expected(search, record, record.point.seconds + seconds) for record in trained]
@@ -155,7 +156,7 @@ def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[R
 
 
 def improvement(search: Search, record: Record, metric: float, power: float = 1.0) -> float:
-    """The probability that a candidate with this expected metric is within the drop, to this power, times its gain."""
+    """P^power * gain: P is the probability that a candidate with this expected metric is within the allowed drop."""
     within = [point for point in search.points if not violations(point, search.budget, search.reference)]
     before = min((point.mean_ms for point in within), default=max(point.mean_ms for point in search.points))
     gained = math.log(before / record.point.mean_ms)
@@ -163,7 +164,7 @@ def improvement(search: Search, record: Record, metric: float, power: float = 1.
 
 
 def _probability(search: Search, record: Record, metric: float) -> float:
-    """The probability that a candidate with this expected metric ends within the drop."""
+    """The probability that a candidate with this expected metric ends within the allowed drop."""
     assert search.budget.points is not None
     error = math.hypot(record.point.drop_error, DOUBT * (metric - record.point.validation))
     margin = metric - (search.reference - search.budget.points)

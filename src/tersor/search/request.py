@@ -69,7 +69,7 @@ class Request:
         if self.validation is not None and not 0 < self.validation < 1:
             raise InputError(
                 f"validation is {self.validation:g}. Write a fraction above 0 and below 1, such as 0.2: a search "
-                "chooses on validation images."
+                "compares candidates on validation images."
             )
 
     @property
@@ -125,7 +125,10 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
     if request.augment is not None:
         resolve(request.augment)
     if any(size < SMALLEST_IMAGE for size in request.pixels):
-        raise InputError(f"pixels is {min(request.pixels)}. Write the side of an image, {SMALLEST_IMAGE} or more.")
+        raise InputError(
+            f"pixels is {min(request.pixels)}. Write the height and width of the images in pixels, {SMALLEST_IMAGE} or "
+            "more."
+        )
     if request.pixels and isinstance(request.data, Splits):
         raise InputError(
             "pixels cannot be used with images that are already loaded, because they have to be loaded again for each "
@@ -216,7 +219,7 @@ def _gray(images: Images) -> bool:
 
 
 def _name(function: Any) -> str:
-    """The name of a loss or a metric of the user."""
+    """The name of a user-defined loss or metric."""
     return "None" if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
 
 

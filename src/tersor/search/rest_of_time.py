@@ -23,7 +23,8 @@ _FOR_THE_FIRST = 0.5
 def train_and_survey(search: Search, space: Space, train: Callable[[bool], None]) -> None:
     """Train; while there is time that no training can use, survey more candidates and train again.
 
-    Candidates that are not expected to end within the drop are trained further only after the survey has continued.
+    Candidates that are not expected to end within the allowed drop are trained further only after the survey has
+    continued.
 
     A search that ends early prints the reason. Candidates that the user named and that were not tried are printed.
 

@@ -82,7 +82,7 @@ class Result:
         return self.numbers.points
 
     def pick(self, budget: Budget | None = None, *, point: str | None = None, **limits: object) -> Choice:
-        """The best point for a budget (the closest one if none meets it), or the point of a name. Nothing is trained.
+        """The best point for a budget (the closest if none meets it), or the point with this name. Nothing is trained.
 
         Args:
             budget: the budget; that of the search by default.

@@ -1,4 +1,4 @@
-"""The trainings of a rung: planned, run here or in workers, then exported, measured and stored as trials."""
+"""The training runs of a rung: planned, run here or in workers, then exported, measured and stored as trials."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tersor.search.trial import QUANTIZED_SHARE, Training, train
 from tersor.search.workers import LostWorkerError, Workers
 
 _ROUNDING = 0.4
-"""If quantization costs more points than this, the last training ends with quantization-aware training."""
+"""If quantization costs more points than this, the last training run ends with quantization-aware training."""
 _HEADROOM = 10
-"""Limit on the steps of a training, relative to the original's in the same time; usually the time ends it first."""
+"""Limit on the steps of a training run, relative to the original's in the same time; usually time ends it first."""
 _MOST_STEPS = 10**6
 """Limit on the steps where the original cannot be trained, so that its step has no time."""
 
@@ -97,7 +97,7 @@ def _train_in_workers(search: Search, workers: Workers, rung: Rung, candidates: 
 
 
 def _training(search: Search, candidate: Candidate, rung: Rung, limit: float) -> Training:
-    """A training of `limit` seconds; its plan is stored."""
+    """A training run of `limit` seconds; its plan is stored."""
     training = rung.members[candidate.name]
     before = search.study.find(candidate, training - 1) if training > 1 else None
     if candidate.name not in rung.planned:
@@ -152,7 +152,7 @@ def _fail(search: Search, candidate: Candidate, rung: Rung, reason: str, *, lost
 def _planned(
     search: Search, candidate: Candidate, training: int, before: Record | None, limit: float, *, last: bool
 ) -> list[Stage]:
-    """The stages of a training of `limit` seconds. A resumed training repeats them, although less time is left."""
+    """The stages of a training run of `limit` seconds. A resumed run repeats them, although less time is left."""
     rounds_badly = before is not None and (before.rounding_loss or 0.0) > _ROUNDING
     quantizes = last and (rounds_badly or _rounds(_stages(before)))
     names = [(f"train-{training}", 1 - QUANTIZED_SHARE * quantizes)]

@@ -29,11 +29,11 @@ _KEPT_EVERY = 10.0
 
 
 _MODEL = """\
-# The network was passed in Python. Before `tersor run`, write a function that builds it, and its weights file:
+# The network was passed in Python. Before `tersor run`, name a function that builds it, and its weights file:
 # {key}: {{name: package.module:function, weights: FILE}}
 """
 _DATA = """\
-# The images were passed in Python. Before `tersor run`, write their folder or a function that returns them:
+# The images were passed in Python. Before `tersor run`, name their folder or a function that returns them:
 # folder: PATH, or name: package.module:function
 """
 
@@ -234,7 +234,7 @@ class Search:
         )
 
     def drop_error(self, right: NDArray[np.bool_] | None, metric: float) -> float:
-        """One standard error of the difference to the original on the validation images, in points."""
+        """One standard error of the difference from the original on the validation images, in points."""
         images = len(self.bench.validation.images)
         return round(search_metric.error_of_drop(right, self.folder.original_right, metric, images), 3)
 

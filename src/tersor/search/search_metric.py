@@ -26,7 +26,7 @@ class Measured:
     """The metric of a file.
 
     Attributes:
-        metric: in percent.
+        metric: the metric in percent.
         right: whether the class of each image is right (N,); None if the metric is not the accuracy.
     """
 
@@ -40,7 +40,7 @@ def of_file(
     """The metric of a file in a runtime.
 
     Raises:
-        InputError: the runtime cannot run the file, or a metric of the user is not from 0 to 1.
+        InputError: the runtime cannot run the file, or a user-defined metric is not between 0 and 1.
     """
     predictions = predictions_of(file, runtime, batches, experiment, precision)
     return measured(experiment.task, predictions, targets_of(batches))
@@ -62,7 +62,7 @@ def measured(task: Task, predictions: Any, targets: Any) -> Measured:
     """The metric of predictions.
 
     Raises:
-        InputError: a metric of the user is not from 0 to 1.
+        InputError: a user-defined metric is not between 0 and 1.
     """
     right = (predictions == targets).numpy() if measures_accuracy(task) else None
     return Measured(in_percent(task, score(task, predictions, targets)), right)
@@ -80,7 +80,7 @@ def in_percent(task: Task, metric: float) -> float:
     """A metric of the task in percent.
 
     Raises:
-        InputError: a metric of the user is not from 0 to 1.
+        InputError: a user-defined metric is not between 0 and 1.
     """
     if task.unit == "%":
         return metric
@@ -108,7 +108,7 @@ def refuse_other_metrics(task: Task) -> None:
 
 
 def standard_error(metric: float, images: int) -> float:
-    """One standard error of a metric in percent on this many images, computed as for a share of the images."""
+    """One standard error of a metric in percent on this many images, computed as for a proportion of the images."""
     share = min(max(metric / 100, 1 / (images + 2)), 1 - 1 / (images + 2))
     return 100 * math.sqrt(share * (1 - share) / images)
 
@@ -116,12 +116,12 @@ def standard_error(metric: float, images: int) -> float:
 def error_of_difference(metrics: tuple[float, float], images: tuple[int, int]) -> float:
     """One standard error of the difference of a metric in percent between two sets of images, for the same network.
 
-    It is that of the two-proportion z-test: the share is pooled over both sets, because the test assumes that they have
-    the same one. With the share of each set instead, 1 % of all tests at three standard errors would be false alarms
+    It is computed as in the two-proportion z-test: the proportion is pooled over both sets, because the null hypothesis
+    is that they are equal. With separate proportions, 1 % of all tests at three standard errors would be false alarms
     where few images are wrong.
 
     Args:
-        metrics: of each set, in percent.
+        metrics: the metric on each set, in percent.
         images: number of images of each set.
     """
     pooled = sum(metric * count for metric, count in zip(metrics, images, strict=True)) / sum(images)
@@ -131,7 +131,7 @@ def error_of_difference(metrics: tuple[float, float], images: tuple[int, int]) -
 def error_of_drop(
     right: NDArray[np.bool_] | None, original: NDArray[np.bool_] | None, metric: float, images: int
 ) -> float:
-    """One standard error of the difference to the original, in points.
+    """One standard error of the difference from the original, in points.
 
     Both classify the same images, so only images that one of them classifies wrongly count, as in McNemar's test. For
     other metrics, it is the standard error of the metric itself.
@@ -139,7 +139,7 @@ def error_of_drop(
     Args:
         right: whether the class of each image is right (N,).
         original: the same for the original (N,).
-        metric: in percent, for metrics other than the accuracy.
+        metric: the metric in percent, for metrics other than the accuracy.
         images: N.
     """
     if right is None or original is None or len(right) != len(original):

@@ -65,7 +65,7 @@ class Space:
         return [*ordered, *(Candidate(bits=bits) for bits in fewer)]
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The ranges of the parameters that change the original, for a sampler of Optuna."""
+        """The ranges of the parameters that change the original, for an Optuna sampler."""
         least = _LEAST_KEPT if self.prunable else 1.0
         bits: dict[str, BaseDistribution] = {"bits": CategoricalDistribution(BITS)} if len(self.bits) > 1 else {}
         return {

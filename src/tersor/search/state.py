@@ -19,9 +19,9 @@ class Rung(BaseModel):
     """A rung of the halving.
 
     Attributes:
-        members: its candidates by name, with the number of their training, from 1.
+        members: its candidates by name, with the number of their training run, from 1.
         until: the rung ends when the search has used this many seconds; None for the last one, which gets the rest.
-        planned: the stages of each training that has begun and not ended, as plain data.
+        planned: the stages of each training run that has begun and not ended, as plain data.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -45,7 +45,7 @@ class State(BaseModel):
         baselines: the measured free baselines.
         finished: whether the search ended by itself.
         minutes: time limit of the finished search; only a larger limit continues it.
-        test_runs: names of the points that ran on the test images, for each end of the search.
+        test_runs: names of the points that were run on the test images, one list for each time the search ended.
         extended: whether a finished search was given more time, in which its last candidate is trained further.
     """
 

@@ -1,4 +1,4 @@
-"""The trials of a search, in a database of Optuna: `survey` before training, `training` for each rung of a candidate.
+"""The trials of a search, in an Optuna database: `survey` before training, `training` for each rung of a candidate.
 
 Both studies are multi-objective: metric (larger is better), geometric mean of the latencies in ms and megabytes. The
 numbers of a trial are its user attributes. A finished trial is never run twice; one that a killed process left
@@ -35,7 +35,7 @@ class Record(BaseModel):
 
     Attributes:
         candidate: parameters of the candidate.
-        rung: number of its trainings so far; 0 in the survey.
+        rung: number of its training runs so far; 0 in the survey.
         point: its measured file.
         stages: the trained stages as plain data, as in a recipe.
         rounding_loss: drop of the metric by quantization.
@@ -58,8 +58,8 @@ class Study:
     """The two studies.
 
     Args:
-        storage: an SQLAlchemy URL, or a storage of Optuna.
-        name: name of the search, before that of the study.
+        storage: an SQLAlchemy URL, or an Optuna storage.
+        name: name of the search; a prefix of the study names.
         networks: names of the original and of all students.
         seed: seed of the sampler.
 
@@ -123,7 +123,7 @@ class Study:
         self.failed[candidate.name] = reason
 
     def suggest(self, distributions: Mapping[str, BaseDistribution]) -> tuple[Trial, dict[str, Any]]:
-        """Parameters that the sampler of Optuna proposes; the trial has to be closed with `tell`."""
+        """Parameters that Optuna's sampler proposes; the trial has to be closed with `tell`."""
         trial = self._studies[SURVEY].ask(dict(distributions))
         return trial, dict(trial.params)
 

@@ -167,7 +167,7 @@ def describe_range(search: Search) -> list[str]:
     state = search.folder.state
     lines = [
         *_validation(search),
-        "free baselines: the original, without training; ± is half of the 95 % interval of a latency",
+        "free baselines: the original, without training; ± is half the width of the 95 % interval of a latency",
     ]
     for point in state.baselines:
         lacking = shortfall(point, search.budget, search.reference)
@@ -195,7 +195,7 @@ def _validation(search: Search) -> list[str]:
     lines = [f"validation: {images} images, on which one standard error of the {metric} is {error:.2f} points"]
     if allowed is not None and allowed < error:
         lines.append(
-            f"warning: the allowed drop of {allowed:g} points is smaller than this. "
+            f"warning: the allowed drop of {allowed:g} points is smaller than this standard error. "
             f"{more_images(tests_chose=bool(search.folder.state.seen))}"
         )
     return lines

@@ -31,12 +31,12 @@ class Tested:
     """What the page shows of a point's predictions for the test images.
 
     Attributes:
-        metric: in percent.
-        agreement: with the original, in percent; None if the outputs have another size because the image size was
-            changed.
+        metric: the metric in percent.
+        agreement: agreement with the original, in percent; None if the outputs have another size because the image size
+            was changed.
         by_class: scores in percent, None for a class that does not occur.
         classes: predicted class numbers (N,), int64; None for other tasks than classification.
-        drop_error: one standard error of the difference to the original, in points.
+        drop_error: one standard error of the difference from the original, in points.
     """
 
     metric: float
@@ -49,8 +49,8 @@ class Tested:
 def run_on_test_images(search: Search) -> dict[str, Tested]:
     """Add the metric on the test images to the points that are tested at the end.
 
-    Points that an earlier end of the search has tested do not run again, but the original does where its predictions
-    are needed and were not kept. Only the predictions of the original and of one other point are in memory at once.
+    Points that were tested when the search ended before are not run again. The original is, if its predictions are
+    needed and were not kept. Only the predictions of the original and of one other point are in memory at once.
     """
     assert search.original is not None
     original, points = search.original.name, search.tested_at_the_end()

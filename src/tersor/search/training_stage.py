@@ -26,7 +26,8 @@ _INHERITED_RATE, _FRESH_RATE, _QUANTIZED_RATE = 0.02, 0.1, 0.002
 _ADAM_SHARE = 0.02
 """Learning rate of AdamW relative to that of SGD."""
 _SETTLED = 0.4
-"""Factor on the learning rate of a training that is shorter than those before it, whose gains a full one would undo."""
+"""Factor applied to the learning rate of a training run that is shorter than an earlier one, whose gains the full
+learning rate would undo."""
 _FEWEST_BATCHES = 8
 """With few images, the batch size is reduced so that an epoch has at least this many batches."""
 _WARMUP = 0.1
@@ -42,11 +43,11 @@ def training_stage(
 
     Args:
         experiment: the experiment of the candidate.
-        name: name of the stage; the stage `quantize` trains with learned steps of the grids.
+        name: name of the stage; the stage `quantize` trains with learned step sizes (LSQ).
         steps: largest number of optimizer steps.
         model: the network as it enters the stage.
         fresh: whether it started from random weights.
-        settled: whether earlier trainings were longer than this one.
+        settled: whether earlier training runs were longer than this one.
     """
     quantizes = name == QUANTIZE
     rate = _QUANTIZED_RATE if quantizes else _FRESH_RATE if fresh else _INHERITED_RATE

@@ -1,4 +1,4 @@
-"""One training of a candidate, in its stages."""
+"""One training run of a candidate, in its stages."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tersor.search.candidate import Candidate
 from tersor.search.workbench import Workbench
 
 QUANTIZED_SHARE = 0.25
-"""Share of a training that is quantization-aware, if it ends with such a stage."""
+"""Share of a training run that is quantization-aware, if it ends with such a stage."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a candidate.
+    """One training run of a candidate.
 
     Attributes:
-        trained: the stages of its earlier trainings, which come from their checkpoints.
-        stages: the stages of this one.
+        trained: the stages of its earlier training runs, which come from their checkpoints.
+        stages: the stages of this run.
         seconds: time for all of `stages`.
     """
 
@@ -35,7 +35,7 @@ class Training:
 def train(
     bench: Workbench, candidate: Candidate, training: Training, now: Callable[[], float] = time.monotonic
 ) -> tuple[nn.Module, list[StageRecord]]:
-    """Train a candidate; return the network, and a record for each stage of this training.
+    """Train a candidate; return the network, and a record for each stage of this run.
 
     Raises:
         InputError: the training diverged, or a stage cannot be attached.

@@ -64,7 +64,7 @@ class Workbench:
         students: networks that replace the original, by name, with their weights files.
         folder: holds the checkpoints of each candidate.
         progress: receives the progress of every stage.
-        checkpoint_every: steps between two checkpoints of a training.
+        checkpoint_every: steps between two checkpoints of a training run.
         tests_choose: whether half of the test images are used for validation.
     """
 
@@ -78,8 +78,8 @@ class Workbench:
     def choosing_on_test_images(self) -> Workbench:
         """Return a workbench that validates on half of the test images of each class, and tests on the other half.
 
-        The images that were held out for validation are then trained on, unless the training images are limited: the
-        recipes of such a search hold out no images.
+        The held-out images then become training images, unless the number of training images is limited: the recipes
+        of such a search hold out no images.
         """
         recipe, data = self.experiment.recipe, self.experiment.data
         train = None if recipe.data.limit else joined(data.train, data.validation)

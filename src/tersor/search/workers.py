@@ -1,7 +1,7 @@
 """Trials in several processes: each Ray worker, on this machine or on another, trains one candidate at a time.
 
 A worker gets the checkpoints of a candidate, trains it, and returns its checkpoints. The search goes on from them as it
-does after an interruption, so that files and latencies of all candidates are made in one place. The candidate of a
+does after an interruption, so that all files are written and all latencies measured in one place. The candidate of a
 worker that dies is trained once more.
 """
 
@@ -43,7 +43,7 @@ class Placement:
 
     Attributes:
         workers: number of processes.
-        address: of a Ray cluster; a cluster of this machine's cores by default.
+        address: address of a Ray cluster; a cluster of this machine's cores by default.
     """
 
     workers: int
@@ -67,13 +67,13 @@ class Outcome:
 
 
 class Worker:
-    """In the process of a worker: the original, the data, and the candidates that it trains.
+    """A worker process: holds the original and the data, and trains candidates.
 
     Args:
         request: the arguments of the search.
         students: networks that replace the original, with their weights files.
         folder: the working directory of the search, which paths are relative to.
-        threads: threads of torch.
+        threads: number of PyTorch threads.
         tests_choose: whether half of the test images are used for validation.
         scratch: a temporary folder of its own. The process that starts the worker removes it, because Ray may kill the
             worker at any moment.

@@ -32,7 +32,7 @@ def build(task: str | Task, **parameters: Any) -> Task:
     Args:
         task: one of `NAMES`, "package.module:Task" (a subclass of `tersor.tasks.task.Task`, or a function that
             returns one), or an instance.
-        parameters: of the class or function.
+        parameters: parameters of the class or function.
 
     Raises:
         InputError: the name is unknown, a parameter is invalid, or the result is not a `Task`.

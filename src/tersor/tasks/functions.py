@@ -58,7 +58,7 @@ class FromFunctions(Task):
         return self.base.logits(outputs)
 
     def predictions(self, outputs: Any) -> Any:
-        """Return the outputs for a metric of the user, otherwise the predictions of the base task."""
+        """Return the outputs for a user-defined metric, otherwise the predictions of the base task."""
         return super().predictions(outputs) if self._own else self.base.predictions(outputs)
 
     def score(self, pairs: Pairs) -> float:

@@ -19,7 +19,8 @@ from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 class Segmentation(Task):
     """Logits (N, classes, H, W), alone or under `logits` or `out`; the targets are class numbers (N, H, W).
 
-    Logits of a lower resolution than the targets are interpolated for the loss; predicted masks take the nearest class.
+    Logits of a lower resolution than the targets are interpolated for the loss; predicted masks are resized by
+    nearest-neighbor interpolation.
     """
 
     metric: ClassVar[str] = "mIoU"
@@ -69,7 +70,7 @@ class Segmentation(Task):
         return (predictions == reference).double().flatten(1).mean(1)
 
     def check_masks(self, targets: Tensor, images: int, classes: int | None) -> None:
-        """Check that the targets are masks of this many images, and their numbers classes of the network, if known.
+        """Check that the targets are masks of this many images, and their values classes of the network, if known.
 
         Raises:
             InputError: they are not.

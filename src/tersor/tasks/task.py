@@ -34,7 +34,7 @@ class Task:
 
     Attributes:
         metric: name of the metric.
-        unit: of the metric: "%", or "" for a number without one.
+        unit: unit of the metric: "%", or "" for a number without one.
         higher_is_better: whether a higher metric is better.
         boxes: whether the targets are boxes.
         from_original: whether the targets are the outputs of the original network, so that the data needs none.
@@ -116,7 +116,7 @@ def loss_of(task: Task, outputs: Any, targets: Any) -> Tensor:
         )
     learning = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs))
     if learning and torch.is_grad_enabled() and not value.requires_grad:
-        raise InputError("the loss has no gradient. Compute it from the outputs with operations of torch.")
+        raise InputError("the loss has no gradient. Compute it from the outputs with torch operations.")
     return value
 
 

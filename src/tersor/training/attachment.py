@@ -35,7 +35,7 @@ class Attachment:
         model: the network to train from now on: the same object, or its captured graph with the same Parameters.
         terms: losses that the method adds.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
-        label_weight: factor on the task's loss with the labels.
+        label_weight: weight of the task's loss on the labels.
         notes: messages of `attach` and `begin` for the user, one line each.
         holds_shapes: whether it depends on the shapes of the weights at the time of `attach`.
         scheduled_steps: steps after which its schedule is complete; `finish` warns if fewer were done. 0: no schedule.
@@ -70,10 +70,10 @@ class Attachment:
 
     @property
     def changes(self) -> Sequence[tuple[int, float]]:
-        """Changes of the network that the optimizer did not make, such as new masks: the steps before, and the share.
+        """Changes to the network that the optimizer did not make, such as new masks; empty by default.
 
-        The share is that of the weights that changed. `fit` averages running statistics again that such a change left
-        behind. Empty by default.
+        For each, the number of steps before it and the share of the weights that changed. `fit` averages again the
+        running statistics that such a change made stale.
         """
         return ()
 
@@ -128,7 +128,7 @@ class Attachment:
 
         Args:
             optimizer: has the parameters of `self.model`.
-            start: number of the first step; more than 0 for a resumed training.
+            start: number of the first step; more than 0 for a resumed run.
 
         Raises:
             InputError: the optimizer has no parameter of the network or of a loss term.
@@ -198,7 +198,7 @@ class Chain(Attachment):
         """Context in which an exception in a user's class, as in a forward hook, becomes an InputError.
 
         Args:
-            work: in the message, such as "training".
+            work: what failed, in the message, such as "training".
         """
         with ExitStack() as contexts:
             for _, explained in self._in_turn(work):

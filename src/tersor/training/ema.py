@@ -13,7 +13,7 @@ class WeightEMA:
     """EMA of every parameter and of BatchNorm's statistics: `average = decay * average + (1 - decay) * weight`.
 
     The decay is at most (1 + step) / (10 + step), as in TensorFlow's ExponentialMovingAverage, so that the initial
-    weights fade in a short training too. Other buffers (masks, scales, ranges) are not averaged.
+    weights fade in a short training run too. Other buffers (masks, scales, ranges) are not averaged.
 
     Attributes:
         averages: the averages by name. The step is passed to `update`, so they are the whole state.
@@ -25,7 +25,7 @@ class WeightEMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Add the weights after `step` (from 0)."""
+        """Update the averages with the weights after `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, tensor in _averaged(model):
             self.averages[name].lerp_(tensor, 1 - decay)

@@ -1,4 +1,4 @@
-"""Losses and wall time of a training, across the processes of a resumed one."""
+"""Losses and wall time of a training run, across the processes of a resumed one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class LossHistory:
     """Losses of the current epoch, and the clock.
 
     Attributes:
-        earlier_seconds: seconds that earlier processes of this training took.
+        earlier_seconds: seconds that earlier processes of this training run took.
 
     Args:
-        state: `state()` of the earlier process; empty for a new training.
+        state: `state()` of the earlier process; empty for a new training run.
     """
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:

@@ -51,12 +51,12 @@ REPORT_EVERY = 20
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The outcome of a training.
+    """The outcome of a training run.
 
     Attributes:
         steps: optimizer steps.
         seconds: wall time of these steps, data loading and earlier processes included, validation excluded.
-        earlier_seconds: the part of `seconds` that earlier processes of a resumed training took.
+        earlier_seconds: the part of `seconds` that earlier processes of a resumed run took.
         losses: mean of each loss, by name, over the steps of the last epoch.
         precision: data type in which the networks ran.
     """
@@ -114,7 +114,7 @@ def fit(
     if not attachment.terms and not attachment.label_weight:
         raise InputError("no loss: label_weight is 0 and no method adds one. Increase label_weight or add a loss term.")
     rates = learning_rates(batches, training, steps)
-    # without the labels' loss the classifier may get no gradient: a term may use inner layers alone
+    # without the loss on the labels the classifier may get no gradient: a term may use inner layers alone
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not attachment.label_weight)
     plugin = GradientAccumulationPlugin(num_steps=1)
     cpu = init_process_group()
@@ -148,7 +148,7 @@ def fit(
 
 
 class _Loop:
-    """The steps of one training, through accelerate."""
+    """The steps of one training run, through accelerate."""
 
     def __init__(
         self,
@@ -287,7 +287,7 @@ class _Loop:
         # After the backward pass was started: on a GPU the wait is then no longer than the pass.
         if any_rank(not bool(values.isfinite().all())):
             here = [loss for loss in zip(names, values.tolist(), strict=True) if not math.isfinite(loss[1])]
-            name, value = (*here, ("of another process", math.nan))[0]
+            name, value = (*here, ("", math.nan))[0]  # "": a loss of another process
             last = self.checkpointer.last if self.checkpointer else None
             raise NonFiniteLoss(step + 1, name, value, rate, last)
 

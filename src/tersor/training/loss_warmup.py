@@ -29,7 +29,7 @@ class WarmupAttachment(Attachment):
         model: the network.
         term: the term.
         steps: length of the warm-up; 0 for the full weight at once.
-        label_weight: factor on the task's loss with the labels.
+        label_weight: weight of the task's loss on the labels.
         layers: pairs of paths that the term needs.
     """
 

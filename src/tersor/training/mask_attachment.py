@@ -65,7 +65,7 @@ def check_floor(floor: float, sparsity: float) -> None:
     """
     if floor > 1 - sparsity and not math.isclose(floor, 1 - sparsity):
         raise InputError(
-            f"a floor of {floor:g} allows a sparsity of {1 - floor:g} at most, given {sparsity:g}. Write a lower floor "
+            f"a floor of {floor:g} allows a sparsity of {1 - floor:g} at most, got {sparsity:g}. Write a lower floor "
             "or sparsity."
         )
 
@@ -122,9 +122,9 @@ class FrozenMaskedWeights(Attachment):
 
     Args:
         model: the network.
-        layers: by name; each has a mask (`insert_masks`).
+        layers: the layers by name; each has a mask (`insert_masks`).
         terms: losses that a method adds.
-        notes: for the user.
+        notes: messages for the user.
 
     Raises:
         InputError: a layer has no mask.
@@ -208,7 +208,7 @@ class MaskedAttachment(FrozenMaskedWeights):
 
     @torch.no_grad()
     def set_masks(self, new_masks: Mapping[str, Tensor], step: int, number: int = 0) -> None:
-        """Set the masks of some layers, to those of rank 0 in all processes.
+        """Set the masks of some layers; all processes get those of rank 0.
 
         Args:
             new_masks: layer -> bool (C_out, ...).
@@ -224,7 +224,7 @@ class MaskedAttachment(FrozenMaskedWeights):
             shape = mask_of(self.masked[name]).mask.shape
             if mask.dtype != torch.bool or mask.shape != shape:
                 given = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
-                raise InputError(f"the mask of layer '{name}' must be bool of shape {tuple(shape)}, given {given}.")
+                raise InputError(f"the mask of layer '{name}' must be bool of shape {tuple(shape)}, got {given}.")
         changed = sum(int((mask_of(self.masked[name]).mask != mask).sum()) for name, mask in new_masks.items())
         for name, mask in new_masks.items():
             mask_of(self.masked[name]).mask.copy_(mask)
@@ -262,9 +262,9 @@ class DynamicMasks(MaskedAttachment):
 
     Args:
         model: the network.
-        layers: by name; each has a mask (`insert_masks`).
+        layers: the layers by name; each has a mask (`insert_masks`).
         method: sparsity, and how often it is updated.
-        steps: of the stage.
+        steps: number of steps of the stage.
         terms: losses that the method adds.
     """
 

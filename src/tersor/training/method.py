@@ -112,7 +112,7 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
     """Call `attach`.
 
     Raises:
-        InputError: a method of the user takes other arguments, raises an exception, or returns no Attachment; a
+        InputError: a user-defined method takes other arguments, raises an exception, or returns no Attachment; a
             required teacher, steps or layers are missing.
     """
     name = _name(method)

@@ -1,4 +1,4 @@
-"""BatchNorm statistics after a short training: averaged again over training images.
+"""BatchNorm statistics after a short training run: averaged again over training images.
 
 With momentum m, running statistics after k batches still contain the fraction (1 - m)^k of those before the training.
 Training uses batch statistics only. So a well-trained network can have wrong outputs in eval mode. A change of masks in
@@ -34,18 +34,19 @@ def average_again(
     accumulate: int = 1,
     changes: Sequence[tuple[int, float]] = (),
 ) -> Iterator[str]:
-    """Average running statistics whose momentum is too small over training images instead; yield a line about it.
+    """Average over training images the running statistics whose momentum is too small; yield a line about it.
 
     Those that are frozen during training (in eval mode, or with momentum 0) stay as they are, and so do those of layers
     that run only in training.
 
     Args:
-        objective: with the network in training mode.
+        objective: the objective, with the network in training mode.
         batches: the first batches of the first epoch are used.
         place: moves a batch to the device of the network.
-        steps: of the training.
+        steps: number of training steps.
         accumulate: batches per step.
-        changes: of the network during the training, as by new masks: the steps before, and the share of the weights.
+        changes: changes to the network during training, such as new masks: for each, the number of steps before it and
+            the share of the weights that changed.
     """
     done = batches_in(steps, batches, accumulate)
     start, *later = [(done - batches_in(step, batches, accumulate), share) for step, share in [(0, 1.0), *changes]]

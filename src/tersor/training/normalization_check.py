@@ -39,8 +39,8 @@ def normalization_warning(
         network: it is not changed.
         batches: images that are normalized with `mean` and `std`; the first 128 are used.
         task: only classification is checked, with logits (N, classes).
-        mean: of each channel in [0, 1]; None for images that are not normalized here, which are not checked.
-        std: of each channel in [0, 1].
+        mean: mean of each channel in [0, 1]; None for images that are not normalized here, which are not checked.
+        std: standard deviation of each channel in [0, 1].
     """
     right = _right(network, batches, task) if mean and std else None
     if right is None or bool(right.all()):
@@ -62,7 +62,7 @@ def normalization_warning(
     percent, values = max(better)
     return (
         f"{name} classifies {_percent(right):.1f} % of {len(right)} images correctly with mean {_shown(mean)} and std "
-        f"{_shown(std)}, but {percent:.1f} % with {values}. Give the mean and std of its training."
+        f"{_shown(std)}, but {percent:.1f} % with {values}. Give the mean and std that it was trained with."
     )
 
 

@@ -103,7 +103,7 @@ class LossTerm(nn.Module):
     computations may run under `student.context.autocasting(batch)`, but the loss itself must be computed in float32.
 
     Attributes:
-        name: of the loss; not empty, and not "labels".
+        name: name of the loss; not empty, and not "labels".
         of_method: name of the method in a recipe, for error messages; set by `chain`.
         had_teacher: whether there was a teacher in `attach`, for error messages; set by `chain`.
     """
@@ -124,7 +124,7 @@ class Objective(nn.Module):
         model: the student.
         terms: the methods' losses.
         teacher: the network that the terms compare with; always in eval mode, without gradients.
-        label_weight: weight of the task's loss (the cross entropy with the labels); 0 ignores the targets.
+        label_weight: weight of the task's loss (the cross entropy on the labels); 0 ignores the targets.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
         task: gives the loss for the targets; classification by default.
         autocast: data type in which the networks run (bfloat16), or None for the model's own.
@@ -173,7 +173,7 @@ class Objective(nn.Module):
         """The losses of one batch, or of a pair (images, targets), by name, each a scalar in float32.
 
         Raises:
-            InputError: the outputs do not fit the task, there is no loss, a loss of the user fails, or a loss that is
+            InputError: the outputs do not fit the task, there is no loss, a user-defined loss fails, or a loss that is
                 not 0 has no gradient.
         """
         task, batch = self.context.task, as_batch(batch)
@@ -211,7 +211,7 @@ class Objective(nn.Module):
 
 
 def without_teacher(method: str) -> str:
-    """The remedy if a method of the user, or the Objective (empty `method`), has no teacher."""
+    """The remedy if a user-defined method, or the Objective (empty `method`), has no teacher."""
     if not method:
         return "There is no teacher. Pass teacher=... to Objective."
     return (
@@ -236,7 +236,7 @@ def check_terms(terms: Sequence[object], owner: str = "") -> None:
         if not isinstance(term, LossTerm):
             raise InputError(
                 f"{owner}one of the terms is of type {cls}. Write a class derived from "
-                "tersor.training.objective.LossTerm with a `name` and a forward(batch, student, teacher)."
+                "tersor.training.objective.LossTerm with a `name` and a method forward(batch, student, teacher)."
             )
         if "_modules" not in vars(term):
             raise InputError(f"{owner}{without_init(term)}")
@@ -254,7 +254,7 @@ def check_terms(terms: Sequence[object], owner: str = "") -> None:
 
 
 def without_init(instance: object) -> str:
-    """The remedy if a class of the user does not initialize its base class."""
+    """The remedy if a user-defined class does not initialize its base class."""
     return f"{type(instance).__name__}.__init__ does not initialize its base class: call super().__init__() first."
 
 

@@ -34,7 +34,7 @@ class OptimizerOptions(PlainRecord):
 
 
 class LearningRateSchedule(PlainRecord):
-    """Factor on the learning rate over a stage, after `warmup_epochs` of linear warm-up."""
+    """Factor applied to the learning rate over a stage, after `warmup_epochs` of linear warm-up."""
 
     model_config = PLAIN
     name: Annotated[
@@ -58,7 +58,7 @@ class Training(PlainRecord):
         LearningRateSchedule()
     )
     label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="fraction of label smoothing in the cross entropy")
+        float, Field(ge=0, lt=1, description="label smoothing in the cross entropy, as in torch")
     ] = 0.0
     clip_norm: Annotated[float | None, Field(gt=0, description="maximum norm of the whole gradient")] = None
     accumulate: Annotated[int, Field(ge=1, description="batches per optimizer step")] = 1

@@ -57,7 +57,7 @@ def curve(name: str) -> Callable[[float], float]:
 
 
 def learning_rate_factor(schedule: LearningRateSchedule, step: int, steps: int, warmup_steps: int) -> float:
-    """The factor on the learning rate at optimizer step `step` (from 0) of `steps`.
+    """The factor applied to the learning rate at optimizer step `step` (from 0) of `steps`.
 
     The warm-up rises linearly and reaches 1 at its last step. `cosine` and `linear` then fall from 1 towards 0; `step`
     drops after fractions of the whole stage.
@@ -101,7 +101,7 @@ def learning_rates(batches: BatchSource, training: Training, steps: int) -> list
     if warmup and steps and warmup >= steps:
         raise InputError(
             f"a warm-up of {schedule.warmup_epochs:g} epochs ({warmup} steps) does not fit into a stage of {steps} "
-            "steps. Write fewer warmup_epochs, or train longer."
+            "steps. Reduce warmup_epochs, or train longer."
         )
     return [base * learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]
 
@@ -116,7 +116,7 @@ def rates_in_time(
 
     Args:
         rates: the learning rate of every step.
-        first: number of the first step; more than 0 for a resumed training.
+        first: number of the first step; more than 0 for a resumed run.
         elapsed: seconds since the start of the training.
         seconds: time limit.
     """

@@ -1,4 +1,4 @@
-"""The whole state of a training as named tensors, and its exact restoration: a resumed training is bit-identical."""
+"""The whole state of a training run as named tensors, and its exact restoration: a resumed run is bit-identical."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ADAMW_STATE, _SGD_STATE = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"
 
 
 class Checkpointer(Protocol):
-    """Stores snapshots of a training, from which it resumes.
+    """Stores snapshots of a training run, from which it resumes.
 
     Attributes:
         every: steps between two snapshots.
-        resume_state: number of finished steps and the snapshot after them; None for a new training.
+        resume_state: number of finished steps and the snapshot after them; None for a new training run.
         last: name of the newest checkpoint, for error messages.
     """
 

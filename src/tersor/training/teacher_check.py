@@ -27,7 +27,7 @@ _MIN_SWAPPED_IMAGES = 8
 _MIN_OTHERS = 10
 """Images of other classes from which on a network that predicts one class alone has not learned from them."""
 _SIGNIFICANCE = 0.01
-_CHECK = "Check that its weights, mean, std and image size are those of its training."
+_CHECK = "Check that its weights, mean, std and image size are those it was trained with."
 
 
 def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], task: Task = CLASSIFICATION) -> list[str]:
@@ -64,7 +64,7 @@ def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task:
         return ""
     logits, labels = found
     if len(logits) >= _MIN_IMAGES and bool((logits == logits[0]).all()):
-        return f"{name} returns the same logits for all of {len(logits)} images. {_CHECK}"
+        return f"{name} returns the same logits for all {len(logits)} images. {_CHECK}"
     if bool((labels > logits.shape[1]).any()):  # embeddings; one more than the last class are classes from 1
         return ""
     labelled = (labels >= 0) & (labels < logits.shape[1])
@@ -101,13 +101,13 @@ def _probabilities(name: str, logits: Tensor) -> str:
     if (logits >= 0).all() and (sums - 1).abs().max() < _SUM_TOLERANCE:
         return (
             f"{name} returns probabilities: its outputs for every image sum to {sums.mean():.3f}. Soft targets need "
-            "logits: remove the softmax from its forward."
+            "logits: remove the softmax from its forward method."
         )
     logs = logits.logsumexp(1)
     if (logits <= 0).all() and logs.abs().max() < _SUM_TOLERANCE:
         return (
             f"{name} returns log-probabilities: the exponentials of its outputs sum to {logs.exp().mean():.3f} for "
-            "every image. Methods that compare logits need logits: remove the log_softmax from its forward."
+            "every image. Methods that compare logits need logits: remove the log_softmax from its forward method."
         )
     return ""
 

@@ -1,4 +1,4 @@
-"""The metric on the validation images during a training, measured without changing the training."""
+"""The metric on the validation images during training, measured without changing the training."""
 
 from __future__ import annotations
 

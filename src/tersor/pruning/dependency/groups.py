@@ -40,8 +40,8 @@ class ChannelGroup:
 
     Attributes:
         root: the layer that writes the channels.
-        representatives: of the channel sets.
-        slices: of every channel.
+        representatives: representatives of the channel sets.
+        slices: slices of every channel.
     """
 
     root: str

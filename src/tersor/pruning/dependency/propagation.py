@@ -25,7 +25,7 @@ class Call:
 
     Attributes:
         node: the node itself.
-        name: of the operator or module class that it calls: `matmul`, `Conv2d`.
+        name: name of the operator or module class that it calls: `matmul`, `Conv2d`.
         args: tensors as `TrackedShape`, everything else as recorded.
         kwargs: the same.
         output: the recorded output, with a `Shape` instead of each tensor.

@@ -33,7 +33,7 @@ def compare_outputs(
         task: the task of the networks.
         images: N images.
         classes: names of the classes; empty if there are none.
-        targets: of the N images, or None.
+        targets: targets of the N images, or None.
         before: predictions of the first network for the N images.
         after: predictions of the second.
 

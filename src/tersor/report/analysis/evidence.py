@@ -71,10 +71,11 @@ def collect_evidence(
         progress: receives the progress.
 
     Returns:
-        `layers` (see `layer_table`), `widths` and `masks` (see there), `profile` (batch size -> `original`, `artifact`
-        and `baseline`, see `profile`), `attention` (see `attention_maps`), and the number of `observed_images`. Of
-        classifiers, `soft_targets` (name of the `network`, `images`, see `soft_targets`, and `class_similarity`, see
-        there) and `predictions` (see `compare_predictions`); of other networks, `outputs` (see `compare_outputs`).
+        `layers` (see `layer_table`), `widths` and `masks` (see the functions of these names), `profile` (batch size ->
+        `original`, `artifact` and `baseline`, see `profile`), `attention` (see `attention_maps`), and the number of
+        `observed_images`. For classifiers, `soft_targets` (name of the `network`, `images`, see `soft_targets`, and
+        `class_similarity`, see the function of this name) and `predictions` (see `compare_predictions`); for other
+        networks, `outputs` (see `compare_outputs`).
     """
     progress.start("evidence", 2)
     # evenly over the whole set: image folders are sorted by class
@@ -153,10 +154,10 @@ def _profiles(
 
 
 def layers_by_module(network: nn.Module, images: Tensor) -> dict[str, str]:
-    """Layers by their own path and by that of the BatchNorm after them: a folded node may have either name.
+    """Layers by their own path and by the path of the BatchNorm after them: a folded node may have either name.
 
     Args:
-        network: in eval mode, on the CPU.
+        network: a network in eval mode, on the CPU.
         images: (N, C, H, W), to capture it with.
     """
     names = {name: name for name in weighted_layers(network)}

@@ -27,10 +27,11 @@ def layer_table(original: nn.Module, model: nn.Module, images: Tensor) -> list[d
     """One entry for each convolution and fully connected layer of `model`, in plain values.
 
     `original_shape` is the shape of the layer with the same name in `original`. For a float layer, the histogram's
-    `before` shows the weights of that layer. If the two networks do not have the same layer names, they are None and
-    empty. `clipped` is the fraction of the layer's input values outside the range of the input quantizer. `error` is
-    |y - y'| / |y| in the 2-norm over all images: y' is the layer's output, y its output with unquantized inputs and
-    weights (masks stay). Both are None if the layer is not quantized or is only called by its parent module.
+    `before` shows the weights of that layer. If the two networks do not have the same layer names, `original_shape` is
+    None and `before` is empty. `clipped` is the fraction of the layer's input values outside the range of the input
+    quantizer. `error` is |y - y'| / |y| in the 2-norm over all images: y' is the layer's output, y its output with
+    unquantized inputs and weights (masks stay). Both are None if the layer is not quantized, or if its parent module
+    uses its weight without calling it.
 
     Args:
         original: the network before compression; both are on the CPU and in eval mode.

@@ -86,7 +86,7 @@ def soft_targets(network: nn.Module, test: Batches, index: Tensor) -> list[dict[
     The six images are evenly spaced from the most to the least confident prediction.
 
     Args:
-        network: in eval mode, on the CPU.
+        network: a network in eval mode, on the CPU.
         test: images, normalized as the network expects them.
         index: (N,) indices of the images to choose from.
 
@@ -115,7 +115,7 @@ def class_similarity(network: nn.Module, test: Batches, temperature: float = 4.0
     """Mean soft prediction for the images of each class, which shows the classes that `network` confuses.
 
     Args:
-        network: in eval mode, on the CPU.
+        network: a network in eval mode, on the CPU.
         test: images, normalized as the network expects them; up to 2,000, evenly spaced, are used.
         temperature: T of softmax(logits / T).
 
