@@ -20,7 +20,7 @@ LEVELS = [
     ("report",),
     ("recipe", "checkpoint"),
     ("methods",),
-    ("training.method",),
+    ("training.dynamic_masks", "training.method"),
     (
         "training.hook_names",
         "training.loop",
