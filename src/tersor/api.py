@@ -58,7 +58,8 @@ def quantize(
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
     A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers
-    (`integer_coverage(quantized, images)` lists the operators in float), and if a classifier is at chance level.
+    (`integer_coverage(quantized, images)` lists the operators in float, each with its share of the MACs), and if a
+    classifier is at chance level.
 
     Args:
         model: a trained network; it is not changed.
