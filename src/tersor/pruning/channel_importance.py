@@ -65,6 +65,8 @@ class WeightSlice:
         axis: `out` or `0`, rows; `in` or `1`, columns.
         weight: (C_out, C_in / groups, ...), or (C,) of a norm.
         groups: of a convolution.
+        indices: along the axis, of every slice.
+        channels: of the group, of every slice.
     """
 
     layer: str
