@@ -11,11 +11,13 @@ from PIL import Image
 from torch import nn
 
 from tersor import cli, models
-from tersor.cli_output import Document, plain_console, schema_of
+from tersor.cli_output import Document, plain_console, schema_of, sensitivity_table, show
 from tersor.core.errors import InputError
 from tersor.evaluation import latency
 from tersor.methods import get, names
+from tersor.pipeline.sensitivity_analysis import BitCosts
 from tersor.progress_bars import Bars
+from tersor.quantization.sensitivity import Cost
 from tersor.recipe import parameters
 
 RECIPE = """\
@@ -169,8 +171,10 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "mine.sensitivity.json", "mine.sensitivity.svg"}
     told = capfd.readouterr().out
     assert "the 10 most sensitive of 20 layers" in told
-    costs = json.loads((tmp_path / "mine.sensitivity.json").read_text())["costs"]
-    worst = max(costs, key=lambda cost: cost["error"])
+    written = json.loads((tmp_path / "mine.sensitivity.json").read_text())
+    costs = written["costs"]
+    assert written["first_and_last"] == ["conv1", "linear"]
+    worst = max(costs, key=lambda cost: (cost["drop"], cost["error"]))
     rows = [line for line in told.splitlines() if "conv" in line or "linear" in line]
     assert len(rows) == 10
     assert worst["layer"] in rows[0]
@@ -182,6 +186,33 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     (tmp_path / "mine.yaml").write_text(RECIPE.replace(", weights: WEIGHTS", ""))
     assert tersor(monkeypatch, "sensitivity", "mine.yaml") == 2
     assert capfd.readouterr().err.startswith("error: resnet20 has no weights")
+
+
+def test_the_sensitivity_table_is_sorted_by_the_drop_and_explains_its_8_bit_column(capfd):
+    values = {"conv1": (0.5, 0.0), "a": (0.2, -1.0), "b": (0.1, 3.0), "c": (0.9, 3.0), "fc": (0.3, 0.5)}
+    costs = [Cost(name, 2, error, drop) for name, (error, drop) in values.items()]
+    costs += [Cost(name, 8, 0.001, 0.0) for name in values]
+    found = BitCosts(measured_with={}, weights=dict.fromkeys(values, 9), first_and_last=["conv1", "fc"], costs=costs)
+    show(plain_console(), sensitivity_table(found))
+    told = capfd.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if line.startswith("│")]
+    assert rows == [
+        *(["4", "c", "90", "0.10"], ["", "", "(3.0)", "(0.0)"]),
+        *(["3", "b", "10", "0.10"], ["", "", "(3.0)", "(0.0)"]),
+        *(["5", "fc *", "30", "0.10"], ["", "", "(0.5)", "(0.0)"]),
+        *(["1", "conv1 *", "50", "0.10"], ["", "", "(0.0)", "(0.0)"]),
+        *(["2", "a", "20", "0.10"], ["", "", "(-1.0)", "(0.0)"]),
+    ]
+    text = " ".join(told.split())
+    assert "At 8 bits, (0.0) means that the metric on these images is the same as in float." in text
+    assert "* The first and last layer: ptq keeps them at 8 bits" in text
+
+
+def test_the_sensitivity_of_images_without_labels_has_no_drop(capfd):
+    costs = [Cost("a", 2, 0.1, None), Cost("b", 2, 0.2, None)]
+    show(plain_console(), sensitivity_table(BitCosts(measured_with={}, weights={"a": 1, "b": 1}, costs=costs)))
+    rows = [line.split("│")[1:-1] for line in capfd.readouterr().out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [["2", "b", "20"], ["1", "a", "10"]]
 
 
 def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, capfd):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tersor.evaluation.results import Results, Speedup
     from tersor.evaluation.timings import Ratio
     from tersor.pipeline.sensitivity_analysis import BitCosts
+    from tersor.quantization.sensitivity import Cost
 
 Document = Literal["recipe", "results", "eval", "bench", "pick", "sensitivity", "methods"]
 _SHOWN = 10
@@ -192,19 +193,43 @@ def speedup_cell(ratio: Ratio | Speedup) -> str:
     return describe_speedup(ratio).replace(" (", "\n(")
 
 
+_SENSITIVITY_CAPTION = (
+    "Cells: error of the outputs in % (drop of the metric in points). Sorted by the largest drop, then by the largest "
+    "error; # is the place of the layer in the network. At 8 bits, (0.0) means that the metric on these images is the "
+    "same as in float."
+)
+_ENDS_CAPTION = (
+    " * The first and last layer: ptq keeps them at 8 bits, so only their 8-bit column applies, unless first_last_bits "
+    "is set."
+)
+
+
 def sensitivity_table(found: BitCosts) -> Table:
-    """The most sensitive layers, with their error at each bit width."""
+    """The most sensitive layers, with their error and drop at each bit width."""
     from tersor.report.templating import number
 
     widths = sorted({cost.bits for cost in found.costs})
     costs = {(cost.layer, cost.bits): cost for cost in found.costs}
-    worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
-    caption = "error of the outputs in % (drop of the metric in points)"
+    order = {layer: place for place, layer in enumerate(found.weights, 1)}
+
+    def largest(layer: str) -> tuple[float, float]:
+        row = [costs[layer, bits] for bits in widths]
+        return max(each.drop or 0.0 for each in row), max(each.error for each in row)
+
+    worst = sorted(found.weights, key=largest, reverse=True)[:_SHOWN]
+    kept = bool({*found.first_and_last} & {*worst})
+    caption = _SENSITIVITY_CAPTION + (_ENDS_CAPTION if kept else "")
     table = Table(title=f"the {len(worst)} most sensitive of {len(found.weights)} layers", caption=caption)
+    table.add_column("#", justify="right")
     table.add_column("layer")
     for bits in widths:
         table.add_column(f"{bits} bits", justify="right")
     for layer in worst:
-        row = [costs[layer, bits] for bits in widths]
-        table.add_row(layer, *[f"{number(100 * each.error, 2)}\n({each.drop:z.1f})" for each in row])
+        cells = [f"{number(100 * each.error, 2)}{_drop(each)}" for each in (costs[layer, bits] for bits in widths)]
+        table.add_row(str(order[layer]), f"{layer} *" if layer in found.first_and_last else layer, *cells)
     return table
+
+
+def _drop(cost: Cost) -> str:
+    """The drop of the metric below the error; empty for images without labels."""
+    return "" if cost.drop is None else f"\n({cost.drop:z.1f})"
