@@ -30,15 +30,37 @@ stages:
 LATE = "  - {name: b, methods: [{ptq: {exclude: [nothing]}}]}"
 
 
-def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ([], "There is no checkpoint yet, so nothing is kept. To start again: {} --resume"),
+        (
+            ["out.checkpoints/a"],
+            "out.checkpoints holds the progress; there is no model.onnx yet. To resume: {} --resume",
+        ),
+        (
+            ["out.checkpoints/a", "out/manifest.json"],
+            "out is complete; its network is out/model.onnx. To print the results: {} --resume",
+        ),
+    ],
+)
+def test_ctrl_c_names_what_is_kept_and_how_to_go_on(written, line, tmp_path, monkeypatch, capfd):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "run", pressed)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    assert tersor(monkeypatch, "run", recipe, "--set", "seed=3") == 130
-    assert capfd.readouterr().err == f"interrupted. To resume: tersor run {recipe} --set seed=3 --resume\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my recipe.yaml").write_text(RECIPE)
+    for name in written:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    command = ("run", "my recipe.yaml", "--out", "out", "--set", "seed=3")
+    again = "tersor run 'my recipe.yaml' --out out --set seed=3"
+    told = f"interrupted. {line.format(again)}\n"
+    assert tersor(monkeypatch, *command) == 130
+    assert capfd.readouterr().err == told
+    assert tersor(monkeypatch, *command, "--resume") == 130
+    assert capfd.readouterr().err == told, "the option is not repeated"
 
 
 def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
@@ -222,8 +244,13 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
     monkeypatch.setattr("tersor.pipeline.sensitivity_analysis.measure", pressed)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    command = f"To resume: tersor sensitivity {recipe} --out a.json\n"
     assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
-    assert capfd.readouterr().err == f"interrupted. To resume: tersor sensitivity {recipe} --out a.json\n"
+    assert capfd.readouterr().err == f"interrupted. Nothing is measured yet. {command}"
+    (tmp_path / "a.json").touch()
+    assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
+    assert capfd.readouterr().err == f"interrupted. a.json holds the measurements so far. {command}"
 
 
 @pytest.mark.parametrize(

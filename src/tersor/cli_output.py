@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from tersor.quantization.sensitivity import Cost
 
 Document = Literal["recipe", "results", "eval", "bench", "pick", "sensitivity", "methods"]
+RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
+ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="override a value: stages.0.epochs=3")]
+_INTERRUPTED = 130
 _SHOWN = 10
 _SPARSE = 0.001
 """Share of zero weights from which it is shown."""
@@ -92,6 +98,29 @@ _SCHEMAS: dict[Document, Callable[[], dict[str, Any]]] = {
 def plain_console(*, stderr: bool = False) -> Console:
     """A console that prints text as it is: `[0.5]` is not parsed as markup, nor `:M` as an emoji."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def say(message: str, style: str | None = None, *, everyone: bool = False) -> None:
+    """Print to stderr, from the first process only unless `everyone`."""
+    if everyone or os.environ.get("RANK", "0") == "0":
+        plain_console(stderr=True).print(message, style=style, soft_wrap=True)
+
+
+def stop_interrupted(kept: str, again: str = "To resume", option: str = "") -> NoReturn:
+    """End the command after Ctrl-C with one line: what is kept, and the command that continues.
+
+    Args:
+        kept: what is kept, without a full stop.
+        again: what the command does.
+        option: what to add to the arguments of this command.
+
+    Raises:
+        typer.Exit: always.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    command = f"tersor {shlex.join(sys.argv[1:])}" if alone else "the same command"
+    say(f"interrupted. {kept}. {again}: {command} {option}".rstrip())
+    raise typer.Exit(_INTERRUPTED) from None
 
 
 def show(console: Console, *tables: Table) -> None:

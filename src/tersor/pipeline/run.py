@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from tersor import recipe as recipes
-from tersor.checkpoint.artifact import MANIFEST, read_artifact, require_free, write_folder
+from tersor.checkpoint.artifact import MANIFEST, checkpoints_of, read_artifact, require_free, write_folder
 from tersor.checkpoint.model_folder import write_files
 from tersor.checkpoint.store import Checkpoints
 from tersor.core import distributed
@@ -86,7 +86,7 @@ def run(
     name = "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     out = Path(out) if out is not None else Path("runs") / name
-    checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoints"))
+    checkpoints = Checkpoints(checkpoints_of(out))
     text = recipes.write(recipe)
     if resume and _ended(out, text):
         if not distributed.rank():
