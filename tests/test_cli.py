@@ -152,7 +152,8 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert not list(tmp_path.glob("*.partial*"))
     capfd.readouterr()
     assert tersor(monkeypatch, "eval", out) == 0
-    assert f"{numbers['artifact']['score']:.2f} %" in capfd.readouterr().out
+    artifact = numbers["artifact"]
+    assert f"{artifact['score']:.2f} ± {artifact['score_error']:.2f} % of 359 test" in capfd.readouterr().out
     assert tersor(monkeypatch, "eval", out, "--json") == 0
     told = capfd.readouterr()
     assert document(told.out, "eval")["score"] == numbers["artifact"]["score"]
@@ -180,6 +181,31 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert "already exists" in capfd.readouterr().err
 
 
+def test_a_run_without_latency_is_complete_otherwise(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
+    recipe, weights, out = (tmp_path / name for name in ("recipe.yaml", "small.safetensors", "out"))
+    models.save_weights(small(10), weights)
+    recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)).replace("name: resnet20", f'name: "{__name__}:small"'))
+    command = ("run", recipe, "--out", out, "--no-latency", "--json")
+    assert tersor(monkeypatch, *command) == 0
+    printed = capfd.readouterr()
+    numbers = document(printed.out, "results")
+    assert (numbers["latency_measured"], numbers["speedup"], numbers["baseline"]) == (False, {}, {})
+    assert numbers["artifact"]["difference_error"] > 0
+    assert "Latency was not measured" in " ".join(printed.err.split())
+    assert "faster" not in printed.err
+    before = (out / "report.html").read_bytes()
+    assert tersor(monkeypatch, "report", out) == 0
+    assert (out / "report.html").read_bytes() == before
+    capfd.readouterr()
+    assert tersor(monkeypatch, *command, "--resume") == 0
+    assert document(capfd.readouterr().out, "results") == numbers
+    assert tersor(monkeypatch, "eval", out, "--json") == 0
+    assert document(capfd.readouterr().out, "eval")["score_error"] == numbers["artifact"]["score_error"]
+    assert tersor(monkeypatch, "bench", out, "--seconds", 0.1, "--json") == 0
+    assert {size["batch_size"] for size in document(capfd.readouterr().out, "bench")} == {1, 32, 128}
+
+
 def test_the_version_is_printed(monkeypatch, capfd):
     assert tersor(monkeypatch, "--version") == 0
     assert capfd.readouterr().out.strip() == importlib.metadata.version("tersor")
@@ -196,11 +222,16 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     written = json.loads((tmp_path / "mine.sensitivity.json").read_text())
     costs = written["costs"]
     assert written["first_and_last"] == ["conv1", "linear"]
-    worst = max(costs, key=lambda cost: (cost["drop"], cost["error"]))
+    largest = {
+        name: [max(cost[key] for cost in costs if cost["layer"] == name) for key in ("drop", "error")]
+        for name in written["weights"]
+    }
+    worst = max(largest, key=largest.__getitem__)
+    shown = next(cost for cost in costs if cost["layer"] == worst)
     rows = [line for line in told.splitlines() if "conv" in line or "linear" in line]
     assert len(rows) == 10
-    assert worst["layer"] in rows[0]
-    assert f"({worst['drop']:z.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
+    assert worst in rows[0]
+    assert f"({shown['drop']:z.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20, "--json") == 0
     assert document(capfd.readouterr().out, "sensitivity")["costs"] == costs
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 30) == 2

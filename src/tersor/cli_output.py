@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tersor.evaluation.results import Results, Speedup
+    from tersor.evaluation.results import Reference, Results, Speedup
     from tersor.evaluation.timings import Ratio
     from tersor.pipeline.sensitivity_analysis import BitCosts
     from tersor.quantization.sensitivity import Cost
@@ -153,18 +153,19 @@ def described_input(file: Path) -> str:
 
 def results_tables(results: Results) -> Iterator[Table]:
     """What was measured of each file; then the artifact compared with the original and the baseline."""
-    from tersor.report.summary import entries
-    from tersor.report.verdict import RUNTIMES, same_runtime
+    from tersor.report.summary import entries, scores
+    from tersor.report.verdict import RUNTIMES, same_runtime, scores_note
 
     columns, artifact = entries(results), results.artifact
     threads = results.machine.threads
-    table = Table(title=f"{results.machine.cpu}, {threads} thread{'s' if threads != 1 else ''}")
+    title = f"{results.machine.cpu}, {threads} thread{'s' if threads != 1 else ''}"
+    table = Table(title=title, caption=scores_note(results) or None)
     for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
     table.add_row("precision", *[entry.precision for entry in columns.values()])
     metric = results.metric
-    table.add_row(metric.title, *[f"{entry.score:.{metric.digits}f}" for entry in columns.values()])
+    table.add_row(metric.title, *scores(results))
     table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])
     if any(entry.sparsity >= _SPARSE for entry in columns.values()):
         zeros = [f"{100 * entry.sparsity:.1f}" for entry in columns.values()]
@@ -183,28 +184,32 @@ def results_tables(results: Results) -> Iterator[Table]:
 
 
 def _comparison(results: Results) -> Table:
-    """The artifact compared with the original and the baseline."""
+    """The artifact compared with the original and the baseline; without latencies, there is no baseline."""
     from tersor.report.summary import describe_reduction
-    from tersor.report.verdict import medians_note, reference_entry
+    from tersor.report.verdict import reference_entry
 
-    caption = f"95 % intervals are in parentheses. Rounds ran {_ended(results)}. {medians_note(results)}".rstrip()
-    table = Table(title="artifact, compared with the original and the baseline", caption=caption)
-    for column in ("", *(f"vs. {name}" for name in results.speedup)):
+    names: list[Reference] = list(results.speedup) or ["original"]
+    title = f"artifact, compared with the {' and the '.join(names)}"
+    table = Table(title=title, caption=_latency_caption(results))
+    for column in ("", *(f"vs. {name}" for name in names)):
         table.add_column(column, justify="right" if column else "left")
     for label, key, _ in _COSTS:
-        before = [getattr(reference_entry(results, name, "1"), key) for name in results.speedup]
+        before = [getattr(reference_entry(results, name, "1"), key) for name in names]
         table.add_row(label, *[describe_reduction(each, getattr(results.artifact, key)) for each in before])
     for size in results.baseline:
         table.add_row(f"ms, batch {size}", *[speedup_cell(of[size]) for of in results.speedup.values()])
     return table
 
 
-def _ended(results: Results) -> str:
+def _latency_caption(results: Results) -> str:
     """Why the rounds ended, by batch size."""
-    from tersor.report.verdict import by_batch_size
+    from tersor.report.verdict import by_batch_size, medians_note
 
     rounds = results.rounds
-    return by_batch_size({size: until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
+    if rounds is None:
+        return "Latency was not measured, so there is no speedup. tersor bench with this folder measures it."
+    ended = by_batch_size({size: until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
+    return f"95 % intervals are in parentheses. Rounds ran {ended}. {medians_note(results)}".rstrip()
 
 
 def until(ended_by: str, seconds: float) -> str:

@@ -32,6 +32,9 @@ def run(
     set_: ChangedValues = None,
     resume: Annotated[bool, typer.Option("--resume", help="resume an interrupted run")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="describe the run without training")] = False,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="do not measure latency, which takes most of a short run")
+    ] = False,
     track: Annotated[
         TrackerName | None, typer.Option(help="log losses and accuracy to tensorboard or mlflow", show_default=False)
     ] = None,
@@ -50,7 +53,7 @@ def run(
         return
     out = out or Path("runs") / recipe.stem
     try:
-        finished = _run(checked, out, console, track, resume=resume)
+        finished = _run(checked, out, console, track, resume=resume, latency=not no_latency)
     except KeyboardInterrupt:
         kept, again = _kept(out)
         stop_interrupted(kept, again, "" if resume else "--resume")
@@ -61,7 +64,9 @@ def run(
             sys.stdout.write(numbers)
 
 
-def _run(recipe: Recipe, out: Path, console: Console, track: TrackerName | None, *, resume: bool) -> bool:
+def _run(
+    recipe: Recipe, out: Path, console: Console, track: TrackerName | None, *, resume: bool, latency: bool
+) -> bool:
     """Run the recipe; whether this is the first process, which writes the folder."""
     from tersor.core import distributed
     from tersor.core.device import keep_freed_memory
@@ -69,7 +74,7 @@ def _run(recipe: Recipe, out: Path, console: Console, track: TrackerName | None,
 
     keep_freed_memory()
     with Bars(console) as bars, tracked(bars, track, out.with_name(f"{out.name}.tracking")) as progress:
-        walk(recipe, out=out, resume=resume, progress=progress)
+        walk(recipe, out=out, resume=resume, latency=latency, progress=progress)
     return not distributed.rank()
 
 
