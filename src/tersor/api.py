@@ -58,7 +58,8 @@ def quantize(
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
     A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers
-    (`integer_coverage(quantized, images)` lists the operators in float), and if a classifier is at chance level.
+    (`integer_coverage(quantized, images)` lists the operators in float, each with its share of the MACs), and if a
+    classifier is at chance level.
 
     Args:
         model: a trained network; it is not changed.
@@ -275,8 +276,9 @@ def compare(
     Returns:
         The entries `original` and `artifact`, each with the metric under its name, `agreement` with the original in
         percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
-        `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original, and `speedup` over
-        the original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
+        `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original;
+        `difference_error`, one standard error of it in points (None unless the metric is the accuracy); and `speedup` over the
+        original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.

@@ -26,7 +26,7 @@ from tersor.evaluation import latency
 from tersor.evaluation.session import open_session
 from tersor.pipeline.evaluate import evaluate
 from tersor.search.compression_budget import Budget, parse_latency
-from tersor.search.folder import MODEL, RECIPE, UNCHANGED, SearchFolder, read_front
+from tersor.search.folder import MODEL, RECIPE, STATE, UNCHANGED, SearchFolder, read_front
 from tersor.search.point_evidence import read_evidence
 from tersor.search.search_metric import Measured
 
@@ -223,30 +223,31 @@ def test_pick_on_the_command_line(without_time, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    ("original", "said"),
+    ("files", "line"),
     [
-        (None, "The best network so far is {}. "),
-        (b"float", "The best network so far is {}. "),
-        (b"model", "{} is still the original in float32. "),
+        ([], "No network is exported yet, so nothing is kept. To start again: "),
+        ([MODEL], "No network is exported yet, so nothing is kept. To start again: "),
+        ([STATE, MODEL], "{0} holds the search; the best network so far is {0}/model.onnx. To resume: "),
+        (
+            [STATE, MODEL, UNCHANGED],
+            "{0} holds the search; {0}/model.onnx is still the original in float32. To resume: ",
+        ),
     ],
 )
-def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd, original, said):
+def test_ctrl_c_names_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capfd, files, line):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("tersor.search.compress"), "compress", pressed)
-    (tmp_path / MODEL).write_bytes(b"model")
-    if original:
-        (tmp_path / UNCHANGED).parent.mkdir()
-        (tmp_path / UNCHANGED).write_bytes(original)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"model")
     arguments = ["compress", "net.py:make", "--weights", "w.safetensors", "--data", "digits", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["tersor", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 130
-    told = capfd.readouterr().err
-    assert said.format(tmp_path / MODEL) in told
-    assert f"tersor {' '.join(arguments)}" in told
+    assert capfd.readouterr().err == f"interrupted. {line.format(tmp_path)}tersor {' '.join(arguments)}\n"
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,10 @@ class FileResults(Execution):
     """Fixed batch size of the file; null if it accepts any."""
     score: float
     """The metric on the test images, in the unit of `metric`."""
+    score_error: float | None = None
+    """One standard error of the score, in points; none for metrics other than the accuracy."""
+    difference_error: float | None = None
+    """One standard error of the difference to the original, in points, from the same images; none for the original."""
     agreement: Percent
     """Predictions that equal those of the original file, in percent."""
     bytes: Count
@@ -238,6 +242,8 @@ class Results(_Record):
     """The file before compression, in float32, in the target runtime."""
     candidates: dict[Runtime, FileResults]
     """The original file in every installed runtime, at the default precision of the runtime."""
+    latency_measured: bool = True
+    """Whether latency was measured. If not, `baseline`, `speedup`, `peaks` and every `latency_ms` are empty."""
     baseline: dict[BatchSize, Execution]
     """The fastest candidate by batch size."""
     artifact: FileResults
@@ -246,8 +252,8 @@ class Results(_Record):
     """Predictions of the compressed file that equal those of the network in torch, in percent."""
     speedup: dict[Reference, dict[BatchSize, Speedup]]
     """Latency of the original, and of the baseline, divided by that of the compressed file, by batch size."""
-    rounds: Rounds
-    """When the latency measurement of each batch size ended."""
+    rounds: Rounds | None
+    """When the latency measurement of each batch size ended; none if latency was not measured."""
     peaks: list[Peak] = []
     """Peak throughput of the machine, by runtime and precision."""
     test_images: Count

@@ -25,6 +25,11 @@ class MovingAverage(nn.Module):
 
     Args:
         averaging: weight of a batch in the means.
+
+    Attributes:
+        low: running mean of the smallest activations.
+        high: running mean of the largest activations.
+        active: whether the range still moves.
     """
 
     low: Tensor
@@ -56,6 +61,9 @@ class WeightShare(nn.Module):
 
     Args:
         channels: number of scales; None for one scale for the whole weight.
+
+    Attributes:
+        share: a fraction for each scale.
     """
 
     share: Tensor
@@ -90,6 +98,13 @@ class FakeQuantize(nn.Module):
     Args:
         grid: the integers to round to.
         channels: number of scales, along dimension 0; None for one scale for the whole tensor.
+
+    Attributes:
+        enabled: whether values are rounded.
+        scale: difference between two neighboring values, (channels,) or a single number.
+        zero_point: the integer for 0, of the shape of `scale`.
+        observer: follows the range of the values while the network is trained.
+        learned_step: marks that `scale` is trained.
     """
 
     scale: Tensor
