@@ -250,6 +250,9 @@ def test_ctrl_c_names_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capfd
     assert capfd.readouterr().err == f"interrupted. {line.format(tmp_path)}tersor {' '.join(arguments)}\n"
 
 
+ONE_FOR_EACH = "Write a list with one number for each channel, as in"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -262,6 +265,11 @@ def test_ctrl_c_names_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capfd
         ({"students": ["resnet2"]}, "the student resnet2 cannot be used: unknown model"),
         ({"students": [f"{__name__}:five"]}, "five cannot be used: for two images the student returns"),
         ({"students": "resnet20"}, r"Pass a list of names: \['resnet20'\]"),
+        ({"pixels": 24}, r"^pixels is 24\. Pass a list of numbers: \[24\]\.$"),
+        ({"mean": 0.5, "std": 0.5}, rf"^mean is 0\.5\. {ONE_FOR_EACH} mean="),
+        ({"mean": [0.5] * 3, "std": 0.5}, rf"^std is 0\.5\. {ONE_FOR_EACH} std="),
+        ({"data": "digits", "limit": "few"}, "^limit should be a whole number, given 'few'\\.$"),
+        ({"image_size": 8.5}, r"^image_size is 8\.5\. Write 1 or more pixels"),
         ({"budget": {"max_drop": 1}}, r"budget is a dict\. Pass"),
         ({"task": 5}, "task is a int"),
         ({"data": [1]}, r"data is a list\. Pass"),

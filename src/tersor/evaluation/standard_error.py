@@ -1,4 +1,4 @@
-"""Standard errors of a metric in percent, and of its difference to the original on the same images."""
+"""Standard errors of a metric in percent, and of its difference from the original on the same images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def measures_accuracy(task: Task) -> bool:
 
 
 def standard_error(metric: float, images: int) -> float:
-    """One standard error of a metric in percent on this many images, computed as for a share of the images."""
+    """One standard error of a metric in percent on this many images, computed as for a proportion of the images."""
     share = min(max(metric / 100, 1 / (images + 2)), 1 - 1 / (images + 2))
     return 100 * math.sqrt(share * (1 - share) / images)
 
@@ -35,12 +35,12 @@ def standard_error(metric: float, images: int) -> float:
 def error_of_difference(metrics: tuple[float, float], images: tuple[int, int]) -> float:
     """One standard error of the difference of a metric in percent between two sets of images, for the same network.
 
-    It is that of the two-proportion z-test: the share is pooled over both sets, because the test assumes that they have
-    the same one. With the share of each set instead, 1 % of all tests at three standard errors would be false alarms
+    It is computed as in the two-proportion z-test: the proportion is pooled over both sets, because the null hypothesis
+    is that they are equal. With separate proportions, 1 % of all tests at three standard errors would be false alarms
     where few images are wrong.
 
     Args:
-        metrics: of each set, in percent.
+        metrics: the metric on each set, in percent.
         images: number of images of each set.
     """
     pooled = sum(metric * count for metric, count in zip(metrics, images, strict=True)) / sum(images)
@@ -50,7 +50,7 @@ def error_of_difference(metrics: tuple[float, float], images: tuple[int, int]) -
 def error_of_drop(
     right: NDArray[np.bool_] | None, original: NDArray[np.bool_] | None, metric: float, images: int
 ) -> float:
-    """One standard error of the difference to the original, in points.
+    """One standard error of the difference from the original, in points.
 
     Both classify the same images, so only images that one of them classifies wrongly count, as in McNemar's test. For
     other metrics, it is the standard error of the metric itself.
@@ -58,7 +58,7 @@ def error_of_drop(
     Args:
         right: whether the class of each image is right (N,).
         original: the same for the original (N,).
-        metric: in percent, for metrics other than the accuracy.
+        metric: the metric in percent, for metrics other than the accuracy.
         images: N.
     """
     if right is None or original is None or len(right) != len(original):

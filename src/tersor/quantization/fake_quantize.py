@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tersor.core.errors import InputError
 from tersor.graph.parametrization import parametrizations_of
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.observers import weight_grid
@@ -115,16 +116,12 @@ class FakeQuantize(nn.Module):
     def __init__(self, grid: Grid, channels: int | None = None) -> None:
         super().__init__()
         self.grid = grid
+        self.channels = channels
         self.enabled = False
         self.register_buffer("scale", torch.ones(_shape(channels)))
         self.register_buffer("zero_point", torch.zeros(_shape(channels), dtype=torch.int32))
         self.register_module("observer", None)
         self.register_module("learned_step", None)
-
-    @property
-    def channels(self) -> int | None:
-        """Number of scales; None for one scale for the whole tensor."""
-        return len(self.scale) if self.scale.ndim else None
 
     @property
     def is_trained(self) -> bool:
@@ -162,9 +159,16 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Sets `scale` and `zero_point`, scalars or (channels,), and enables rounding."""
-        self.scale.copy_(scale)
-        self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
+        """Sets `scale` and `zero_point`, scalars or (channels,), and enables rounding.
+
+        Raises:
+            InputError: one of them has another shape.
+        """
+        zero_point = torch.zeros_like(self.zero_point) if zero_point is None else torch.as_tensor(zero_point)
+        for name, given in (("scale", torch.as_tensor(scale)), ("zero_point", zero_point)):
+            if given.ndim:
+                self._require_shape(name, given, _shape(self.channels))
+            getattr(self, name).copy_(given)
         self._reset_offset()
         self.enabled = True
 
@@ -200,9 +204,15 @@ class FakeQuantize(nn.Module):
         """Rounds `values` of any shape, or (channels, ...).
 
         If `moved`, the values were rounded by an earlier call and then reshaped or moved, and the observer skips them.
+
+        Raises:
+            InputError: the scale or the zero point was replaced by one of another shape.
         """
         if not self.enabled:
             return values
+        shape = () if self.channels is None else tuple(values.shape[:1])
+        self._require_shape("scale", self.scale, shape)
+        self._require_shape("zero_point", self.zero_point, shape)
         if isinstance(self.observer, MovingAverage) and self.observer.active and self.training and not moved:
             self.set_range(*self.observer.next_range(values))
         if self.learned_step is None:
@@ -229,6 +239,14 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         """Grid and number of scales."""
         return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, enabled={self.enabled}"
+
+    def _require_shape(self, name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+        if given.shape != shape:
+            meaning = "one value per output channel" if shape else "one value for the whole tensor"
+            raise InputError(
+                f"{type(self).__name__}: {name} has the shape {tuple(given.shape)}. Pass one of the shape {shape}, "
+                f"{meaning}."
+            )
 
     @property
     def _offset(self) -> Tensor | None:
