@@ -99,6 +99,7 @@ LEVELS = [
         "quantization.activation_products",
         "quantization.grid_distance",
         "quantization.observers",
+        "quantization.range_tracking",
         "quantization.straight_through",
     ),
     ("quantization.grid",),

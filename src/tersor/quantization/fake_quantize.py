@@ -16,62 +16,10 @@ from tersor.core.errors import InputError
 from tersor.graph.parametrization import parametrizations_of
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.observers import weight_grid
+from tersor.quantization.range_tracking import MovingAverage, WeightShare, scale_shape
 from tersor.quantization.straight_through import fake_quantize, fake_quantize_learned
 
 _SMALLEST_STEP = 1e-6
-
-
-class MovingAverage(nn.Module):
-    """Running means of the smallest and largest activation of each batch, from which the grid is set.
-
-    Args:
-        averaging: weight of a batch in the means.
-
-    Attributes:
-        low: running mean of the smallest activations.
-        high: running mean of the largest activations.
-        active: whether the range still moves.
-    """
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, averaging: float) -> None:
-        super().__init__()
-        self.averaging = averaging
-        self.active = True
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
-
-    def next_range(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The means after one more batch of `values`, of any shape."""
-        low, high = torch.aminmax(values.detach())
-        return self.low.lerp(low.float(), self.averaging), self.high.lerp(high.float(), self.averaging)
-
-    def get_extra_state(self) -> Tensor:
-        """Whether the range still moves."""
-        return torch.tensor([self.active])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restores what `get_extra_state` returned."""
-        self.active = bool(state[0])
-
-
-class WeightShare(nn.Module):
-    """The share of a weight's range that its grid spans; it stays constant while the weight is trained.
-
-    Args:
-        channels: number of scales; None for one scale for the whole weight.
-
-    Attributes:
-        share: a fraction for each scale.
-    """
-
-    share: Tensor
-
-    def __init__(self, channels: int | None = None) -> None:
-        super().__init__()
-        self.register_buffer("share", torch.ones(_shape(channels)))
 
 
 class LearnedStep(nn.Module):
@@ -88,7 +36,7 @@ class LearnedStep(nn.Module):
     def __init__(self, channels: int | None = None, *, offset: bool = False, of_images: bool = False) -> None:
         super().__init__()
         self.of_images = of_images
-        self.register_parameter("offset", nn.Parameter(torch.zeros(_shape(channels))) if offset else None)
+        self.register_parameter("offset", nn.Parameter(torch.zeros(scale_shape(channels))) if offset else None)
 
 
 class FakeQuantize(nn.Module):
@@ -118,8 +66,8 @@ class FakeQuantize(nn.Module):
         self.grid = grid
         self.channels = channels
         self.enabled = False
-        self.register_buffer("scale", torch.ones(_shape(channels)))
-        self.register_buffer("zero_point", torch.zeros(_shape(channels), dtype=torch.int32))
+        self.register_buffer("scale", torch.ones(scale_shape(channels)))
+        self.register_buffer("zero_point", torch.zeros(scale_shape(channels), dtype=torch.int32))
         self.register_module("observer", None)
         self.register_module("learned_step", None)
 
@@ -167,7 +115,7 @@ class FakeQuantize(nn.Module):
         zero_point = torch.zeros_like(self.zero_point) if zero_point is None else torch.as_tensor(zero_point)
         for name, given in (("scale", torch.as_tensor(scale)), ("zero_point", zero_point)):
             if given.ndim:
-                self._require_shape(name, given, _shape(self.channels))
+                self._require_shape(name, given, scale_shape(self.channels))
             getattr(self, name).copy_(given)
         self._reset_offset()
         self.enabled = True
@@ -256,33 +204,6 @@ class FakeQuantize(nn.Module):
     def _reset_offset(self) -> None:
         if (offset := self._offset) is not None:
             offset.copy_(-self.zero_point * self.scale)
-
-
-class RunningLargest(nn.Module):
-    """Returns a weight unchanged, and keeps a running mean of its largest absolute value.
-
-    Args:
-        channels: number of values, along dimension 0; None for one value for the whole weight.
-    """
-
-    largest: Tensor
-
-    def __init__(self, channels: int | None = None) -> None:
-        super().__init__()
-        self.register_buffer("largest", torch.zeros(_shape(channels)))
-
-    def follow(self, weight: Tensor, *, first: bool, momentum: float = 0.1) -> None:
-        """Adds a weight (C, ...) to the mean, or starts it there if it is the `first`."""
-        largest = weight.detach().float().abs().flatten(1).amax(1)
-        self.largest.lerp_(largest if self.largest.ndim else largest.max(), 1.0 if first else momentum)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """`values`."""
-        return values
-
-
-def _shape(channels: int | None) -> tuple[int, ...]:
-    return () if channels is None else (channels,)
 
 
 @contextmanager

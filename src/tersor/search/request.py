@@ -199,8 +199,8 @@ def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
     few = len(splits.train) + len(splits.validation) < _FEW and len(splits.validation)
     if not few or request.validation is not None:
         return splits, source
-    held_out = {"validation": _VALIDATION_OF_FEW}
-    return load(seed=request.seed, **options | held_out), source.model_copy(update=held_out)
+    options["validation"] = _VALIDATION_OF_FEW
+    return load(seed=request.seed, **options), source.model_copy(update={"validation": _VALIDATION_OF_FEW})
 
 
 def _augmentation(request: Request, images: Images) -> str:
