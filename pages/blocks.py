@@ -46,7 +46,7 @@ def run(page: str, namespace: dict[str, Any], after: Callable[[int], None] | Non
     printed: list[str] = []
     for number, code in enumerate(blocks(page, "python")):
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            exec(compile(code, f"{page}, block {number + 1}", "exec"), namespace)
+            exec(compile(code, f"{page}, block {number + 1}", "exec", dont_inherit=True), namespace)
         printed.append(output.getvalue())
         if after is not None:
             after(number)

@@ -119,6 +119,8 @@ class PSGD:
 class PSGDAttachment(Attachment):
     """Scales the gradients before every step."""
 
+    scheduled_steps = 1
+
     def __init__(self, method: PSGD, model: nn.Module, layers: dict[str, Layer], grids: dict[str, Grid]) -> None:
         super().__init__(model)
         self.method = method

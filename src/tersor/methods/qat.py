@@ -74,6 +74,8 @@ class QAT(QuantizedTrainingOptions):
 class QATAttachment(Attachment):
     """Quantizers whose grids follow weights and activations."""
 
+    scheduled_steps = 1
+
     def __init__(self, method: QAT, quantizers: Quantizers, context: AttachContext) -> None:
         super().__init__(quantizers.graph, notes=notes(quantizers, context.target))
         self.method = method
@@ -116,7 +118,12 @@ class QATAttachment(Attachment):
         self._freeze(step + 1)
 
     def finish(self) -> None:
-        """Freezes all ranges."""
+        """Freezes all ranges.
+
+        Warns:
+            CompressionWarning: no step was done.
+        """
+        super().finish()
         self._follow_weights(self.quantizers.rounding)  # which may have been replaced by their running mean
         self._freeze_ranges()
 
