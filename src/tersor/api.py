@@ -275,8 +275,9 @@ def compare(
     Returns:
         The entries `original` and `artifact`, each with the metric under its name, `agreement` with the original in
         percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
-        `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original, and `speedup` over
-        the original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
+        `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original;
+        `difference_error`, one standard error of it in points (None unless the metric is the accuracy); and `speedup`
+        over the original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.
