@@ -104,7 +104,7 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
         (lambda model, loader: tersor.quantize(model, loader, bits=0), r"^bits is 0\. Possible: 2 to 8\.$"),
         (
             lambda model, loader: tersor.quantize(model, loader, runtime="tflite"),
-            "onnxruntime' or 'openvino', given",
+            "onnxruntime' or 'openvino', got",
         ),
         (lambda _, loader: tersor.quantize("resnet20", loader), "is a str"),
         (lambda model, _: tersor.quantize(model, [IMAGES[:, :1]]), r"does not run on images \(1, 16, 16\)"),

@@ -165,7 +165,7 @@ def distill(
         epochs: passes over `loader`.
         temperature: temperature T of the softened outputs.
         loss_weight: weight of the loss between student and teacher.
-        label_weight: weight of the task's loss, such as the cross entropy on the labels.
+        label_weight: weight of the task's loss, such as the cross entropy with the labels.
         optimizer: SGD with momentum, or AdamW; usually the one that the teacher was trained with.
         learning_rate: peak learning rate, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
         progress: receives the progress.

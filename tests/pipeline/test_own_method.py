@@ -140,7 +140,7 @@ def test_the_scales_of_the_documented_quantizer_are_powers_of_two(tmp_path, monk
     [
         (0, "Grow", {"rate": 3}, "rate is 3. Possible: above 0 and below 1."),
         (0, "Grow", {"rat": 0.1}, "unknown parameter of Grow 'rat'. Did you mean 'rate'? Possible: rate, sparsity."),
-        (1, "Similarity", {"weight": "x"}, "weight should be a number, given 'x'."),
+        (1, "Similarity", {"weight": "x"}, "weight should be a number, got 'x'."),
         (2, "PowerOfTwo", {"bits": 9}, "bits is 9. Possible: 2 to 8."),
     ],
 )

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest, quantizers_disabled
+from tersor.quantization.fake_quantize import FakeQuantize, quantizers_disabled
 from tersor.quantization.grid import Grid
+from tersor.quantization.range_tracking import RunningLargest
 
 
 def tracking() -> FakeQuantize:

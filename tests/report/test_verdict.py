@@ -300,7 +300,7 @@ def test_without_latency_no_speedup_is_claimed():
     assert not [cell for cell in table.columns[0].cells if str(cell).startswith("ms")]
     assert compared.title == "artifact, compared with the original"
     assert [[*column.cells] for column in compared.columns] == [
-        ["MB", "million MACs", "giga bit operations"],
+        ["MB", "million MACs", "billion bit operations"],
         ["4.00x lower", "2.00x lower", "32.00x lower"],
     ]
     assert compared.caption == (

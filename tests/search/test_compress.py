@@ -268,7 +268,7 @@ ONE_FOR_EACH = "Write a list with one number for each channel, as in"
         ({"pixels": 24}, r"^pixels is 24\. Pass a list of numbers: \[24\]\.$"),
         ({"mean": 0.5, "std": 0.5}, rf"^mean is 0\.5\. {ONE_FOR_EACH} mean="),
         ({"mean": [0.5] * 3, "std": 0.5}, rf"^std is 0\.5\. {ONE_FOR_EACH} std="),
-        ({"data": "digits", "limit": "few"}, "^limit should be a whole number, given 'few'\\.$"),
+        ({"data": "digits", "limit": "few"}, "^limit should be a whole number, got 'few'\\.$"),
         ({"image_size": 8.5}, r"^image_size is 8\.5\. Write 1 or more pixels"),
         ({"budget": {"max_drop": 1}}, r"budget is a dict\. Pass"),
         ({"task": 5}, "task is a int"),

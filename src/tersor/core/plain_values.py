@@ -129,12 +129,12 @@ def raised(detail: Any, owner: str) -> str:
 
 
 def in_one_line(error: ValidationError) -> str:
-    """pydantic's message about a record of the user, without types and links: "Grow.rate: ..., given 3"."""
+    """pydantic's message about a record of the user, without types and links: "Grow.rate: ..., got 3"."""
     parts: list[str] = []
     for detail in error.errors(include_url=False):
         location = ".".join(map(str, (error.title, *detail["loc"])))
         is_value = detail["loc"] and detail["type"] not in (*UNKNOWN_KEY, "missing", "missing_argument")
-        parts.append(f"{location}: {detail['msg']}" + (f", given {detail['input']!r}" if is_value else ""))
+        parts.append(f"{location}: {detail['msg']}" + (f", got {detail['input']!r}" if is_value else ""))
     return "; ".join(parts)
 
 
