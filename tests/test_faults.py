@@ -92,7 +92,7 @@ def test_no_memory_left_names_the_batch_size_and_goes_on_with_resume(tersor, tmp
     assert left(tmp_path) == ["out.checkpoints"]
     steps = counted_steps(monkeypatch)
     monkeypatch.setattr(
-        importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_, **_options: full(folder)
+        importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_, **_named: full(folder)
     )
     code, errors = tersor("--resume")
     assert len(steps) == 2, "the other two were done before"
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tersor, tmp_p
     newest.write_bytes(newest.read_bytes()[:-5])
     steps = counted_steps(monkeypatch)
     monkeypatch.setattr(
-        importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_, **_options: full(folder)
+        importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_, **_named: full(folder)
     )
     tersor("--resume")
     assert len(steps) == 2, "the third is done again"
