@@ -55,7 +55,7 @@ def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
         (lambda: Stage(name="a", methods=["pqt"]), "unknown method 'pqt'. Did you mean 'ptq'?"),
         (lambda: Stage(name="a", methods=[{"ptq": {"bit": 4}}]), "Stage has no parameter methods.0.ptq.bit."),
         (lambda: Stage(name="a b"), "a stage name may contain letters, digits, - and _, got 'a b'."),
-        (lambda: DataSource(name="digits", image_size="big"), "image_size should be a whole number or a list, given"),
+        (lambda: DataSource(name="digits", image_size="big"), "image_size should be a whole number or a list, got"),
         (lambda: Network(name=""), "name should be text that is not empty, got ''."),
         (lambda: tasks.build("segmentation", num_clases=3), "unknown parameter of Segmentation 'num_clases'."),
     ],

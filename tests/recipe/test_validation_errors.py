@@ -73,11 +73,11 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
         ("name: quantize", "name: Distil", "line 11: there is already a stage 'distil'"),
         ("name: quantize", "name: a/b", "line 11: a stage name may contain letters, digits, - and _, got 'a/b'."),
         ("name: adamw", "name: adam", "'sgd' or 'adamw', got the text 'adam'. Did you mean 'adamw'?"),
-        ("openvino}", "openvin}", "line 5: target.runtime should be 'onnxruntime' or 'openvino', given"),
+        ("openvino}", "openvin}", "line 5: target.runtime should be 'onnxruntime' or 'openvino', got"),
         (
             "{runtime: openvino}",
             "openvino",
-            "line 5: target should be a mapping of the keys runtime, cpu, input, batch, given",
+            "line 5: target should be a mapping of the keys runtime, cpu, input, batch, got",
         ),
         ("name: resnet20, ", "", "line 2: model needs 'name'."),
         ("folder", "name: digits, folder", "line 4: data needs one of folder, csv, name, got folder and name."),

@@ -107,7 +107,7 @@ def test_a_task_stays_the_same_in_a_written_recipe():
         ("segmantation", "unknown task 'segmantation'. Did you mean 'segmentation'"),
         (
             "{segmentation: {num_classes: few}}",
-            "recipe.yaml, line .*: num_classes should be a whole number, given",
+            "recipe.yaml, line .*: num_classes should be a whole number, got",
         ),
         ("{segmentation: 4}", "parameters of task segmentation must be keys with values, got 4"),
         ("[segmentation]", "task must be a name, or a name with parameters"),
