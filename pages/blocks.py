@@ -26,6 +26,7 @@ NOTEBOOKS = {"tutorial": TUTORIAL, "compress_your_own_classifier": ("how-to/own-
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```\n?", re.MULTILINE | re.DOTALL)
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^)]+\.svg)\)\n?")
+_NOTEBOOK_SENTENCE = re.compile(r"\s[^.]*\]\([^)]*\.ipynb\)[^.]*\.")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -45,7 +46,7 @@ def run(page: str, namespace: dict[str, Any], after: Callable[[int], None] | Non
     printed: list[str] = []
     for number, code in enumerate(blocks(page, "python")):
         with contextlib.redirect_stdout(io.StringIO()) as output:
-            exec(compile(code, f"{page}, block {number + 1}", "exec"), namespace)
+            exec(compile(code, f"{page}, block {number + 1}", "exec", dont_inherit=True), namespace)
         printed.append(output.getvalue())
         if after is not None:
             after(number)
@@ -103,9 +104,10 @@ def notebook(pages: Sequence[str]) -> str:
 
 
 def _prose(text: str) -> str:
-    """Text of a page without what only the site shows: outputs, figures, and links to other pages."""
+    """Text of a page without what only the site shows: outputs, figures, links, and sentences about its notebook."""
     text = _FENCE.sub(lambda found: "" if found[2] == "text" else found[0], text)
-    return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", _IMAGE.sub("", text))
+    text = _NOTEBOOK_SENTENCE.sub("", _IMAGE.sub("", text))
+    return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
 
 
 def _cell(kind: str, source: str, number: int) -> dict[str, Any]:

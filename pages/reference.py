@@ -132,7 +132,7 @@ def _kind(field: Mapping[str, Any]) -> str:
     values = [*field.get("patternProperties", {}).values(), field.get("additionalProperties")]
     if field.get("type") == "object" and isinstance(values[0], dict):
         return f"map to {_kind(values[0])}"
-    words = {"null": "none", "integer": "integer", "object": "map", "string": "text", "boolean": "true or false"}
+    words = {"integer": "integer", "object": "map", "string": "text", "boolean": "true or false"}
     return words.get(field.get("type", ""), field.get("type", "any"))
 
 

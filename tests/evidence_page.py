@@ -9,7 +9,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference" / "evidence.md"
 
 
 def undocumented(evidence: dict[str, Any], section: str) -> set[str]:
-    """Paths in `evidence` without a row in the section "Of a run" or "Of a search" of the page.
+    """Paths in `evidence` without a row in the section "evidence.json of a run" or "evidence.json of a search".
 
     A value that is none or empty needs a row for itself or for anything in it.
     """

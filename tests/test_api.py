@@ -104,7 +104,7 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
         (lambda model, loader: tersor.quantize(model, loader, bits=0), r"^bits is 0\. Possible: 2 to 8\.$"),
         (
             lambda model, loader: tersor.quantize(model, loader, runtime="tflite"),
-            "onnxruntime' or 'openvino', given",
+            "onnxruntime' or 'openvino', got",
         ),
         (lambda _, loader: tersor.quantize("resnet20", loader), "is a str"),
         (lambda model, _: tersor.quantize(model, [IMAGES[:, :1]]), r"does not run on images \(1, 16, 16\)"),
@@ -214,13 +214,18 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
         ("1", "32", "128"), 1.0
     )
     assert found["artifact"]["difference"] == pytest.approx(75 - 100 * right)
+    with torch.no_grad():
+        before, after = ((network(images).argmax(1) == labels).double() for network in networks)
+    changes = torch.cat([after - before, torch.tensor([1.0, -1.0])])
+    expected = 100 * changes.std(correction=0).item() / 40**0.5
+    assert found["artifact"]["difference_error"] == pytest.approx(expected)
     assert {size: each["value"] for size, each in found["artifact"]["speedup"].items()} == dict.fromkeys(
         ("1", "32", "128"), 1.0
     )
     assert not {"difference", "speedup"} & set(found["original"])
     unlabelled = tersor.compare(path, path, [images], seconds=0.01)
     assert unlabelled["artifact"]["accuracy"] is None
-    assert unlabelled["artifact"]["difference"] is None
+    assert (unlabelled["artifact"]["difference"], unlabelled["artifact"]["difference_error"]) == (None, None)
     for seconds in (0, -1, float("inf"), float("nan")):
         with pytest.raises(InputError, match="Write a number above 0"):
             tersor.compare(path, path, [images], seconds=seconds)

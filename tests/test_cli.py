@@ -11,11 +11,13 @@ from PIL import Image
 from torch import nn
 
 from tersor import cli, models
-from tersor.cli_output import Document, plain_console, schema_of
+from tersor.cli_output import Document, plain_console, schema_of, sensitivity_table, show
 from tersor.core.errors import InputError
 from tersor.evaluation import latency
 from tersor.methods import get, names
+from tersor.pipeline.sensitivity_analysis import BitCosts
 from tersor.progress_bars import Bars
+from tersor.quantization.sensitivity import Cost
 from tersor.recipe import parameters
 
 RECIPE = """\
@@ -28,15 +30,37 @@ stages:
 LATE = "  - {name: b, methods: [{ptq: {exclude: [nothing]}}]}"
 
 
-def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ([], "There is no checkpoint yet, so nothing is kept. To start again: {} --resume"),
+        (
+            ["out.checkpoints/a"],
+            "out.checkpoints holds the progress; there is no model.onnx yet. To resume: {} --resume",
+        ),
+        (
+            ["out.checkpoints/a", "out/manifest.json"],
+            "out is complete; its network is out/model.onnx. To print the results: {} --resume",
+        ),
+    ],
+)
+def test_ctrl_c_names_what_is_kept_and_how_to_go_on(written, line, tmp_path, monkeypatch, capfd):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "run", pressed)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    assert tersor(monkeypatch, "run", recipe, "--set", "seed=3") == 130
-    assert capfd.readouterr().err == f"interrupted. To resume: tersor run {recipe} --set seed=3 --resume\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my recipe.yaml").write_text(RECIPE)
+    for name in written:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    command = ("run", "my recipe.yaml", "--out", "out", "--set", "seed=3")
+    again = "tersor run 'my recipe.yaml' --out out --set seed=3"
+    told = f"interrupted. {line.format(again)}\n"
+    assert tersor(monkeypatch, *command) == 130
+    assert capfd.readouterr().err == told
+    assert tersor(monkeypatch, *command, "--resume") == 130
+    assert capfd.readouterr().err == told, "the option is not repeated"
 
 
 def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
@@ -128,7 +152,8 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert not list(tmp_path.glob("*.partial*"))
     capfd.readouterr()
     assert tersor(monkeypatch, "eval", out) == 0
-    assert f"{numbers['artifact']['score']:.2f} %" in capfd.readouterr().out
+    artifact = numbers["artifact"]
+    assert f"{artifact['score']:.2f} ± {artifact['score_error']:.2f} % of 359 test" in capfd.readouterr().out
     assert tersor(monkeypatch, "eval", out, "--json") == 0
     told = capfd.readouterr()
     assert document(told.out, "eval")["score"] == numbers["artifact"]["score"]
@@ -156,6 +181,31 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert "already exists" in capfd.readouterr().err
 
 
+def test_a_run_without_latency_is_complete_otherwise(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
+    recipe, weights, out = (tmp_path / name for name in ("recipe.yaml", "small.safetensors", "out"))
+    models.save_weights(small(10), weights)
+    recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)).replace("name: resnet20", f'name: "{__name__}:small"'))
+    command = ("run", recipe, "--out", out, "--no-latency", "--json")
+    assert tersor(monkeypatch, *command) == 0
+    printed = capfd.readouterr()
+    numbers = document(printed.out, "results")
+    assert (numbers["latency_measured"], numbers["speedup"], numbers["baseline"]) == (False, {}, {})
+    assert numbers["artifact"]["difference_error"] > 0
+    assert "Latency was not measured" in " ".join(printed.err.split())
+    assert "faster" not in printed.err
+    before = (out / "report.html").read_bytes()
+    assert tersor(monkeypatch, "report", out) == 0
+    assert (out / "report.html").read_bytes() == before
+    capfd.readouterr()
+    assert tersor(monkeypatch, *command, "--resume") == 0
+    assert document(capfd.readouterr().out, "results") == numbers
+    assert tersor(monkeypatch, "eval", out, "--json") == 0
+    assert document(capfd.readouterr().out, "eval")["score_error"] == numbers["artifact"]["score_error"]
+    assert tersor(monkeypatch, "bench", out, "--seconds", 0.1, "--json") == 0
+    assert {size["batch_size"] for size in document(capfd.readouterr().out, "bench")} == {1, 32, 128}
+
+
 def test_the_version_is_printed(monkeypatch, capfd):
     assert tersor(monkeypatch, "--version") == 0
     assert capfd.readouterr().out.strip() == importlib.metadata.version("tersor")
@@ -169,12 +219,19 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "mine.sensitivity.json", "mine.sensitivity.svg"}
     told = capfd.readouterr().out
     assert "the 10 most sensitive of 20 layers" in told
-    costs = json.loads((tmp_path / "mine.sensitivity.json").read_text())["costs"]
-    worst = max(costs, key=lambda cost: cost["error"])
+    written = json.loads((tmp_path / "mine.sensitivity.json").read_text())
+    costs = written["costs"]
+    assert written["first_and_last"] == ["conv1", "linear"]
+    largest = {
+        name: [max(cost[key] for cost in costs if cost["layer"] == name) for key in ("drop", "error")]
+        for name in written["weights"]
+    }
+    worst = max(largest, key=largest.__getitem__)
+    shown = next(cost for cost in costs if cost["layer"] == worst)
     rows = [line for line in told.splitlines() if "conv" in line or "linear" in line]
     assert len(rows) == 10
-    assert worst["layer"] in rows[0]
-    assert f"({worst['drop']:z.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
+    assert worst in rows[0]
+    assert f"({shown['drop']:z.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20, "--json") == 0
     assert document(capfd.readouterr().out, "sensitivity")["costs"] == costs
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 30) == 2
@@ -184,6 +241,33 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     assert capfd.readouterr().err.startswith("error: resnet20 has no weights")
 
 
+def test_the_sensitivity_table_is_sorted_by_the_drop_and_explains_its_8_bit_column(capfd):
+    values = {"conv1": (0.5, 0.0), "a": (0.2, -1.0), "b": (0.1, 3.0), "c": (0.9, 3.0), "fc": (0.3, 0.5)}
+    costs = [Cost(name, 2, error, drop) for name, (error, drop) in values.items()]
+    costs += [Cost(name, 8, 0.001, 0.0) for name in values]
+    found = BitCosts(measured_with={}, weights=dict.fromkeys(values, 9), first_and_last=["conv1", "fc"], costs=costs)
+    show(plain_console(), sensitivity_table(found))
+    told = capfd.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if line.startswith("│")]
+    assert rows == [
+        *(["4", "c", "90", "0.10"], ["", "", "(3.0)", "(0.0)"]),
+        *(["3", "b", "10", "0.10"], ["", "", "(3.0)", "(0.0)"]),
+        *(["5", "fc *", "30", "0.10"], ["", "", "(0.5)", "(0.0)"]),
+        *(["1", "conv1 *", "50", "0.10"], ["", "", "(0.0)", "(0.0)"]),
+        *(["2", "a", "20", "0.10"], ["", "", "(-1.0)", "(0.0)"]),
+    ]
+    text = " ".join(told.split())
+    assert "At 8 bits, (0.0) means that the metric on these images is the same as in float." in text
+    assert "* The first and last layer: ptq keeps them at 8 bits" in text
+
+
+def test_the_sensitivity_of_images_without_labels_has_no_drop(capfd):
+    costs = [Cost("a", 2, 0.1, None), Cost("b", 2, 0.2, None)]
+    show(plain_console(), sensitivity_table(BitCosts(measured_with={}, weights={"a": 1, "b": 1}, costs=costs)))
+    rows = [line.split("│")[1:-1] for line in capfd.readouterr().out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [["2", "b", "20"], ["1", "a", "10"]]
+
+
 def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
@@ -191,8 +275,13 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
     monkeypatch.setattr("tersor.pipeline.sensitivity_analysis.measure", pressed)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    command = f"To resume: tersor sensitivity {recipe} --out a.json\n"
     assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
-    assert capfd.readouterr().err == f"interrupted. To resume: tersor sensitivity {recipe} --out a.json\n"
+    assert capfd.readouterr().err == f"interrupted. Nothing is measured yet. {command}"
+    (tmp_path / "a.json").touch()
+    assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
+    assert capfd.readouterr().err == f"interrupted. a.json holds the measurements so far. {command}"
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,9 @@ def test_no_memory_left_names_the_batch_size_and_goes_on_with_resume(tersor, tmp
     assert "The batch_size is 20. Write a smaller one: batch_size: 10 and accumulate: 2" in one_message(errors)
     assert left(tmp_path) == ["out.checkpoints"]
     steps = counted_steps(monkeypatch)
-    monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_: full(folder))
+    monkeypatch.setattr(
+        importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_, **_named: full(folder)
+    )
     code, errors = tersor("--resume")
     assert len(steps) == 2, "the other two were done before"
     assert code == 2
@@ -144,6 +146,8 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tersor, tmp_p
     newest = sorted((tmp_path / "out.checkpoints").glob("01-*"))[-1] / "tensors.safetensors"
     newest.write_bytes(newest.read_bytes()[:-5])
     steps = counted_steps(monkeypatch)
-    monkeypatch.setattr(importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_: full(folder))
+    monkeypatch.setattr(
+        importlib.import_module("tersor.pipeline.run"), "_fill", lambda folder, *_, **_named: full(folder)
+    )
     tersor("--resume")
     assert len(steps) == 2, "the third is done again"

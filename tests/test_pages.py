@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import blocks
 import gains
 import reference
+import tersor
 from browser import CHROMIUM, chromium
 from tersor.cli_output import Document
 from tersor.data import load
@@ -65,6 +66,20 @@ def test_the_function_of_the_data_page_has_validation_images_of_its_own(tmp_path
     splits = load(name="data.py:images", validation=0.5)
     assert [len(each) for each in (splits.train, splits.validation, splits.test)] == [100, 20, 20]
     assert splits.validation.size == (32, 32)
+
+
+def test_what_integer_coverage_lists_has_its_share_of_the_macs():
+    """Every page that names the list says so, and so does the list."""
+    texts = [(ROOT / "README.md").read_text(), *((DOCS / page).read_text() for page in PAGES), tersor.quantize.__doc__]
+    told = [found[0] for text in texts for found in re.finditer(r"integer_coverage\([^)]*\)`\s+lists[^.]*\.", text)]
+    assert len(told) == 4
+    assert all("share of the MACs" in " ".join(sentence.split()) for sentence in told)
+    example = torch.zeros(1, 3, 6, 6)
+    covered = tersor.integer_coverage(network(4), example)
+    assert [(each.name, each.macs, each.share) for each in covered.operators] == [
+        ("0", 1728, 1728 / 1768),
+        ("5", 40, 40 / 1768),
+    ]
 
 
 @pytest.mark.parametrize(("page", "files"), [("how-to/own-loop.md", ["model.onnx"]), ("how-to/tasks.md", [])])
@@ -338,7 +353,8 @@ def test_the_output_of_a_block_replaces_the_text_behind_it():
 
 def test_a_notebook_has_the_prose_and_the_code(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text(
-        "# Title\n\n[Link](a.md) text.\n\n```python\nx = 1\n```\n\n```text\n1\n```\n\n![Figure](a.svg)\n\nThe end.\n"
+        "# Title\n\n[Link](a.md) text. [A\nnotebook](a.ipynb) has it.\n\n```python\nx = 1\n```\n\n```text\n1\n```\n\n"
+        "![Figure](a.svg)\n\nThe end.\n"
     )
     monkeypatch.setattr(blocks, "DOCS", tmp_path)
     cells = json.loads(blocks.notebook(["page.md"]))["cells"]

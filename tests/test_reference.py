@@ -65,6 +65,35 @@ def test_the_reference_has_every_class_that_a_public_function_takes_or_returns()
     assert not {each.__name__ for each in classes - documented if f"\n## {each.__name__}\n" not in tables}
 
 
+def restricted():
+    """The paths of the page whose members are not all shown."""
+    entries = re.findall(r"^::: (\S+)\n((?: +.*\n)*)", API.read_text(), re.MULTILINE)
+    return {path for path, options in entries if re.search(r"^ +members:", options, re.MULTILINE)}
+
+
+def fields_of(value):
+    """Names of the public fields of a class, without those that a base class has."""
+    annotated = inspect.get_annotations(value, eval_str=True).items()
+    return [name for name, hint in annotated if name[0] != "_" and typing.get_origin(hint) is not typing.ClassVar]
+
+
+def test_the_reference_describes_every_field_of_its_classes():
+    tables = "".join(reference.generated().values())
+    classes = {path: value for path, value in listed().items() if isinstance(value, type)}
+    missing = []
+    for path, value in classes.items():
+        lines = re.findall(r"^ +(\w+(?:, \w+)*):", value.__doc__ or "", re.MULTILINE)
+        described = {name for line in lines for name in line.split(", ")}
+        if path not in restricted():  # a text below a field is shown with the field
+            described |= {name for name, field in getattr(value, "model_fields", {}).items() if field.description}
+        if path in restricted():  # it may have a table on another page
+            described |= {name for name in fields_of(value) if f"\n| `{name}` |" in tables}
+        missing += [f"{path}.{name}" for name in fields_of(value) if name not in described]
+    assert not missing
+    assert fields_of(Front)[-2:] == ["dropped", "test_runs"]
+    assert not {"tersor.search.folder.Front", "tersor.search.front.Point"} & restricted()
+
+
 @pytest.mark.parametrize("document", [*Document.__args__, "front"])
 def test_every_field_of_a_published_document_has_a_description(document):
     schema = Front.model_json_schema() if document == "front" else schema_of(document)

@@ -58,7 +58,8 @@ def quantize(
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
     A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers
-    (`integer_coverage(quantized, images)` lists the operators in float), and if a classifier is at chance level.
+    (`integer_coverage(quantized, images)` lists the operators in float, each with its share of the MACs), and if a
+    classifier is at chance level.
 
     Args:
         model: a trained network; it is not changed.
@@ -164,7 +165,7 @@ def distill(
         epochs: passes over `loader`.
         temperature: temperature T of the softened outputs.
         loss_weight: weight of the loss between student and teacher.
-        label_weight: weight of the task's loss, such as the cross entropy on the labels.
+        label_weight: weight of the task's loss, such as the cross entropy with the labels.
         optimizer: SGD with momentum, or AdamW; usually the one that the teacher was trained with.
         learning_rate: peak learning rate, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
         progress: receives the progress.
@@ -259,7 +260,8 @@ def compare(
 ) -> dict[str, Any]:
     """Measure two networks in a runtime: metric (such as "accuracy"), prediction agreement, file size and latency.
 
-    A `CompressionWarning` is issued if a classifier is at chance level.
+    A `CompressionWarning` is issued if a classifier is at chance level, or if the values of the images contradict the
+    normalization in the metadata of a file.
 
     Args:
         original: a network, or its ONNX file.
@@ -274,8 +276,9 @@ def compare(
     Returns:
         The entries `original` and `artifact`, each with the metric under its name, `agreement` with the original in
         percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
-        `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original, and `speedup` over
-        the original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
+        `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original;
+        `difference_error`, one standard error of it in points (None unless the metric is the accuracy); and `speedup`
+        over the original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.

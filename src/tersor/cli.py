@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from tersor import cli_compress, cli_pick
+from tersor import cli_compress, cli_pick, cli_run
 from tersor.cli_bench import latency_tables
 from tersor.cli_output import (
+    ChangedValues,
     Document,
-    described_input,
+    RecipeFile,
     plain_console,
     print_json,
-    results_tables,
+    say,
     schema_of,
     sensitivity_table,
     show,
+    stop_interrupted,
 )
 from tersor.core.errors import InputError, ProcessLost
 from tersor.core.resources import enough_memory
 from tersor.progress_bars import Bars
-from tersor.tracking import TrackerName, tracked
-
-if TYPE_CHECKING:
-    from tersor.recipe import Recipe
 
 app = typer.Typer(
     name="tersor",
@@ -41,7 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = plain_console()
-_INTERRUPTED = 130
 
 
 def _tables_to_stderr(as_json: bool) -> bool:
@@ -65,61 +60,13 @@ def options(
     """Compress PyTorch vision models: distill, prune, quantize, export to ONNX, and measure the result."""
 
 
-RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
-ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="override a value: stages.0.epochs=3")]
 Json = Annotated[
     bool,
     typer.Option("--json", callback=_tables_to_stderr, help="print a JSON document on stdout, the rest on stderr"),
 ]
 
 
-@app.command()
-def run(
-    recipe: RecipeFile,
-    out: Annotated[Path | None, typer.Option(help="folder to write; it must not exist [default: runs/NAME]")] = None,
-    set_: ChangedValues = None,
-    resume: Annotated[bool, typer.Option("--resume", help="resume an interrupted run")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="describe the run without training")] = False,
-    track: Annotated[
-        TrackerName | None, typer.Option(help="log losses and accuracy to tensorboard or mlflow", show_default=False)
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Run a recipe and write one folder: model, original, report and measurements."""
-    from tersor.recipe import read
-
-    checked = read(recipe, set_ or [])
-    if explain:
-        if as_json:
-            raise InputError("--explain writes text. Leave out --json or --explain.")
-        _explain(checked)
-        return
-    from tersor.core import distributed
-    from tersor.core.device import keep_freed_memory
-    from tersor.pipeline.run import run as walk
-
-    out = out or Path("runs") / recipe.stem
-    keep_freed_memory()
-    with Bars(console) as bars, tracked(bars, track, out.with_name(f"{out.name}.tracking")) as progress:
-        try:
-            folder = walk(checked, out=out, resume=resume, progress=progress)
-        except KeyboardInterrupt:
-            how = "the same command" if distributed.count() > 1 else f"tersor {shlex.join(sys.argv[1:])}"
-            _say(f"interrupted. To resume: {how}{'' if resume else ' --resume'}")
-            raise typer.Exit(_INTERRUPTED) from None
-    if distributed.rank():
-        return
-    from tersor.evaluation.results import Results
-
-    numbers = (folder / "numbers.json").read_text()
-    results = Results.model_validate_json(numbers)
-    console.print(f"results are in {folder / 'report.html'}", soft_wrap=True)
-    show(console, *results_tables(results))
-    console.print(f"written: {folder}; model.onnx takes {described_input(folder / 'model.onnx')}", soft_wrap=True)
-    if as_json:
-        sys.stdout.write(numbers)
-
-
+app.command()(cli_run.run)
 app.command()(cli_compress.compress)
 app.command()(cli_pick.pick)
 
@@ -142,8 +89,7 @@ def sensitivity(
         try:
             found, figure = measure(checked, out=out, images=images, progress=bars)
         except KeyboardInterrupt:
-            _say(f"interrupted. To resume: tersor {shlex.join(sys.argv[1:])}")
-            raise typer.Exit(_INTERRUPTED) from None
+            stop_interrupted(f"{out} holds the measurements so far" if out.is_file() else "Nothing is measured yet")
     show(console, sensitivity_table(found))
     console.print(f"written: {out} and {figure}", soft_wrap=True)
     if as_json:
@@ -164,7 +110,7 @@ def evaluate(
         typer.Option(help="task of the network: classification, segmentation, ... [default: from the recipe]"),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="number of image channels, 1 for gray images [default: from the file]")
+        int | None, typer.Option(min=1, help="number of channels, 1 for grayscale images [default: from the file]")
     ] = None,
     mean: Annotated[
         str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45 [default: from the file]")
@@ -271,15 +217,6 @@ def schema(
     print_json(schema_of(of))
 
 
-def _explain(recipe: Recipe) -> None:
-    """Describe a run without training."""
-    from tersor.pipeline.dry_run import explain
-
-    with Bars(console) as bars:
-        for line in explain(recipe, progress=bars):
-            console.print(line, soft_wrap=True)
-
-
 def main() -> None:
     """Run the command line. A user error is one message and exit code 2."""
     sys.path.append(
@@ -290,11 +227,5 @@ def main() -> None:
             app()  # exit code 130 after Ctrl-C
     except InputError as error:
         # a lost process is reported by every remaining one
-        _say(f"error: {error}", style="red", everyone=isinstance(error, ProcessLost))
+        say(f"error: {error}", style="red", everyone=isinstance(error, ProcessLost))
         sys.exit(2)
-
-
-def _say(message: str, style: str | None = None, *, everyone: bool = False) -> None:
-    """Print to stderr, from the first process only unless `everyone`."""
-    if everyone or os.environ.get("RANK", "0") == "0":
-        plain_console(stderr=True).print(message, style=style, soft_wrap=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import re
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from tersor.cli_output import described_input, plain_console, show
+from tersor.cli_output import described_input, plain_console, show, stop_interrupted
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
 from tersor.progress_bars import Bars
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from tersor.search.folder import Front
     from tersor.search.front import Point
 
-_INTERRUPTED = 130
 _NAME_WIDTH = 22
 """Least columns for the names of points in the table."""
 _BESIDE, _SIZES = 2, 4
@@ -66,7 +63,7 @@ def compress(
         str | None, typer.Option(help="metric from 0 to 1: package.module:function of (outputs, targets)")
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="number of image channels, 1 for gray images [default: 3]")
+        int | None, typer.Option(min=1, help="number of channels, 1 for grayscale images [default: 3]")
     ] = None,
     mean: Annotated[str | None, typer.Option(help="mean of each channel, as in training: 0.49,0.48,0.45")] = None,
     std: Annotated[str | None, typer.Option(help="standard deviation of each channel: 0.25,0.24,0.26")] = None,
@@ -80,7 +77,7 @@ def compress(
     pixels: Annotated[list[int] | None, typer.Option(min=8, help="another image size to try")] = None,
     augment: Annotated[
         str | None,
-        typer.Option(help="augmentation: none, flip, ... [default: crop_flip; none for gray images, flip for boxes]"),
+        typer.Option(help="augmentation: none, flip, ... [default: crop_flip; none for grayscale, flip for boxes]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="number of training images [default: all]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="random seed")] = 0,
@@ -102,12 +99,12 @@ def compress(
     )
     means, deviations, sides = numbers("--mean", mean), numbers("--std", std), read_size(image_size)
 
-    from tersor.core.device import keep_freed_memory  # below the checks of the arguments, because it imports torch
-    from tersor.search.compress import compress as search
-
-    keep_freed_memory()
     with Bars(console) as bars:
         try:
+            from tersor.core.device import keep_freed_memory  # below the checks of the arguments: it imports torch
+            from tersor.search.compress import compress as search
+
+            keep_freed_memory()
             result = search(
                 model,
                 data,
@@ -134,9 +131,7 @@ def compress(
                 progress=bars,
             )
         except KeyboardInterrupt:
-            again = f"tersor {shlex.join(sys.argv[1:])}"
-            plain_console(stderr=True).print(f"interrupted. {_best_so_far(out)}. To resume: {again}", soft_wrap=True)
-            raise typer.Exit(_INTERRUPTED) from None
+            stop_interrupted(*_kept(out))
     from tersor.search.verdict_line import last_line, test_use, verdict_lines
 
     console.print(*verdict_lines(result.numbers), sep="\n", soft_wrap=True)
@@ -145,16 +140,16 @@ def compress(
     console.print(*lines, last_line(result.numbers, out), sep="\n", soft_wrap=True)
 
 
-def _best_so_far(folder: Path) -> str:
-    """What `model.onnx` of an interrupted search is."""
-    from tersor.search.folder import MODEL, UNCHANGED
+def _kept(folder: Path) -> tuple[str, str]:
+    """What an interrupted search has written, and what the same command does."""
+    from tersor.search.folder import MODEL, STATE, UNCHANGED
 
     file, original = folder / MODEL, folder / UNCHANGED
-    if not file.is_file():
-        return "No network is exported yet"
+    if not (file.is_file() and (folder / STATE).is_file()):
+        return "No network is exported yet, so nothing is kept", "To start again"
     if original.is_file() and filecmp.cmp(file, original, shallow=False):
-        return f"{file} is still the original in float32"
-    return f"The best network so far is {file}"
+        return f"{folder} holds the search; {file} is still the original in float32", "To resume"
+    return f"{folder} holds the search; the best network so far is {file}", "To resume"
 
 
 def _imported(name: str | None) -> Any:

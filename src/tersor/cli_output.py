@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tersor.evaluation.results import Results, Speedup
+    from tersor.evaluation.results import Reference, Results, Speedup
     from tersor.evaluation.timings import Ratio
     from tersor.pipeline.sensitivity_analysis import BitCosts
+    from tersor.quantization.sensitivity import Cost
 
 Document = Literal["recipe", "results", "eval", "bench", "pick", "sensitivity", "methods"]
+RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
+ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="override a value: stages.0.epochs=3")]
+_INTERRUPTED = 130
 _SHOWN = 10
 _SPARSE = 0.001
 """Share of zero weights from which it is shown."""
@@ -93,6 +100,29 @@ def plain_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+def say(message: str, style: str | None = None, *, everyone: bool = False) -> None:
+    """Print to stderr, from the first process only unless `everyone`."""
+    if everyone or os.environ.get("RANK", "0") == "0":
+        plain_console(stderr=True).print(message, style=style, soft_wrap=True)
+
+
+def stop_interrupted(kept: str, again: str = "To resume", option: str = "") -> NoReturn:
+    """End the command after Ctrl-C with one line: what is kept, and the command that continues.
+
+    Args:
+        kept: what is kept, without a full stop.
+        again: what the command does.
+        option: what to add to the arguments of this command.
+
+    Raises:
+        typer.Exit: always.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    command = f"tersor {shlex.join(sys.argv[1:])}" if alone else "the same command"
+    say(f"interrupted. {kept}. {again}: {command} {option}".rstrip())
+    raise typer.Exit(_INTERRUPTED) from None
+
+
 def show(console: Console, *tables: Table) -> None:
     """Print tables in full: text that is too wide for a column is folded, never cut."""
     for table in tables:
@@ -123,18 +153,19 @@ def described_input(file: Path) -> str:
 
 def results_tables(results: Results) -> Iterator[Table]:
     """What was measured of each file; then the artifact compared with the original and the baseline."""
-    from tersor.report.summary import entries
-    from tersor.report.verdict import RUNTIMES, same_runtime
+    from tersor.report.summary import entries, scores
+    from tersor.report.verdict import RUNTIMES, same_runtime, scores_note
 
     columns, artifact = entries(results), results.artifact
     threads = results.machine.threads
-    table = Table(title=f"{results.machine.cpu}, {threads} thread{'s' if threads != 1 else ''}")
+    title = f"{results.machine.cpu}, {threads} thread{'s' if threads != 1 else ''}"
+    table = Table(title=title, caption=scores_note(results) or None)
     for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("runtime", *[RUNTIMES[entry.runtime] for entry in columns.values()])
     table.add_row("precision", *[entry.precision for entry in columns.values()])
     metric = results.metric
-    table.add_row(metric.title, *[f"{entry.score:.{metric.digits}f}" for entry in columns.values()])
+    table.add_row(metric.title, *scores(results))
     table.add_row("prediction agreement, %", *[f"{entry.agreement:.2f}" for entry in columns.values()])
     if any(entry.sparsity >= _SPARSE for entry in columns.values()):
         zeros = [f"{100 * entry.sparsity:.1f}" for entry in columns.values()]
@@ -153,28 +184,32 @@ def results_tables(results: Results) -> Iterator[Table]:
 
 
 def _comparison(results: Results) -> Table:
-    """The artifact compared with the original and the baseline."""
+    """The artifact compared with the original and the baseline; without latencies, there is no baseline."""
     from tersor.report.summary import describe_reduction
-    from tersor.report.verdict import medians_note, reference_entry
+    from tersor.report.verdict import reference_entry
 
-    caption = f"95 % intervals are in parentheses. Rounds ran {_ended(results)}. {medians_note(results)}".rstrip()
-    table = Table(title="artifact, compared with the original and the baseline", caption=caption)
-    for column in ("", *(f"vs. {name}" for name in results.speedup)):
+    names: list[Reference] = list(results.speedup) or ["original"]
+    title = f"artifact, compared with the {' and the '.join(names)}"
+    table = Table(title=title, caption=_latency_caption(results))
+    for column in ("", *(f"vs. {name}" for name in names)):
         table.add_column(column, justify="right" if column else "left")
     for label, key, _ in _COSTS:
-        before = [getattr(reference_entry(results, name, "1"), key) for name in results.speedup]
+        before = [getattr(reference_entry(results, name, "1"), key) for name in names]
         table.add_row(label, *[describe_reduction(each, getattr(results.artifact, key)) for each in before])
     for size in results.baseline:
         table.add_row(f"ms, batch {size}", *[speedup_cell(of[size]) for of in results.speedup.values()])
     return table
 
 
-def _ended(results: Results) -> str:
+def _latency_caption(results: Results) -> str:
     """Why the rounds ended, by batch size."""
-    from tersor.report.verdict import by_batch_size
+    from tersor.report.verdict import by_batch_size, medians_note
 
     rounds = results.rounds
-    return by_batch_size({size: until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
+    if rounds is None:
+        return "Latency was not measured, so there is no speedup. tersor bench with this folder measures it."
+    ended = by_batch_size({size: until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
+    return f"95 % intervals are in parentheses. Rounds ran {ended}. {medians_note(results)}".rstrip()
 
 
 def until(ended_by: str, seconds: float) -> str:
@@ -192,19 +227,43 @@ def speedup_cell(ratio: Ratio | Speedup) -> str:
     return describe_speedup(ratio).replace(" (", "\n(")
 
 
+_SENSITIVITY_CAPTION = (
+    "Cells: error of the outputs in % (drop of the metric in points). Sorted by the largest drop, then by the largest "
+    "error; # is the place of the layer in the network. At 8 bits, (0.0) means that the metric on these images is the "
+    "same as in float."
+)
+_ENDS_CAPTION = (
+    " * The first and last layer: ptq keeps them at 8 bits, so only their 8-bit column applies, unless first_last_bits "
+    "is set."
+)
+
+
 def sensitivity_table(found: BitCosts) -> Table:
-    """The most sensitive layers, with their error at each bit width."""
+    """The most sensitive layers, with their error and drop at each bit width."""
     from tersor.report.templating import number
 
     widths = sorted({cost.bits for cost in found.costs})
     costs = {(cost.layer, cost.bits): cost for cost in found.costs}
-    worst = sorted(found.weights, key=lambda layer: -max(costs[layer, bits].error for bits in widths))[:_SHOWN]
-    caption = "error of the outputs in % (drop of the metric in points)"
+    order = {layer: place for place, layer in enumerate(found.weights, 1)}
+
+    def largest(layer: str) -> tuple[float, float]:
+        row = [costs[layer, bits] for bits in widths]
+        return max(each.drop or 0.0 for each in row), max(each.error for each in row)
+
+    worst = sorted(found.weights, key=largest, reverse=True)[:_SHOWN]
+    kept = bool({*found.first_and_last} & {*worst})
+    caption = _SENSITIVITY_CAPTION + (_ENDS_CAPTION if kept else "")
     table = Table(title=f"the {len(worst)} most sensitive of {len(found.weights)} layers", caption=caption)
+    table.add_column("#", justify="right")
     table.add_column("layer")
     for bits in widths:
         table.add_column(f"{bits} bits", justify="right")
     for layer in worst:
-        row = [costs[layer, bits] for bits in widths]
-        table.add_row(layer, *[f"{number(100 * each.error, 2)}\n({each.drop:z.1f})" for each in row])
+        cells = [f"{number(100 * each.error, 2)}{_drop(each)}" for each in (costs[layer, bits] for bits in widths)]
+        table.add_row(str(order[layer]), f"{layer} *" if layer in found.first_and_last else layer, *cells)
     return table
+
+
+def _drop(cost: Cost) -> str:
+    """The drop of the metric below the error; empty for images without labels."""
+    return "" if cost.drop is None else f"\n({cost.drop:z.1f})"

@@ -107,3 +107,21 @@ def test_only_values_that_are_accepted_are_given():
     assert call_with("x:f", lambda **options: options, num_classes=3) == {"num_classes": 3}
     with pytest.raises(InputError, match=r"missing a required argument: 'depth'.*num_classes"):
         call_with("x:f", lambda depth: depth, num_classes=3)
+
+
+RECORD = """
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    classes: int
+"""
+
+
+def test_a_wrong_value_for_a_class_of_the_user_is_one_message(here):
+    (here / "our_metric.py").write_text(RECORD)
+    expected = "'our_metric:Metric': Metric.classes: Input should be a valid integer, unable to parse string as an "
+    with pytest.raises(InputError) as caught:
+        call_with("our_metric:Metric", import_function("our_metric:Metric"), classes="four")
+    assert str(caught.value) == f"{expected}integer, given 'four'."

@@ -6,11 +6,11 @@ import copy
 import pickle
 
 import pytest
-from pydantic import TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
 
 from tersor import methods, tasks
 from tersor.core.errors import InputError
-from tersor.core.plain_values import PlainRecord
+from tersor.core.plain_values import PlainRecord, in_one_line, plain_dataclass
 from tersor.core.target import Target
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
@@ -84,6 +84,39 @@ class Even(PlainRecord):
 def test_an_error_of_the_whole_record_is_one_line():
     with pytest.raises(InputError, match=r"^number is odd$"):
         Even(number=3)
+
+
+@plain_dataclass(frozen=True)
+class Rate:
+    """A method of the user with a check of its own."""
+
+    rate: float
+
+    @field_validator("rate")
+    @classmethod
+    def is_positive(cls, rate):
+        assert rate >= 0, "the rate is below 0"
+        if not rate:
+            raise ValueError
+        return rate
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [(-1, "the rate is below 0"), (0, "Rate does not accept 0"), ("x", "rate should be a num")],
+)
+def test_an_exception_of_a_check_of_the_user_is_its_text(rate, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        Rate(rate=rate)
+
+
+def test_an_error_of_pydantic_in_one_line():
+    with pytest.raises(ValidationError) as of_values:
+        TypeAdapter(dict[str, SoftTargets]).validate_python({"a": {"temperature": 0, "heat": 1}})
+    title = of_values.value.title
+    assert in_one_line(of_values.value) == (
+        f"{title}.a.temperature: Input should be greater than 0, given 0; {title}.a.heat: Unexpected keyword argument"
+    )
 
 
 def test_validators_do_not_call_the_constructors():

@@ -2,6 +2,7 @@ import functools
 
 import pytest
 import torch
+from pydantic import BaseModel, Field
 
 from tersor.core.errors import InputError
 from tersor.core.user_code import user_code
@@ -30,6 +31,27 @@ def test_the_message_names_file_line_and_error(function):
         f"the loss outer failed in {__file__}, line {line} (return 1 / value): ZeroDivisionError: division by zero"
     )
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+class Percentage(BaseModel):
+    """A record of the user."""
+
+    value: float = Field(le=100)
+    unit: str
+
+
+def percentage(value):
+    return Percentage(value=value)
+
+
+def test_an_error_of_pydantic_is_one_line():
+    line = percentage.__code__.co_firstlineno + 1
+    with pytest.raises(InputError) as raised, user_code("the metric percentage", percentage):
+        percentage(101)
+    assert str(raised.value) == (
+        f"the metric percentage failed in {__file__}, line {line} (return Percentage(value=value)): ValidationError: "
+        "Percentage.value: Input should be less than or equal to 100, given 101; Percentage.unit: Field required"
+    )
 
 
 class Base:

@@ -104,6 +104,8 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
         ({"name": "digits", "limit": 9}, "limit is 9, but .*from 10 to 1294"),
         ({"name": "digits", "limit": 1295}, "limit is 1295, .*1294 training images"),
         ({"name": "digits", "image_size": 0}, "image_size is 0"),
+        ({"name": "digits", "image_size": 8.5}, r"image_size is 8\.5"),
+        ({"name": "digits", "image_size": "8"}, "image_size is '8'"),
         ({"name": "digits", "mean": (0, 0, 0)}, "belong together"),
         ({"name": "digits", "mean": (124, 117, 104), "std": (1, 1, 1)}, r"mean is .*in \[0, 1\]"),
         (

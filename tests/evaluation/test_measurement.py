@@ -16,6 +16,7 @@ from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.data.image_sets import Pixels
 from tersor.deploy.onnx import export
+from tersor.evaluation import measured_files
 from tersor.evaluation import measurement as module
 from tersor.evaluation.costs import Costs
 from tersor.evaluation.latency import BATCH_SIZES
@@ -24,6 +25,7 @@ from tersor.evaluation.process_footprint import Footprint
 from tersor.evaluation.results import Results, StageRecord
 from tersor.evaluation.timings import NARROW, Timings
 from tersor.tasks.classification import Classification
+from tersor.tasks.functions import FromFunctions
 from toy_networks import Small
 
 MS = {
@@ -68,9 +70,9 @@ def run(tmp_path, monkeypatch):
         return timings
 
     monkeypatch.setattr(module, "measure_latency", latency)
-    monkeypatch.setattr(module, "footprint", lambda *_given, **_options: Footprint(1.5, 700))
+    monkeypatch.setattr(measured_files, "footprint", lambda *_given, **_options: Footprint(1.5, 700))
 
-    def measured(target, runtimes):
+    def measured(target, runtimes, **options):
         monkeypatch.setattr(module, "installed_runtimes", lambda: runtimes)
         stages = {1: (model, tmp_path / "1.onnx")}
         found, _ = measure(
@@ -85,6 +87,7 @@ def run(tmp_path, monkeypatch):
             records=RECORDS,
             stages=stages,
             seconds=7,
+            **options,
         )
         assert Results.model_validate_json(found.to_json()) == found
         return json.loads(found.to_json()), wanted
@@ -189,4 +192,54 @@ def test_the_original_is_float32_also_where_openvino_chooses_another_precision(r
 )
 def test_bit_operations_are_of_the_floats_that_are_executed(bit_operations, precision, expected):
     counted = Costs(parameters=1, macs=10, bit_operations=bit_operations, sparsity=0.0, masked=0.0, layers=())
-    assert module._bit_operations(counted, precision) == expected
+    assert measured_files._bit_operations(counted, precision) == expected
+
+
+def test_without_latency_nothing_is_timed_and_there_is_no_speedup(run, monkeypatch):
+    monkeypatch.setattr(module, "measure_latency", None)
+    monkeypatch.setattr(module, "multiply_peaks", None)
+    found, _ = run("onnxruntime", ["onnxruntime"], latency=False)
+    assert found["latency_measured"] is False
+    assert (found["baseline"], found["speedup"], found["rounds"], found["peaks"]) == ({}, {}, None, [])
+    for entry in (found["original"], found["artifact"], found["candidates"]["onnxruntime"]):
+        assert (entry["latency_ms"], entry["latency_runs_ms"]) == ({}, {})
+        assert (entry["load_ms"], entry["peak_memory_bytes"]) == (1.5, 700)
+    for stage in found["stages"]:
+        assert stage["bytes"] == found["original"]["bytes"]
+        assert not {"latency_ms", "speedup", "speedup_of_quantization"} & set(stage)
+
+
+def scored(artifact, task=None):
+    """The scores of an original with 340 of 359 images right, and of an artifact."""
+    targets = torch.zeros(359, dtype=torch.int64)
+    original = (torch.arange(359) >= 340).long()
+    predictions = {"original": original, "artifact": artifact(original)}
+    measured = measured_files.MeasuredFiles({}, {}, {}, predictions, None, targets, task or Classification(), None)
+    return measured.scores("original"), measured.scores("artifact")
+
+
+def test_the_accuracy_has_its_standard_error_and_that_of_the_paired_difference():
+    def five_lost_three_gained(original):
+        changed = original.clone()
+        changed[:5], changed[-3:] = 1, 0
+        return changed
+
+    original, artifact = scored(five_lost_three_gained)
+    share = 340 / 359
+    assert original == pytest.approx({"score": 100 * share, "score_error": 100 * (share * (1 - share) / 359) ** 0.5})
+    share = 338 / 359
+    # -1 five times, +1 three times, and one of each so that the error is never 0, among 361 images
+    variance = 10 / 361 - (2 / 361) ** 2
+    assert artifact == pytest.approx(
+        {
+            "score": 100 * share,
+            "score_error": 100 * (share * (1 - share) / 359) ** 0.5,
+            "difference_error": 100 * (variance / 359) ** 0.5,
+        }
+    )
+    assert (round(artifact["score_error"], 2), round(artifact["difference_error"], 2)) == (1.24, 0.88)
+
+
+def test_a_metric_of_the_user_has_no_standard_error():
+    task = FromFunctions(Classification(), None, lambda *_: 0.5)
+    assert [set(each) for each in scored(torch.clone, task)] == [{"score"}, {"score"}]

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError
 from tersor.graph.parametrization import parametrizations_of
 from tersor.methods.psgd import PSGD, distance
-from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
+from tersor.quantization.range_tracking import RunningLargest
 from tersor.training.context import AttachContext
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "psgd.json").read_text())

@@ -22,8 +22,9 @@ from tersor.methods.ptq import PTQ
 from tersor.methods.qat import QAT
 from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.mask import weight_mask
-from tersor.quantization.fake_quantize import FakeQuantize, MovingAverage
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
+from tersor.quantization.range_tracking import MovingAverage
 from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.method import chain

@@ -61,8 +61,9 @@ def test_the_same_classes_are_not(images, tmp_path):
     export(always_cats, torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
     found = evaluate(tmp_path / "model.onnx", str(images), None, progress=NullProgress())
     assert (found.metric, found.score, found.images, found.runtime) == ("accuracy", 50.0, 6, "onnxruntime")
-    assert str(found) == "50.00 % of 6 test images, onnxruntime in float32"
-    assert str(dataclasses.replace(found, metric="mIoU")).startswith("mIoU 50.00 % on 6 test images")
+    assert str(found) == "50.00 ± 20.41 % of 6 test images, onnxruntime in float32"
+    assert found.score_error == pytest.approx(100 * (0.25 / 6) ** 0.5)
+    assert str(dataclasses.replace(found, metric="mIoU", shown="50.00 %")).startswith("mIoU 50.00 % on 6 test images")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 
 import pytest
 import torch
@@ -132,6 +133,24 @@ def test_the_scales_of_the_documented_quantizer_are_powers_of_two(tmp_path, monk
     assert len(own) == 10
     assert torch.equal(own.log2(), own.log2().round())
     assert ((built_in <= own) & (own < 2 * built_in)).all()
+
+
+@pytest.mark.parametrize(
+    ("block", "name", "values", "message"),
+    [
+        (0, "Grow", {"rate": 3}, "rate is 3. Possible: above 0 and below 1."),
+        (0, "Grow", {"rat": 0.1}, "unknown parameter of Grow 'rat'. Did you mean 'rate'? Possible: rate, sparsity."),
+        (1, "Similarity", {"weight": "x"}, "weight should be a number, got 'x'."),
+        (2, "PowerOfTwo", {"bits": 9}, "bits is 9. Possible: 2 to 8."),
+    ],
+)
+def test_a_wrong_parameter_of_a_documented_method_is_one_message(block, name, values, message, tmp_path):
+    file = tmp_path / "documented.py"
+    file.write_text(blocks.blocks("how-to/own-method.md", "python")[block])
+    namespace = runpy.run_path(str(file))
+    with pytest.raises(InputError) as caught:
+        namespace[name](**values)
+    assert str(caught.value) == message
 
 
 def test_the_documented_importance_removes_the_channels_with_the_lowest_score(tmp_path, monkeypatch):

@@ -55,8 +55,8 @@ def faked(monkeypatch):
         checkpoints.damaged = [Path("x"), Path("x")]
         return nn.Identity(), []
 
-    def fill(folder, *_):
-        log.append("fill")
+    def fill(folder, *_, latency):
+        log.append("fill" if latency else "fill without latency")
         (folder / "recipe.yaml").write_text(text)
         onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), folder / "model.onnx")
 
@@ -93,6 +93,18 @@ def test_a_complete_run_is_not_repeated_and_its_checkpoints_are_removed(tmp_path
     other = parse(RECIPE.replace("name: a", "name: b"), "r")
     with pytest.raises(InputError, match="already exists"):
         module.run(other, out=out, resume=True)
+
+
+def test_a_complete_run_without_latency_says_how_to_measure_it(tmp_path, faked, monkeypatch):
+    out, options = tmp_path / "out", {"out": tmp_path / "out", "resume": True}
+    module.run(parse(RECIPE, "r"), latency=False, **options)
+    assert faked[-1] == "fill without latency"
+    monkeypatch.setattr(module, "_has_latency", lambda _: False)
+    progress = RecordedProgress()
+    module.run(parse(RECIPE, "r"), progress=progress, latency=False, **options)
+    assert progress.lines == [f"{out} exists: the run is complete."]
+    module.run(parse(RECIPE, "r"), progress=progress, **options)
+    assert progress.lines[2:] == [f"{out} was run without measuring latency. To measure it: tersor bench {out}"]
 
 
 def test_latencies_of_a_run_that_was_killed_are_kept_only_where_it_is_resumed(tmp_path, faked, monkeypatch):

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest, quantizers_disabled
+from tersor.core.errors import InputError
+from tersor.quantization.fake_quantize import FakeQuantize, quantizers_disabled
 from tersor.quantization.grid import Grid
+from tersor.quantization.range_tracking import RunningLargest
 
 
 def tracking() -> FakeQuantize:
@@ -98,3 +102,34 @@ def test_a_loaded_zero_point_outside_the_grid_is_refused():
     state["zero_point"] = torch.tensor(16, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="a zero point outside its grid from 0 to 15"):
         FakeQuantize(Grid.unsigned(4)).load_state_dict(state)
+
+
+class Halves(FakeQuantize):
+    """A quantizer of the user."""
+
+
+@pytest.mark.parametrize(
+    ("channels", "name", "given", "message"),
+    [
+        (3, "scale", (3, 1, 1, 1), "Halves: scale has the shape (3, 1, 1, 1). Pass one of the shape (3,), "),
+        (
+            3,
+            "scale",
+            (2,),
+            "Halves: scale has the shape (2,). Pass one of the shape (3,), one value per output channel",
+        ),
+        (3, "zero_point", (2,), "Halves: zero_point has the shape (2,). Pass one of the shape (3,), one value per "),
+        (None, "scale", (3,), "Halves: scale has the shape (3,). Pass one of the shape (), one value for the whole "),
+    ],
+)
+def test_a_scale_or_zero_point_of_another_shape_is_refused(channels, name, given, message):
+    grids = {"scale": torch.tensor(0.5), "zero_point": torch.tensor(0)}
+    quantizer = Halves(Grid.signed(4), channels)
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        quantizer.set_grid(**{**grids, name: torch.ones(given)})
+    assert not quantizer.enabled
+    quantizer.set_grid(**grids)
+    assert quantizer(torch.full((3, 2, 1, 1), 0.8)).flatten().tolist() == [1.0] * 6
+    setattr(quantizer, name, torch.ones(given).to(getattr(quantizer, name)))
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        quantizer(torch.ones(3, 2, 1, 1))

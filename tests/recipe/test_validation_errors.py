@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.core.errors import InputError
-from tersor.recipe import parse, read
+from tersor.methods.soft_targets import SoftTargets
+from tersor.recipe import Stage, parse, read
 
 
 def mistakes(text: str) -> list[str]:
@@ -186,6 +189,61 @@ def test_a_method_without_plain_values_refuses_unknown_options_too(tmp_path, mon
         "unknown key 'sparsty'. Did you mean 'sparsity'? Possible: sparsity."
     )
     assert parse(text % "{sparsity: 0.3}", "recipe.yaml").stages[0].methods[0].sparsity == 0.3
+
+
+CHECKED = """
+from pydantic import field_validator
+from pydantic.dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Cubic:
+    sparsity: float = 0.5
+
+    @field_validator("sparsity")
+    @classmethod
+    def is_a_fraction(cls, sparsity):
+        assert sparsity < 1, "sparsity is a fraction"
+        if sparsity < 0:
+            sparsity /= 0
+        return sparsity
+
+    def attach(self, model, context): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    [
+        ("2", "sparsity is a fraction."),
+        (
+            "-1",
+            "method 'checked.py:Cubic' failed in {folder}/checked.py, line 14 (sparsity /= 0): ZeroDivisionError: ",
+        ),
+    ],
+)
+def test_an_exception_in_a_check_of_the_users_method(sparsity, expected, tmp_path, monkeypatch):
+    (tmp_path / "checked.py").write_text(CHECKED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "checked", raising=False)
+    stages = f'stages:\n  - {{name: a, steps: 1, methods: [{{"checked.py:Cubic": {{sparsity: {sparsity}}}}}]}}'
+    (told,) = mistakes(WHOLE[: WHOLE.index("stages:")] + stages)
+    assert told.partition(": ")[2].startswith(expected.format(folder=tmp_path))
+
+
+@dataclass(frozen=True)
+class WithoutChecks:
+    sparsity: float = 0.5
+
+    def attach(self, model, context): ...
+
+
+@pytest.mark.parametrize("given", [WithoutChecks(2), SoftTargets])
+def test_an_object_that_no_recipe_can_contain_is_refused(given):
+    with pytest.raises(
+        InputError, match=r"^(WithoutChecks|SoftTargets) is not an instance of a method. A method is a "
+    ):
+        Stage(name="a", steps=1, methods=[given])
 
 
 def test_a_key_given_twice_and_a_wrong_value_need_two_readings():

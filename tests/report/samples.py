@@ -107,6 +107,26 @@ def numbers_of(**changes):
     return copy.deepcopy(numbers | changes)
 
 
+def without_latency(**changes):
+    """The numbers of a run with `--no-latency`."""
+    numbers = numbers_of(**{"latency_measured": False, "baseline": {}, "speedup": {}, "rounds": None} | changes)
+    for each in (numbers["original"], numbers["artifact"], *numbers["candidates"].values()):
+        each |= {"latency_ms": {}, "latency_runs_ms": {}}
+    for stage in numbers["stages"]:
+        stage.pop("latency_ms", None)
+        stage.pop("speedup", None)
+    return numbers
+
+
+def with_errors(difference=0.35, **changes):
+    """Numbers with the standard errors of the accuracies."""
+    numbers = numbers_of(**changes)
+    for each in (numbers["original"], *numbers["candidates"].values(), numbers["artifact"]):
+        each["score_error"] = 0.95
+    numbers["artifact"]["difference_error"] = difference
+    return numbers
+
+
 def positions_of(**changes):
     """Of a psgd stage: all weights start a quarter of a step from their grid point, and half of them reach it."""
     before = on_grid(torch.tensor([[0.25, 1.25, -2.75, -0.25]]), torch.tensor(3.0), Grid.signed(3))

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from samples import alone, evidence_of, numbers_of, positions_of, ratio_of
+from samples import alone, evidence_of, numbers_of, positions_of, ratio_of, with_errors, without_latency
 
 from browser import CHROMIUM, chromium
 from tersor import cli
@@ -383,3 +383,29 @@ def test_in_chromium(folder):
         assert browser.value(shown.format("baseline")) != "none"
         assert browser.complaints == []
         assert {url for url in browser.requests if not url.startswith("data:")} == {path.as_uri()}
+
+
+def test_without_latency_the_page_says_so_and_claims_no_speedup(page):
+    text = page(without_latency(), evidence_of(profile={}))
+    assert "<h1>4.0x smaller, accuracy 0.4 points lower. Latency was not measured.</h1>" in text
+    assert "Latency was not measured, so there is no speedup; <code>tersor bench</code> with this folder" in text
+    assert "Baseline:" not in text
+    for claim in ("x faster", "x slower", "latency at batch"):
+        assert claim not in text
+    for title in ("Latency measurements", "Time per operator and layer"):
+        assert f"<h2>{title}</h2>" not in text
+    for title in ("Results", "Results by stage", "Layers"):
+        assert f"<h2>{title}</h2>" in text
+
+
+def test_the_accuracies_have_their_standard_errors(page):
+    text = page(with_errors())
+    row = re.search(r'<th scope="row">accuracy, %</th>(.*?)</tr>', text)[1]
+    assert re.findall("<td>([0-9][^<]*)</td>", row) == ["90.00 ± 0.95", "89.90 ± 0.95", "89.60 ± 0.95"]
+    assert '<span class="against-original">−0.40 ± 0.35 points</span>' in row
+    assert '<span class="against-baseline">−0.30 points</span>' in row, "that error is not known"
+    assert (
+        "± is one standard error on 1,000 test images. The difference to the original (−0.40 ± 0.35 points, from the "
+        "same images) is less than two standard errors, so it may be chance."
+    ) in text
+    assert "± is" not in page(numbers_of())

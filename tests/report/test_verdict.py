@@ -1,7 +1,18 @@
 from __future__ import annotations
 
 import pytest
-from samples import alone, entry, evidence_of, numbers_at, numbers_of, profile_of, ratio_of, speedups
+from samples import (
+    alone,
+    entry,
+    evidence_of,
+    numbers_at,
+    numbers_of,
+    profile_of,
+    ratio_of,
+    speedups,
+    with_errors,
+    without_latency,
+)
 
 from tersor.cli_output import plain_console, results_tables, show
 from tersor.evaluation.results import FileResults, Metric, Results, Speedup
@@ -261,3 +272,37 @@ def test_the_tables_of_a_run_are_complete_at_80_columns(monkeypatch, capsys):
         assert f"{latency.median:.2f}" in printed
         assert f"batch {size} " in printed
     assert "(0.99x to 1.01x)" in printed
+
+
+def test_the_table_of_a_run_has_the_standard_error_of_each_accuracy():
+    table, _ = results_tables(Results.model_validate(with_errors()))
+    place = [*table.columns[0].cells].index("accuracy, %")
+    cells = [[*column.cells][place] for column in table.columns]
+    assert cells == ["accuracy, %", "90.00 ± 0.95", "89.90 ± 0.95", "89.60 ± 0.95"]
+    assert table.caption == (
+        "± is one standard error on 1,000 test images. The difference to the original (-0.40 ± 0.35 points, from the "
+        "same images) is less than two standard errors, so it may be chance."
+    )
+    table, _ = results_tables(Results.model_validate(with_errors(0.2)))
+    assert table.caption.endswith("is two standard errors or more, so it is unlikely to be chance.")
+    table, _ = results_tables(Results.model_validate(numbers_of()))
+    assert table.caption is None
+
+
+def test_the_verdict_has_the_standard_error_of_the_difference():
+    assert verdict(with_errors()).endswith("4.0x smaller, accuracy 0.4 points lower (standard error 0.35).")
+
+
+def test_without_latency_no_speedup_is_claimed():
+    numbers = without_latency()
+    assert verdict(numbers) == "4.0x smaller, accuracy 0.4 points lower. Latency was not measured."
+    table, compared = results_tables(Results.model_validate(numbers))
+    assert not [cell for cell in table.columns[0].cells if str(cell).startswith("ms")]
+    assert compared.title == "artifact, compared with the original"
+    assert [[*column.cells] for column in compared.columns] == [
+        ["MB", "million MACs", "billion bit operations"],
+        ["4.00x lower", "2.00x lower", "32.00x lower"],
+    ]
+    assert compared.caption == (
+        "Latency was not measured, so there is no speedup. tersor bench with this folder measures it."
+    )

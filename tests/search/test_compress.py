@@ -26,7 +26,7 @@ from tersor.evaluation import latency
 from tersor.evaluation.session import open_session
 from tersor.pipeline.evaluate import evaluate
 from tersor.search.compression_budget import Budget, parse_latency
-from tersor.search.folder import MODEL, RECIPE, UNCHANGED, SearchFolder, read_front
+from tersor.search.folder import MODEL, RECIPE, STATE, UNCHANGED, SearchFolder, read_front
 from tersor.search.point_evidence import read_evidence
 from tersor.search.search_metric import Measured
 
@@ -126,7 +126,7 @@ def _arguments(folder):
 
 def test_two_points_can_be_compared_by_layers_classes_and_times(without_time):
     evidence = read_evidence(without_time[0].folder)
-    assert not undocumented(evidence, "Of a search")
+    assert not undocumented(evidence, "evidence.json of a search")
     assert set(evidence["points"]) == {"original", "original-8bit"}
     floats, integers = (evidence["points"][name] for name in ("original", "original-8bit"))
     assert [layer[:3] for layer in floats["layers"]] == [["0", 16, 32], ["3", 32, 32], ["8", 10, 32]]
@@ -223,30 +223,34 @@ def test_pick_on_the_command_line(without_time, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    ("original", "said"),
+    ("files", "line"),
     [
-        (None, "The best network so far is {}. "),
-        (b"float", "The best network so far is {}. "),
-        (b"model", "{} is still the original in float32. "),
+        ([], "No network is exported yet, so nothing is kept. To start again: "),
+        ([MODEL], "No network is exported yet, so nothing is kept. To start again: "),
+        ([STATE, MODEL], "{0} holds the search; the best network so far is {0}/model.onnx. To resume: "),
+        (
+            [STATE, MODEL, UNCHANGED],
+            "{0} holds the search; {0}/model.onnx is still the original in float32. To resume: ",
+        ),
     ],
 )
-def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd, original, said):
+def test_ctrl_c_names_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capfd, files, line):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("tersor.search.compress"), "compress", pressed)
-    (tmp_path / MODEL).write_bytes(b"model")
-    if original:
-        (tmp_path / UNCHANGED).parent.mkdir()
-        (tmp_path / UNCHANGED).write_bytes(original)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"model")
     arguments = ["compress", "net.py:make", "--weights", "w.safetensors", "--data", "digits", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["tersor", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 130
-    told = capfd.readouterr().err
-    assert said.format(tmp_path / MODEL) in told
-    assert f"tersor {' '.join(arguments)}" in told
+    assert capfd.readouterr().err == f"interrupted. {line.format(tmp_path)}tersor {' '.join(arguments)}\n"
+
+
+ONE_FOR_EACH = "Write a list with one number for each channel, as in"
 
 
 @pytest.mark.parametrize(
@@ -261,6 +265,11 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, monkeypatch, capfd, original, said)
         ({"students": ["resnet2"]}, "the student resnet2 cannot be used: unknown model"),
         ({"students": [f"{__name__}:five"]}, "five cannot be used: for two images the student returns"),
         ({"students": "resnet20"}, r"Pass a list of names: \['resnet20'\]"),
+        ({"pixels": 24}, r"^pixels is 24\. Pass a list of numbers: \[24\]\.$"),
+        ({"mean": 0.5, "std": 0.5}, rf"^mean is 0\.5\. {ONE_FOR_EACH} mean="),
+        ({"mean": [0.5] * 3, "std": 0.5}, rf"^std is 0\.5\. {ONE_FOR_EACH} std="),
+        ({"data": "digits", "limit": "few"}, "^limit should be a whole number, got 'few'\\.$"),
+        ({"image_size": 8.5}, r"^image_size is 8\.5\. Write 1 or more pixels"),
         ({"budget": {"max_drop": 1}}, r"budget is a dict\. Pass"),
         ({"task": 5}, "task is a int"),
         ({"data": [1]}, r"data is a list\. Pass"),

@@ -1,44 +1,14 @@
-"""The metric of a search and its errors."""
+"""The metric of a search."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
 
 from tersor.core.errors import InputError
-from tersor.search.search_metric import (
-    error_of_difference,
-    error_of_drop,
-    measured,
-    measures_accuracy,
-    refuse_other_metrics,
-    standard_error,
-)
+from tersor.search.search_metric import measured, refuse_other_metrics
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.regression import Regression
 from tersor.tasks.segmentation import Segmentation
-
-
-def test_the_error_of_a_drop_is_that_of_paired_differences():
-    draw = np.random.default_rng(0)
-    original = draw.random(1000) < 0.9
-    changed = original ^ (draw.random(1000) < 0.05)
-    drops = [100 * (changed[index].mean() - original[index].mean()) for index in draw.integers(0, 1000, (2000, 1000))]
-    assert error_of_drop(changed, original, 90.0, 1000) == pytest.approx(np.std(drops), rel=0.1)
-    assert error_of_drop(changed, original, 90.0, 1000) < standard_error(90.0, 1000)
-    assert 0 < error_of_drop(original, original, 90.0, 1000) < 0.2
-
-
-def test_without_predictions_of_both_it_is_the_error_of_the_metric():
-    assert error_of_drop(None, np.ones(9, bool), 80.0, 100) == pytest.approx(4.0)
-
-
-def test_a_loss_of_the_user_keeps_the_accuracy_and_a_metric_does_not():
-    assert measures_accuracy(FromFunctions(Classification(), lambda *_: None, None))
-    assert not measures_accuracy(FromFunctions(Classification(), None, lambda *_: 0.5))
-    assert not measures_accuracy(Segmentation())
 
 
 class Balanced(Classification):
@@ -46,9 +16,7 @@ class Balanced(Classification):
         return self.score_by_class(pairs, 2).mean().item()
 
 
-def test_a_classification_with_its_own_score_has_no_paired_error():
-    assert not measures_accuracy(Balanced())
-    assert not measures_accuracy(FromFunctions(Balanced(), lambda *_: None, None))
+def test_a_classification_with_its_own_score_has_no_right_and_wrong_images():
     predictions, targets = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1])
     assert measured(Classification(), predictions, targets).right.tolist() == [True, True, True, False]
     assert (measured(Balanced(), predictions, targets).metric, measured(Balanced(), predictions, targets).right) == (
@@ -61,13 +29,3 @@ def test_errors_are_refused_and_shares_of_the_user_are_not():
     refuse_other_metrics(FromFunctions(Segmentation(), None, lambda *_: 0.5))
     with pytest.raises(InputError, match="higher is better"):
         refuse_other_metrics(Regression())
-
-
-def test_the_difference_of_two_sets_has_the_pooled_error():
-    images = 300, 1000
-    pooled = (99 * 300 + 95 * 1000) / 1300 / 100
-    expected = 100 * math.sqrt(pooled * (1 - pooled) * (1 / 300 + 1 / 1000))
-    assert error_of_difference((99.0, 95.0), images) == pytest.approx(expected)
-    assert round(expected, 2) == 1.30, "the example of docs/how-to/budget.md"
-    assert error_of_difference((83.25, 76.10), (400, 1000)) == pytest.approx(2.445, abs=1e-3)
-    assert error_of_difference((100.0, 100.0), images) > 0

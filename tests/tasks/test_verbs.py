@@ -32,8 +32,9 @@ def test_quantize_export_and_compare_in_the_metric_of_the_task(name, tmp_path):
     metric = tasks.build(name).metric
     assert "accuracy" not in found["artifact"]
     assert set(found["artifact"]) == {
-        *(metric, "agreement", "bytes", "compressed_bytes", "latency_ms", "difference", "speedup")
+        *(metric, "agreement", "bytes", "compressed_bytes", "latency_ms", "difference", "difference_error", "speedup")
     }
+    assert found["artifact"]["difference_error"] is None
     assert found["original"]["agreement"] == 100
     assert 50 < found["artifact"]["agreement"] <= 100
     assert found["artifact"][metric] is not None

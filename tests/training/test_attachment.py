@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 from torch import nn
 
 from tersor.core.errors import CompressionWarning, InputError
+from tersor.methods.dpf import DPF
+from tersor.methods.fitnet import FitNet
+from tersor.methods.group_lasso import GroupLasso
+from tersor.methods.lsq import LSQ
+from tersor.methods.psgd import PSGD
+from tersor.methods.qat import QAT
+from tersor.methods.rigl import RigL
+from tersor.methods.soft_targets import SoftTargets
+from tersor.models import build
 from tersor.training.attachment import Attachment, Chain, without_loss
+from tersor.training.context import AttachContext
 from tersor.training.loss_warmup import WarmupAttachment, WarmupLossTerm
 from tersor.training.objective import LossTerm
 
@@ -125,6 +136,29 @@ def test_an_incomplete_schedule_is_a_warning(made, start, steps, expected):
     assert [each.category for each in caught] == [CompressionWarning]
     with pytest.raises(CompressionWarning, match=expected):
         raise caught[0].message
+
+
+@pytest.mark.parametrize("method", [QAT(), LSQ(), PSGD(), GroupLasso(), DPF(), RigL(), SoftTargets(), FitNet()])
+def test_finish_warns_if_no_step_was_done_unless_the_method_needs_no_bind(method):
+    """As docs/how-to/own-loop.md says: losses without a schedule are not checked."""
+    data, networks = [torch.randn(4, 3, 8, 8)], [build("resnet20", 10) for _ in range(2)]
+    for bound in (False, True):
+        student = copy.deepcopy(networks[0])
+        attached = method.attach(student, AttachContext(data=data, teacher=networks[1], steps=1, steps_per_epoch=1))
+        attached.begin()
+        optimizer = torch.optim.SGD(attached.model.parameters(), lr=0.0)
+        if bound:
+            attached.bind(optimizer)
+            attached.model(data[0]).sum().backward()
+            optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attached.finish()
+        expected = (
+            [] if bound or attached.terms else [f"{type(attached).__name__}: finish was called after 0 optimizer"]
+        )
+        assert [str(each.message)[: len(text)] for each, text in zip(caught, expected, strict=True)] == expected
+        assert all(str(each.message).endswith(" call bind(optimizer) before the first step.") for each in caught)
 
 
 def test_an_optimizer_of_another_network_is_refused():

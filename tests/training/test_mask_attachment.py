@@ -19,7 +19,8 @@ from tersor.methods.weight_pruning import WeightPruning
 from tersor.pruning.dense_path import masks_and_quantizers_disabled
 from tersor.pruning.mask import Mask
 from tersor.training.context import AttachContext
-from tersor.training.mask_attachment import DynamicMasks, MaskedAttachment, dense_weight, insert_masks, mask_of
+from tersor.training.dynamic_masks import DynamicMasks
+from tersor.training.mask_attachment import MaskedAttachment, dense_weight, insert_masks, mask_of
 from tersor.training.mask_log import MAX_ROWS, MaskLog, log_interval
 from tersor.training.method import chain
 

@@ -65,6 +65,11 @@ class Artifact:
     files: Mapping[str, Path]
 
 
+def checkpoints_of(out: Path) -> Path:
+    """The folder of the checkpoints of an unfinished run that writes `out`."""
+    return out.with_name(f"{out.name}.checkpoints")
+
+
 def require_free(out: Path | str) -> None:
     """Check that the folder `out` does not exist and can be created.
 

@@ -28,9 +28,10 @@ from tersor.graph.matrix_products import write_as_matrix_products
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, remove
 from tersor.pruning.mask import Mask
-from tersor.quantization.fake_quantize import FakeQuantize, MovingAverage, RunningLargest, WeightShare
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.quantization.qdq_placement import RUNTIME, read_through
+from tersor.quantization.range_tracking import MovingAverage, RunningLargest, WeightShare
 
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise for the structure of another network."""

@@ -10,7 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import ValidationError
+
 from tersor.core.errors import InputError, nearest, unknown, without_function
+from tersor.core.plain_values import in_one_line
 from tersor.core.user_code import user_code
 
 
@@ -97,8 +100,11 @@ def call_with(path: str, function: Callable[..., Any], explanation: str = "", /,
             f"'{path}' cannot be called: {error}. Write a function that needs no argument"
             f"{' other than ' + ' and '.join(values) if values else ''}.{explanation and f' {explanation}'}"
         ) from error
-    with user_code(f"'{path}'", function):
-        return function(**accepted)
+    try:
+        with user_code(f"'{path}'", function):
+            return function(**accepted)
+    except ValidationError as error:  # of a class of the user; no line of the user's code has run
+        raise InputError(f"'{path}': {in_one_line(error)}.") from error
 
 
 def import_module(name: str, path: str) -> ModuleType:

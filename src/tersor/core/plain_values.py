@@ -39,6 +39,8 @@ WANTED = {
 }
 """Expected value by pydantic error type."""
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+RAISED = ("value_error", "assertion_error")
+"""pydantic error types of exceptions that a validator of the class raised."""
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
@@ -101,8 +103,8 @@ def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> In
             lines.append(str(unknown(f"parameter of {'.'.join([kind.__name__, *path[:-1]])}", path[-1], fields)))
         elif detail["type"] in ("missing", "missing_argument"):
             lines.append(f"{'.'.join([kind.__name__, *path[:-1]])} needs {path[-1]}.")
-        elif detail["type"] == "value_error":
-            lines.append(str(detail.get("ctx", {})["error"]))
+        elif detail["type"] in RAISED:
+            lines.append(raised(detail, kind.__name__))
         elif detail["type"] in _OUT_OF_RANGE and field is not None and possible_range(field):
             lines.append(f"{name} is {value!r}. Possible: {possible_range(field)}.")
         else:
@@ -114,6 +116,26 @@ def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> In
     return InputError(
         "\n".join([*dict.fromkeys(lines), *(_should_be(name, wanted[name], given[name]) for name in wanted)])
     )
+
+
+def raised(detail: Any, owner: str) -> str:
+    """What an exception of a validator says.
+
+    Args:
+        detail: the error, of a type in `RAISED`.
+        owner: class of the validator, for an exception without text.
+    """
+    return str(detail["ctx"]["error"]) or f"{owner} does not accept {detail['input']!r}."
+
+
+def in_one_line(error: ValidationError) -> str:
+    """pydantic's message about a record of the user, without types and links: "Grow.rate: ..., got 3"."""
+    parts: list[str] = []
+    for detail in error.errors(include_url=False):
+        location = ".".join(map(str, (error.title, *detail["loc"])))
+        is_value = detail["loc"] and detail["type"] not in (*UNKNOWN_KEY, "missing", "missing_argument")
+        parts.append(f"{location}: {detail['msg']}" + (f", got {detail['input']!r}" if is_value else ""))
+    return "; ".join(parts)
 
 
 def _should_be(name: str, wanted: Sequence[str], value: object) -> str:

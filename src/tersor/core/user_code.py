@@ -9,7 +9,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import product
 
+from pydantic import ValidationError
+
 from tersor.core.errors import InputError
+from tersor.core.plain_values import in_one_line
 from tersor.core.resources import is_out_of_memory
 
 _FAILED_IN = " failed in "
@@ -36,9 +39,15 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
         place = None if _is_clear(error) or is_out_of_memory(error) else _place(error, function)
         if place is None:
             raise
-        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}".removesuffix(": ")
         hint = f". {if_none}" if if_none and _is_about_none(error, place) else ""
-        raise InputError(f"{name}{_FAILED_IN}{place}: {said}{hint}") from error
+        raise InputError(f"{name}{_FAILED_IN}{place}: {_said(error)}{hint}") from error
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    text = in_one_line(error) if isinstance(error, ValidationError) else str(error)
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _is_clear(error: Exception) -> bool:

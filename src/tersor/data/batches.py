@@ -13,6 +13,7 @@ from tersor.core.errors import InputError, counted
 from tersor.data.augmentation import Augmentation, Named, Transform, augmented, resolve
 from tersor.data.batch import Batch
 from tersor.data.image_sets import Images, Pixels
+from tersor.data.mean_and_std import channel_values
 from tersor.data.stratified import generator
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ class Batches:
                 f"{len(images)} images cannot be divided evenly among {world} processes in batches of one image. Write "
                 "batch_size 2."
             )
+        mean, std = channel_values("mean", mean), channel_values("std", std)
         if not len(mean) == len(std) == images.channels:
             raise InputError(
                 f"mean has {len(mean)} and std {len(std)} numbers, and the images have "

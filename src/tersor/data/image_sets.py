@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tersor.core.errors import InputError
-
-Channels = tuple[float, ...]
-"""A number for each channel."""
+from tersor.data.mean_and_std import Channels, channel_values
 
 CHUNK = 1024
 """Images decoded at once when a whole set is decoded: enough for the threads, few enough for the memory."""
@@ -261,6 +259,9 @@ class Splits:
         mean: mean of each channel in [0, 1]; subtracted from every pixel.
         std: standard deviation of each channel in [0, 1]; every pixel is then divided by it.
         test_is_drawn: whether the data has no test set of its own, so that a fifth of each class became the test set.
+
+    Raises:
+        InputError: mean or std is not a list of numbers.
     """
 
     train: Images
@@ -270,6 +271,11 @@ class Splits:
     mean: Channels | None = None
     std: Channels | None = None
     test_is_drawn: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, channel_values(name, given))
 
 
 def in_memory(images: Images) -> Pixels:

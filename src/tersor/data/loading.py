@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 import torch
 
-from tersor.core.errors import InputError, counted
+from tersor.core.errors import InputError
 from tersor.data.coco_folder import files_of, from_coco
 from tersor.data.csv_file import from_csv
 from tersor.data.datasets import SceneTargets, from_datasets, from_name
 from tersor.data.decoding import ImageFormat
 from tersor.data.image_folder import from_folder
-from tersor.data.image_sets import CHUNK, Channels, Images, Splits, bytes_in_memory, in_memory
+from tersor.data.image_sets import CHUNK, Images, Splits, bytes_in_memory, in_memory
 from tersor.data.mask_folder import from_mask_folder, has_masks
+from tersor.data.mean_and_std import Channels, channel_values, check_mean_and_std
 from tersor.data.split_checks import check_splits, check_targets
 from tersor.data.splitting import limited, with_validation
 from tersor.data.stratified import generator
@@ -69,8 +71,8 @@ def load(
         image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
             with classes or values are resized until they cover it, and the center is cropped. Images with masks or
             boxes are resized to exactly this size, with their targets.
-        channels: 3, or 1 for gray images, or 4; data sets of tensors may have any number. By default 3, or those of the
-            `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.
+        channels: 3, or 1 for grayscale images, or 4; data sets of tensors may have any number. By default 3, or those
+            of the `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.
         validation: fraction of the training images to hold out, in [0, 1), stratified by class; ignored if the data
             set has validation images.
         limit: number of images to train on, stratified by class; drawn after the validation images.
@@ -82,12 +84,13 @@ def load(
     Raises:
         InputError: an argument is invalid, files are missing or damaged, or there are too few images.
     """
-    size = _size(image_size)
+    size = sides_of(image_size)
+    mean, std = (None if each is None else channel_values(name, each) for name, each in (("mean", mean), ("std", std)))
     _check(channels, validation, limit, mean, std)
     form = ImageFormat(size) if channels is None else ImageFormat(size, channels)
     splits = _source({"folder": folder, "csv": csv, "name": name, "datasets": datasets}, root, targets, form)
     check_splits(splits, size, channels)
-    _check_normalization(splits.train.channels, mean, std)
+    check_mean_and_std(splits.train.channels, mean, std)
     splits = limited(with_validation(splits, validation, seed), limit, seed)
     if sum(bytes_in_memory(images) for images in (splits.train, splits.validation, splits.test)) <= MEMORY:
         splits = replace(
@@ -98,7 +101,7 @@ def load(
         )
         check_targets(splits)
     if mean is not None and std is not None:
-        return replace(splits, mean=tuple(mean), std=tuple(std))
+        return replace(splits, mean=mean, std=std)
     if splits.mean is not None and splits.std is not None:
         return splits
     mean, std = channel_statistics(splits.train, seed)
@@ -154,12 +157,21 @@ def _from_folder(folder: Path, form: ImageFormat) -> Splits:
     return from_mask_folder(folder, form) if has_masks(folder) else from_folder(folder, form)
 
 
-def _size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def sides_of(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Height and width in pixels; None for None.
+
+    Raises:
+        InputError: it is neither one whole number nor two.
+    """
     if image_size is None:
         return None
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    try:
+        given = (image_size, image_size) if isinstance(image_size, int) else image_size
+        sides = tuple(operator.index(side) for side in given)
+    except TypeError:
+        sides = ()
     if len(sides) != 2 or min(sides) < 1:
-        raise InputError(f"image_size is {image_size}. Write 1 or more pixels, or two numbers: [height, width].")
+        raise InputError(f"image_size is {image_size!r}. Write 1 or more pixels, or two numbers: [height, width].")
     return sides[0], sides[1]
 
 
@@ -167,8 +179,8 @@ def _check(
     channels: int | None,
     validation: float,
     limit: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: Channels | None,
+    std: Channels | None,
 ) -> None:
     if channels is not None and channels < 1:
         raise InputError(f"channels is {channels}. Write 3, 1 for gray images, or 4.")
@@ -179,14 +191,4 @@ def _check(
     if (mean is None) != (std is None):
         raise InputError("mean and std belong together. Write both, or leave out both to have them computed.")
     if channels is not None:
-        _check_normalization(channels, mean, std)
-
-
-def _check_normalization(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    wanted = counted(channels, "number")
-    if channels > 1 and any(each is not None and len(each) == 1 for each in (mean, std)):
-        wanted += " (for gray images, write channels: 1 or --channels 1)"
-    if mean is not None and not (len(mean) == channels and all(0 <= value <= 1 for value in mean)):
-        raise InputError(f"mean is {list(mean)}. Write {wanted} in [0, 1], for pixels in [0, 1].")
-    if std is not None and not (len(std) == channels and all(0 < value < float("inf") for value in std)):
-        raise InputError(f"std is {list(std)}. Write {wanted} above 0, for pixels in [0, 1].")
+        check_mean_and_std(channels, mean, std)

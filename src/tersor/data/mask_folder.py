@@ -31,7 +31,7 @@ def has_masks(folder: Path) -> bool:
 def from_mask_folder(folder: Path, form: ImageFormat) -> Splits:
     """Load `folder/{train,test}/images/NAME.jpg` and `masks/NAME.png`, or `folder/{images,masks}`, which is split.
 
-    A mask is a palette or gray file of class numbers; 255 marks pixels to ignore. Images and masks are resized to
+    A mask is a palette or grayscale file of class numbers; 255 marks pixels to ignore. Images and masks are resized to
     exactly `form.size`. `folder/classes.txt` may name the classes, one per line; otherwise all masks are read once to
     count them.
 

@@ -76,7 +76,7 @@ class Machine(_Record):
     python: str = ""
     """Version of Python."""
     versions: dict[str, str | None]
-    """Version of each runtime and of torch; none for a package that is not installed."""
+    """Version of each runtime and of torch; null for a package that is not installed."""
 
 
 class Execution(_Record):
@@ -85,7 +85,7 @@ class Execution(_Record):
     runtime: Runtime
     """Runtime that runs the file."""
     precision: Text
-    """Data type of the weights, and of products that are not quantized, such as `int8, rest float32`."""
+    """Data type of the stored weights, and of the products that stay in float, such as `int8, rest float32`."""
 
 
 class Peak(Execution):
@@ -122,9 +122,13 @@ class FileResults(Execution):
     float_precision: Text
     """Data type of everything that the runtime does not compute in integers."""
     batch: int | None = None
-    """Fixed batch size of the file; none if it accepts any."""
+    """Fixed batch size of the file; null if it accepts any."""
     score: float
     """The metric on the test images, in the unit of `metric`."""
+    score_error: float | None = None
+    """One standard error of the score, in points; none for metrics other than the accuracy."""
+    difference_error: float | None = None
+    """One standard error of the difference to the original, in points, from the same images; none for the original."""
     agreement: Percent
     """Predictions that equal those of the original file, in percent."""
     bytes: Count
@@ -150,7 +154,7 @@ class FileResults(Execution):
     latency_runs_ms: dict[BatchSize, list[list[Positive]]]
     """Every latency by batch size, in milliseconds, in groups of interleaved rounds."""
     integer_macs_share: Fraction | None = None
-    """Fraction of the MACs computed in integers, from 0 to 1; none for a float network."""
+    """Fraction of the MACs computed in integers, from 0 to 1; null for a float network."""
     float_operators: list[FloatOperator] = []
     """Operators that a quantized network computes in float."""
     uncounted_operators: list[Text] = []
@@ -172,7 +176,7 @@ class StageRecord(BaseModel):
     minutes: float
     """Time of preparation and training in minutes. It includes interrupted processes, but not measurements."""
     validation_score: float | None = None
-    """The metric on the validation images after the stage; none without validation images."""
+    """The metric on the validation images after the stage; null without validation images."""
     losses: dict[str, float] = {}
     """Mean of each loss over the last epoch, by name."""
     precision: Text | None = None
@@ -238,6 +242,8 @@ class Results(_Record):
     """The file before compression, in float32, in the target runtime."""
     candidates: dict[Runtime, FileResults]
     """The original file in every installed runtime, at the default precision of the runtime."""
+    latency_measured: bool = True
+    """Whether latency was measured. If not, `baseline`, `speedup`, `peaks` and every `latency_ms` are empty."""
     baseline: dict[BatchSize, Execution]
     """The fastest candidate by batch size."""
     artifact: FileResults
@@ -246,8 +252,8 @@ class Results(_Record):
     """Predictions of the compressed file that equal those of the network in torch, in percent."""
     speedup: dict[Reference, dict[BatchSize, Speedup]]
     """Latency of the original, and of the baseline, divided by that of the compressed file, by batch size."""
-    rounds: Rounds
-    """When the latency measurement of each batch size ended."""
+    rounds: Rounds | None
+    """When the latency measurement of each batch size ended; none if latency was not measured."""
     peaks: list[Peak] = []
     """Peak throughput of the machine, by runtime and precision."""
     test_images: Count

@@ -37,6 +37,11 @@ _ALSO_CALLED = {
 }
 """File -> other common names of the method. They lead to a hint, because a method has one name in a recipe."""
 
+MADE_BY = (
+    "A method is a class with `attach`, made by @tersor.core.plain_values.plain_dataclass(frozen=True, "
+    "config=tersor.training.method.PLAIN_VALUES)."
+)
+
 
 def names() -> tuple[str, ...]:
     """The names of all methods: the files of this folder, sorted."""
@@ -59,7 +64,7 @@ def get(name: str) -> type[Method]:
     if name not in names():
         raise _unknown(name)
     module = importlib.import_module(f"{__name__}.{name}")
-    found = [value for value in vars(module).values() if _is_method(value) and value.__module__ == module.__name__]
+    found = [value for value in vars(module).values() if is_method(value) and value.__module__ == module.__name__]
     assert len(found) == 1, f"{name}.py holds {len(found)} methods, not one: {found}"
     return found[0]
 
@@ -71,7 +76,8 @@ def name_of(method: Method) -> str:
     return file if folder == __name__ else f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _is_method(value: object) -> bool:
+def is_method(value: object) -> bool:
+    """Whether it is a class that a recipe can contain."""
     return isinstance(value, type) and is_pydantic_dataclass(value) and hasattr(value, "attach")
 
 
@@ -84,15 +90,12 @@ def _of_the_user(name: str) -> type[Method]:
         )
     module = import_module(path, name)
     found = getattr(module, attribute, None)
-    if not _is_method(found):
-        possible = [key for key, value in vars(module).items() if _is_method(value)]
+    if not is_method(found):
+        possible = [key for key, value in vars(module).items() if is_method(value)]
         similar = nearest(attribute, possible)
         hint = f" Did you mean '{similar}'?" if similar else ""
-        raise InputError(
-            f"method '{name}': '{attribute}' is not a method.{hint} Possible: {', '.join(possible) or 'none'}. A "
-            "method is a class with `attach`, made by @pydantic.dataclasses.dataclass(frozen=True, "
-            "config=tersor.training.method.PLAIN_VALUES)."
-        )
+        known = ", ".join(possible) or "none"
+        raise InputError(f"method '{name}': '{attribute}' is not a method.{hint} Possible: {known}. {MADE_BY}")
     return cast("type[Method]", found)
 
 

@@ -44,7 +44,8 @@ from tersor.tasks.task import loss_of
 from tersor.training.attachment import Attachment
 from tersor.training.class_logits import distributions, require_logits
 from tersor.training.context import AttachContext, require_steps
-from tersor.training.mask_attachment import DynamicMasks, MaskedLayers, check_floor, insert_masks
+from tersor.training.dynamic_masks import DynamicMasks
+from tersor.training.mask_attachment import MaskedLayers, check_floor, insert_masks
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.objective import LossTerm, Outputs
 

@@ -13,7 +13,7 @@ log-probabilities of both terms are computed with log-sum-exp, which is equivale
 the weight rises linearly at first: in the code over 20 of 240 epochs, here over a fraction of the stage.
 
 The paper classifies images. Here each pixel or position of logits (N, classes, ...) counts as an image; pixels without
-a class (the task's `ignore_index`) are left out. Tasks without one target class for each position are refused.
+a class (the task's `ignore_index`) are left out. Tasks without one target class for each position are rejected.
 """
 
 from __future__ import annotations

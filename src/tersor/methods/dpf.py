@@ -27,7 +27,8 @@ from tersor.core.plain_values import plain_dataclass
 from tersor.graph.layer_selection import prunable
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext, require_steps
-from tersor.training.mask_attachment import DynamicMasks, MaskedLayers, check_floor, insert_masks
+from tersor.training.dynamic_masks import DynamicMasks
+from tersor.training.mask_attachment import MaskedLayers, check_floor, insert_masks
 from tersor.training.method import PLAIN_VALUES
 
 

@@ -89,6 +89,7 @@ class GroupLassoAttachment(Attachment):
     """Adds the decay to the gradients."""
 
     holds_shapes = True
+    scheduled_steps = 1
 
     def __init__(self, method: GroupLasso, model: nn.Module, groups: Sequence[_Group], notes: Sequence[str]) -> None:
         super().__init__(model, notes=notes)

@@ -77,6 +77,8 @@ class LSQ(QuantizedTrainingOptions):
 class LSQAttachment(Attachment):
     """Quantizers with learned step sizes."""
 
+    scheduled_steps = 1
+
     def __init__(self, method: LSQ, quantizers: Quantizers, context: AttachContext) -> None:
         super().__init__(quantizers.graph, notes=notes(quantizers, context.target))
         self.method = method
@@ -119,6 +121,11 @@ class LSQAttachment(Attachment):
         self._norms.done(step + 1)
 
     def finish(self) -> None:
-        """Makes the steps constants."""
+        """Makes the steps constants.
+
+        Warns:
+            CompressionWarning: no step was done.
+        """
+        super().finish()
         for each in self.quantizers.all():
             each.fix_step()

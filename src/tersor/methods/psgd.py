@@ -42,11 +42,12 @@ from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
 from tersor.graph.layer_selection import Layer, matching, weighted_layers
 from tersor.graph.parametrization import original_weight, parametrizations_of
-from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.quantization.grid_distance import WeightOnGrid, around_zero, drawn, on_grid
 from tersor.quantization.observers import channel_maxima
 from tersor.quantization.quantizer_options import PerChannel
+from tersor.quantization.range_tracking import RunningLargest
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
@@ -117,6 +118,8 @@ class PSGD:
 
 class PSGDAttachment(Attachment):
     """Scales the gradients before every step."""
+
+    scheduled_steps = 1
 
     def __init__(self, method: PSGD, model: nn.Module, layers: dict[str, Layer], grids: dict[str, Grid]) -> None:
         super().__init__(model)

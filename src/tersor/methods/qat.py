@@ -30,10 +30,11 @@ from tersor.core.plain_values import plain_dataclass
 from tersor.graph.batchnorm import FrozenAt
 from tersor.graph.parametrization import parametrization_input
 from tersor.quantization.calibration import calibrate
-from tersor.quantization.fake_quantize import FakeQuantize, MovingAverage
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.quantizer_options import QuantizedTrainingOptions
 from tersor.quantization.quantizers import Quantizers, insert_or_reuse_quantizers, notes
+from tersor.quantization.range_tracking import MovingAverage
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext, require_steps
 from tersor.training.method import PLAIN_VALUES
@@ -72,6 +73,8 @@ class QAT(QuantizedTrainingOptions):
 
 class QATAttachment(Attachment):
     """Quantizers whose grids follow weights and activations."""
+
+    scheduled_steps = 1
 
     def __init__(self, method: QAT, quantizers: Quantizers, context: AttachContext) -> None:
         super().__init__(quantizers.graph, notes=notes(quantizers, context.target))
@@ -115,7 +118,12 @@ class QATAttachment(Attachment):
         self._freeze(step + 1)
 
     def finish(self) -> None:
-        """Freezes all ranges."""
+        """Freezes all ranges.
+
+        Warns:
+            CompressionWarning: no step was done.
+        """
+        super().finish()
         self._follow_weights(self.quantizers.rounding)  # which may have been replaced by their running mean
         self._freeze_ranges()
 

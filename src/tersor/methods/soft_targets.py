@@ -8,7 +8,7 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arX
 Logits are (N, classes), or (N, classes, ...) of pixels or positions, each of which counts as an image. KL is summed
 over the classes and averaged over images and positions; the teacher has no gradient. Where the task has independent
 classes (multilabel), each class has its own binary distribution: sigmoid(z / T) and 1 - sigmoid(z / T). KL is then also
-averaged over the classes, like the binary cross entropy of the labels. Only the KL term is multiplied by T^2. The
+averaged over the classes, like the binary cross entropy with the labels. Only the KL term is multiplied by T^2. The
 gradient of the soft targets decreases as 1 / T^2, so the effective weight would otherwise depend on the temperature.
 The paper prescribes no weights; 0.9 and 0.1 are those of the common implementations (Zagoruyko's attention-transfer,
 RepDistiller).

@@ -16,7 +16,7 @@ from torch import nn
 
 from tersor.core.errors import InputError
 from tersor.core.files import replacing
-from tersor.data.image_sets import Channels
+from tersor.data.mean_and_std import Channels
 from tersor.models.weights_files import read_tensors
 from tersor.models.weights_matching import is_counter, match
 

@@ -115,7 +115,7 @@ class TimedFile:
     runtime: str
     """Runtime of the measurement."""
     precision: str
-    """Data type of the weights, and of products that are not quantized, such as `int8, rest float32`."""
+    """Data type of the stored weights, and of the products that stay in float, such as `int8, rest float32`."""
     latency_ms: Spread
     """Latency of one batch."""
     roles: Sequence[Compared]

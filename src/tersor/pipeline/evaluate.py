@@ -52,16 +52,18 @@ class Evaluation:
     score: float
     """The metric on the test images: in percent if the task's metric is a percentage."""
     shown: str
-    """The score with its unit."""
+    """The score with its unit, and with its standard error if it is the accuracy."""
     images: int
     """Number of test images."""
     runtime: str
     """Runtime of the measurement."""
     precision: str
-    """Data type of the weights, and of products that are not quantized, such as `int8, rest float32`."""
+    """Data type of the stored weights, and of the products that stay in float, such as `int8, rest float32`."""
+    score_error: float | None = None
+    """One standard error of the score, in points; none for metrics other than the accuracy."""
 
     def __str__(self) -> str:
-        """ "91.20 % of 360 test images, onnxruntime in int8, rest float32"."""
+        """ "91.20 ± 1.49 % of 360 test images, onnxruntime in int8, rest float32"."""
         score = f"{self.shown} of" if self.metric == "accuracy" else f"{self.metric} {self.shown} on"
         return f"{score} {self.images} test images, {self.runtime} in {self.precision}"
 
@@ -91,6 +93,7 @@ def evaluate(
     """
     from tersor.evaluation.measurement import arrays
     from tersor.evaluation.scoring import file_predictions, score, targets_of
+    from tersor.evaluation.standard_error import measures_accuracy, standard_error
 
     found = read_artifact(artifact)
     told = numbers_of(found)
@@ -117,8 +120,10 @@ def evaluate(
         targets = file_predictions(open_session(original, session.runtime), arrays(batches, kind), asked)
     progress.advance()
     result = score(asked, predictions, targets)
-    precision = stored_precision(found.model, session.precision)
-    return Evaluation(asked.metric, result, asked.shown(result), len(batches.images), session.runtime, precision)
+    precision, images = stored_precision(found.model, session.precision), len(batches.images)
+    error = standard_error(result, images) if measures_accuracy(asked) else None
+    shown = asked.shown(result) if error is None else f"{result:.2f} ± {error:.2f} %"
+    return Evaluation(asked.metric, result, shown, images, session.runtime, precision, error)
 
 
 def _test_images(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from tersor.evaluation.file_inputs import FileArrays
 from tersor.evaluation.latency import BATCH_SIZES, compressed_bytes, measure_latency, size_bytes
 from tersor.evaluation.scoring import agreement, arrays_of, file_outputs, file_predictions, score
 from tersor.evaluation.session import Session, open_session
+from tersor.evaluation.standard_error import error_of_drop, measures_accuracy, right_of
 from tersor.evaluation.verification import pixels_of
 from tersor.pipeline.arguments import to_export
 from tersor.pipeline.artifact_settings import normalization_in
@@ -83,9 +84,18 @@ def compare_files(
         }
     before, after = (each[goal.metric] for each in found.values())
     found["artifact"]["difference"] = None if targets is None else after - before
+    found["artifact"]["difference_error"] = _difference_error(goal, predictions, targets, after)
     ratios = {str(size): timings.ratio("original", "artifact", size) for size in BATCH_SIZES}
     found["artifact"]["speedup"] = {size: asdict(ratio) for size, ratio in ratios.items()}
     return found
+
+
+def _difference_error(task: Task, predictions: Mapping[str, Any], targets: Any, metric: float) -> float | None:
+    """One standard error of the difference of the accuracies, in points; None for other metrics and without targets."""
+    if targets is None or not measures_accuracy(task):
+        return None
+    before, after = (right_of(task, predictions[name], targets) for name in ("original", "artifact"))
+    return error_of_drop(after, before, metric, len(targets))
 
 
 def _check_normalization(files: Iterable[Path], batches: Sequence[NetworkInput]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from tersor import recipe as recipes
-from tersor.checkpoint.artifact import MANIFEST, read_artifact, require_free, write_folder
+from tersor.checkpoint.artifact import MANIFEST, checkpoints_of, read_artifact, require_free, write_folder
 from tersor.checkpoint.model_folder import write_files
 from tersor.checkpoint.store import Checkpoints
 from tersor.core import distributed
@@ -52,6 +52,7 @@ def run(
     data: Splits | None = None,
     out: Path | str | None = None,
     resume: bool = False,
+    latency: bool = True,
     progress: ProgressReporter | None = None,
 ) -> Path:
     """Compress a network with a recipe and write one folder: model, original, report, numbers, recipe, checkpoints.
@@ -63,6 +64,8 @@ def run(
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
         resume: resume the interrupted run in `out`, with the same `model` and `data`; if there is none, start a
             new run.
+        latency: whether to measure the latency of the files at the end. Without it, the results have no speedup;
+            `tersor bench` can measure it later. Methods that need a latency measure it all the same.
         progress: receives the progress; `tersor.progress_bars.Bars` draws it. Without it, only warnings are issued.
 
     Returns:
@@ -86,12 +89,14 @@ def run(
     name = "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     out = Path(out) if out is not None else Path("runs") / name
-    checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoints"))
+    checkpoints = Checkpoints(checkpoints_of(out))
     text = recipes.write(recipe)
     if resume and _ended(out, text):
         if not distributed.rank():
             checkpoints.remove()  # the run may have been killed after it wrote the folder
         progress.say(f"{out} exists: the run is complete.")
+        if latency and not _has_latency(out):
+            progress.say(f"{out} was run without measuring latency. To measure it: tersor bench {out}")
         return out
     require_free(out)
     held = checkpoints.held(text, resume=resume, changes=lambda before: recipes.changes(before, recipe))
@@ -110,7 +115,7 @@ def run(
         if not distributed.rank():
             write_folder(
                 out,
-                lambda folder: _fill(folder, experiment, compressed, records, checkpoints, progress),
+                lambda folder: _fill(folder, experiment, compressed, records, checkpoints, progress, latency=latency),
                 partial=checkpoints.scratch,
             )
             checkpoints.remove()
@@ -126,6 +131,12 @@ def _ended(out: Path, recipe: str) -> bool:
     return written is not None and written.read_text() == recipe
 
 
+def _has_latency(out: Path) -> bool:
+    """Whether the complete run in `out` has measured latency."""
+    numbers = read_artifact(out).files.get("numbers.json")
+    return numbers is None or Results.model_validate_json(numbers.read_text()).latency_measured
+
+
 def _fill(
     folder: Path,
     experiment: Experiment,
@@ -133,6 +144,8 @@ def _fill(
     records: Sequence[StageRecord],
     checkpoints: Checkpoints,
     progress: ProgressReporter,
+    *,
+    latency: bool,
 ) -> None:
     recipe, data, original = experiment.recipe, experiment.data, experiment.original
     assert data.mean is not None
@@ -172,6 +185,7 @@ def _fill(
             progress=progress,
             records=records,
             stages=stages,
+            latency=latency,
             mean=data.mean,
             std=data.std,
             classes=data.classes,

@@ -24,7 +24,7 @@ from tersor.graph.layer_selection import weighted_layers
 from tersor.pipeline.experiment import EVALUATION_BATCH
 from tersor.pipeline.setup import prepare
 from tersor.quantization.quantizer_options import Precision
-from tersor.quantization.quantizers import insert_quantizers
+from tersor.quantization.quantizers import ends, insert_quantizers
 from tersor.quantization.sensitivity import Cost, sensitivity
 from tersor.recipe import Recipe
 from tersor.report.sensitivity_map import sensitivity_svg
@@ -42,7 +42,9 @@ class BitCosts(BaseModel):
     measured_with: dict[str, Any]
     """Everything that the costs depend on, by its name in the recipe."""
     weights: dict[str, int]
-    """Number of weights of each layer."""
+    """Number of weights of each layer, in the order of the layers."""
+    first_and_last: list[str] = []
+    """Names of the first and the last layer, which `ptq` keeps at 8 bits unless `first_last_bits` is set."""
     costs: list[Cost]
     """The measured costs, in the order of the layers."""
 
@@ -82,7 +84,9 @@ def measure(
         method="sensitivity",
     )
     weights = {name: layers[name].weight.numel() for name in quantizers.layers}
-    found = _begun(out, BitCosts(measured_with=_measured_with(recipe, len(shown)), weights=weights, costs=[]))
+    kept = [name for name in quantizers.layers if name in ends(quantizers.graph)]
+    settings = _measured_with(recipe, len(shown))
+    found = _begun(out, BitCosts(measured_with=settings, weights=weights, first_and_last=kept, costs=[]))
     known = {(cost.layer, cost.bits) for cost in found.costs}
     asked = [(name, bits) for name in quantizers.layers for bits in WIDTHS if (name, bits) not in known]
     if known:
@@ -156,4 +160,4 @@ def _begun(out: Path, fresh: BitCosts) -> BitCosts:
             raise InputError(f"{out} was measured with {key}: {before}; the recipe has {now}. {remedy}")
     if found.weights != fresh.weights:
         raise InputError(f"{out} was measured on a model with other layers. {remedy}")
-    return found
+    return found.model_copy(update={"first_and_last": fresh.first_and_last})

@@ -65,6 +65,8 @@ class WeightSlice:
         axis: `out` or `0`, rows; `in` or `1`, columns.
         weight: (C_out, C_in / groups, ...), or (C,) of a norm.
         groups: number of groups of a convolution.
+        indices: index along the axis, for every slice.
+        channels: channel of the group, for every slice.
     """
 
     layer: str

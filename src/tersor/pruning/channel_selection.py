@@ -21,7 +21,8 @@ from tersor.graph.layer_selection import Convolution, matching
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, Group, copy_graph, coupled_channels, merge_cuts, remove
 from tersor.pruning.mask import Mask
-from tersor.quantization.fake_quantize import FakeQuantize, RunningLargest
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.range_tracking import RunningLargest
 
 Scope = Literal["layer", "global"]
 

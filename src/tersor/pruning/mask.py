@@ -38,6 +38,7 @@ class Mask(nn.Module):
         gradient: one of the three.
 
     Attributes:
+        mask: m, a bool tensor of the weight's shape.
         dense: whether the mask is disabled.
     """
 

@@ -12,57 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tersor.core.errors import InputError
 from tersor.graph.parametrization import parametrizations_of
 from tersor.quantization.grid import Grid, affine_parameters
 from tersor.quantization.observers import weight_grid
+from tersor.quantization.range_tracking import MovingAverage, WeightShare, scale_shape
 from tersor.quantization.straight_through import fake_quantize, fake_quantize_learned
 
 _SMALLEST_STEP = 1e-6
-
-
-class MovingAverage(nn.Module):
-    """Running means of the smallest and largest activation of each batch, from which the grid is set.
-
-    Args:
-        averaging: weight of a batch in the means.
-    """
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, averaging: float) -> None:
-        super().__init__()
-        self.averaging = averaging
-        self.active = True
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
-
-    def next_range(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The means after one more batch of `values`, of any shape."""
-        low, high = torch.aminmax(values.detach())
-        return self.low.lerp(low.float(), self.averaging), self.high.lerp(high.float(), self.averaging)
-
-    def get_extra_state(self) -> Tensor:
-        """Whether the range still moves."""
-        return torch.tensor([self.active])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restores what `get_extra_state` returned."""
-        self.active = bool(state[0])
-
-
-class WeightShare(nn.Module):
-    """The share of a weight's range that its grid spans; it stays constant while the weight is trained.
-
-    Args:
-        channels: number of scales; None for one scale for the whole weight.
-    """
-
-    share: Tensor
-
-    def __init__(self, channels: int | None = None) -> None:
-        super().__init__()
-        self.register_buffer("share", torch.ones(_shape(channels)))
 
 
 class LearnedStep(nn.Module):
@@ -79,7 +36,7 @@ class LearnedStep(nn.Module):
     def __init__(self, channels: int | None = None, *, offset: bool = False, of_images: bool = False) -> None:
         super().__init__()
         self.of_images = of_images
-        self.register_parameter("offset", nn.Parameter(torch.zeros(_shape(channels))) if offset else None)
+        self.register_parameter("offset", nn.Parameter(torch.zeros(scale_shape(channels))) if offset else None)
 
 
 class FakeQuantize(nn.Module):
@@ -90,6 +47,13 @@ class FakeQuantize(nn.Module):
     Args:
         grid: the integers to round to.
         channels: number of scales, along dimension 0; None for one scale for the whole tensor.
+
+    Attributes:
+        enabled: whether values are rounded.
+        scale: difference between two neighboring values, (channels,) or a single number.
+        zero_point: the integer for 0, of the shape of `scale`.
+        observer: follows the range of the values while the network is trained.
+        learned_step: marks that `scale` is trained.
     """
 
     scale: Tensor
@@ -100,16 +64,12 @@ class FakeQuantize(nn.Module):
     def __init__(self, grid: Grid, channels: int | None = None) -> None:
         super().__init__()
         self.grid = grid
+        self.channels = channels
         self.enabled = False
-        self.register_buffer("scale", torch.ones(_shape(channels)))
-        self.register_buffer("zero_point", torch.zeros(_shape(channels), dtype=torch.int32))
+        self.register_buffer("scale", torch.ones(scale_shape(channels)))
+        self.register_buffer("zero_point", torch.zeros(scale_shape(channels), dtype=torch.int32))
         self.register_module("observer", None)
         self.register_module("learned_step", None)
-
-    @property
-    def channels(self) -> int | None:
-        """Number of scales; None for one scale for the whole tensor."""
-        return len(self.scale) if self.scale.ndim else None
 
     @property
     def is_trained(self) -> bool:
@@ -147,9 +107,16 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def set_grid(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Sets `scale` and `zero_point`, scalars or (channels,), and enables rounding."""
-        self.scale.copy_(scale)
-        self.zero_point.copy_(torch.zeros_like(self.zero_point) if zero_point is None else zero_point)
+        """Sets `scale` and `zero_point`, scalars or (channels,), and enables rounding.
+
+        Raises:
+            InputError: one of them has another shape.
+        """
+        zero_point = torch.zeros_like(self.zero_point) if zero_point is None else torch.as_tensor(zero_point)
+        for name, given in (("scale", torch.as_tensor(scale)), ("zero_point", zero_point)):
+            if given.ndim:
+                self._require_shape(name, given, scale_shape(self.channels))
+            getattr(self, name).copy_(given)
         self._reset_offset()
         self.enabled = True
 
@@ -185,9 +152,15 @@ class FakeQuantize(nn.Module):
         """Rounds `values` of any shape, or (channels, ...).
 
         If `moved`, the values were rounded by an earlier call and then reshaped or moved, and the observer skips them.
+
+        Raises:
+            InputError: the scale or the zero point was replaced by one of another shape.
         """
         if not self.enabled:
             return values
+        shape = () if self.channels is None else tuple(values.shape[:1])
+        self._require_shape("scale", self.scale, shape)
+        self._require_shape("zero_point", self.zero_point, shape)
         if isinstance(self.observer, MovingAverage) and self.observer.active and self.training and not moved:
             self.set_range(*self.observer.next_range(values))
         if self.learned_step is None:
@@ -215,6 +188,14 @@ class FakeQuantize(nn.Module):
         """Grid and number of scales."""
         return f"{self.grid.minimum}..{self.grid.maximum}, channels={self.scale.numel()}, enabled={self.enabled}"
 
+    def _require_shape(self, name: str, given: Tensor, shape: tuple[int, ...]) -> None:
+        if given.shape != shape:
+            meaning = "one value per output channel" if shape else "one value for the whole tensor"
+            raise InputError(
+                f"{type(self).__name__}: {name} has the shape {tuple(given.shape)}. Pass one of the shape {shape}, "
+                f"{meaning}."
+            )
+
     @property
     def _offset(self) -> Tensor | None:
         return None if self.learned_step is None else self.learned_step.offset
@@ -223,33 +204,6 @@ class FakeQuantize(nn.Module):
     def _reset_offset(self) -> None:
         if (offset := self._offset) is not None:
             offset.copy_(-self.zero_point * self.scale)
-
-
-class RunningLargest(nn.Module):
-    """Returns a weight unchanged, and keeps a running mean of its largest absolute value.
-
-    Args:
-        channels: number of values, along dimension 0; None for one value for the whole weight.
-    """
-
-    largest: Tensor
-
-    def __init__(self, channels: int | None = None) -> None:
-        super().__init__()
-        self.register_buffer("largest", torch.zeros(_shape(channels)))
-
-    def follow(self, weight: Tensor, *, first: bool, momentum: float = 0.1) -> None:
-        """Adds a weight (C, ...) to the mean, or starts it there if it is the `first`."""
-        largest = weight.detach().float().abs().flatten(1).amax(1)
-        self.largest.lerp_(largest if self.largest.ndim else largest.max(), 1.0 if first else momentum)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """`values`."""
-        return values
-
-
-def _shape(channels: int | None) -> tuple[int, ...]:
-    return () if channels is None else (channels,)
 
 
 @contextmanager

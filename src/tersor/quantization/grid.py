@@ -16,7 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers that values are rounded to: `minimum` to `maximum`, inclusive."""
+    """The integers that values are rounded to: `minimum` to `maximum`, inclusive.
+
+    Attributes:
+        minimum: the smallest integer.
+        maximum: the largest integer.
+    """
 
     minimum: int
     maximum: int

@@ -108,7 +108,7 @@ class IntegerCoverage:
 
 
 def integer_coverage(model: nn.Module, example: NetworkInput, *, planned: bool = False) -> IntegerCoverage:
-    """Measure how much of `model` is computed in integers, and what stays in float.
+    """Measure how much of `model` is computed in integers; list what stays in float, with its share of the MACs.
 
     Args:
         model: a network, such as the result of `tersor.quantize`; it stays unchanged.

@@ -42,7 +42,7 @@ class DataSource(PlainRecord):
         _Side | tuple[_Side, _Side] | None,
         Field(description="pixels of each side, or [height, width]; unchanged by default"),
     ] = None
-    channels: Annotated[int, Field(ge=1, description="3, 1 for gray images, or 4")] = 3
+    channels: Annotated[int, Field(ge=1, description="3, 1 for grayscale images, or 4")] = 3
     augment: Annotated[
         str | _Transforms,
         AfterValidator(lambda augment: _augmentation(augment) if isinstance(augment, str) else augment),

@@ -30,11 +30,12 @@ class MethodDescription:
 
 def describe(method: Any) -> MethodDescription:
     """Everything that a program needs to use a method class."""
-    by_default = method()  # whether a method needs training may depend on its parameters
+    fields = method.__pydantic_fields__.values()
+    by_default = method if any(field.is_required() for field in fields) else method()
     return MethodDescription(
         (sys.modules[method.__module__].__doc__ or "").strip(),
-        getattr(by_default, "needs_teacher", False),
-        getattr(by_default, "needs_steps", False),
+        getattr(by_default, "needs_teacher", False) is True,
+        getattr(by_default, "needs_steps", False) is True,
         TypeAdapter(method).json_schema(),
         getattr(method, "example", {}),
     )
@@ -47,7 +48,7 @@ def parameters(method: Any) -> Iterator[tuple[str, str, str, str]]:
         yield (
             name,
             _type_name(kind),
-            str(field.default),
+            "required" if field.is_required() else str(field.get_default(call_default_factory=True)),
             field.description or "",
         )
 

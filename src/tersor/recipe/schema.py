@@ -27,6 +27,7 @@ from tersor import methods as registry
 from tersor.core.errors import InputError
 from tersor.core.plain_values import PlainRecord
 from tersor.core.target import Target
+from tersor.core.user_code import user_code
 from tersor.recipe.data_source import DataSource, Named
 from tersor.recipe.recipe_file import text_of
 from tersor.recipe.task_entry import RecipeTask, TaskEntry
@@ -59,6 +60,9 @@ class Teacher(Network):
 def _method(entry: Any) -> Any:
     """The method of `soft_targets` or `{soft_targets: {temperature: 4}}`; an instance is returned unchanged."""
     if hasattr(entry, "attach"):
+        if not registry.is_method(type(entry)):
+            whose = entry.__name__ if isinstance(entry, type) else type(entry).__name__
+            raise InputError(f"{whose} is not an instance of a method. {registry.MADE_BY}")
         return entry
     if isinstance(entry, str):
         entry = {entry: None}
@@ -77,7 +81,8 @@ def _method(entry: Any) -> Any:
     adapter = TypeAdapter[dict[str, Any]](dict[str, cls])  # pyright: ignore[reportInvalidTypeForm]
     parameters = {} if entry[name] is None else entry[name]
     _refuse_unknown(name, parameters, cls)
-    return adapter.validate_json(json.dumps({name: parameters}), strict=True)[name]
+    with user_code(f"method '{name}'", cls):
+        return adapter.validate_json(json.dumps({name: parameters}), strict=True)[name]
 
 
 def _refuse_unknown(name: str, parameters: Any, cls: Any) -> None:

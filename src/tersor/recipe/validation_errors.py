@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tersor.core.errors import InputError, nearest, unknown
-from tersor.core.plain_values import UNKNOWN_KEY, WANTED
+from tersor.core.plain_values import RAISED, UNKNOWN_KEY, WANTED, raised
 from tersor.recipe.yaml import Located, Location, shown
 
 _MAPPING = ("model_type", "dataclass_type")
@@ -67,8 +67,8 @@ def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str
         return _Problem(node, f"{path}.{location[-1]}".lstrip("."), message)
     if kind == "missing":
         return _Problem(node, path, wanted=("a longer list",))
-    if kind == "value_error":
-        return _Problem(node, path, str(context["error"]))
+    if kind in RAISED:
+        return _Problem(node, path, raised(detail, path))
     wanted = str(WANTED.get(kind) or detail["msg"].removeprefix("Input should be ")).format(**context)
     if kind in _MAPPING:
         wanted = f"a mapping of the keys {', '.join(keys(location))}"

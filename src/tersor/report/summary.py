@@ -41,6 +41,15 @@ def entries(numbers: Results) -> dict[str, FileResults]:
     return {"original": numbers.original, **others, "artifact": numbers.artifact}
 
 
+def scores(numbers: Results) -> list[str]:
+    """The score of each entry, with its standard error: "90.00 ± 0.95"."""
+    digits = numbers.metric.digits
+    return [
+        f"{entry.score:.{digits}f}" + ("" if entry.score_error is None else f" ± {entry.score_error:.{digits}f}")
+        for entry in entries(numbers).values()
+    ]
+
+
 def colours(numbers: Results) -> dict[str, str]:
     """The CSS class of each entry."""
     return {title: title if title in {"original", "artifact"} else "baseline" for title in entries(numbers)}

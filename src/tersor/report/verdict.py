@@ -24,7 +24,7 @@ _CONVERSIONS = {
 
 
 def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
-    """Latency at batch 1 against the original and the baseline; size and metric against the original.
+    """Latency at batch 1 against the original and the baseline, if measured; size and metric against the original.
 
     If the artifact is not faster than the baseline, the text also has possible reasons and the file to deploy: the
     fastest at batch 1 that loses at most one point of the metric.
@@ -34,7 +34,9 @@ def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
         evidence: the content of `evidence.json`, whose node profile may give a reason.
     """
     before, after = numbers.original, numbers.artifact
-    change = f"{size_change(before, after)}, {numbers.metric.change(before.score, after.score)}"
+    change = f"{size_change(before, after)}, {numbers.metric.change(before.score, after.score)}{_error(after)}"
+    if not numbers.latency_measured:
+        return f"{change}. Latency was not measured."
     sentences = [f"{_speedups(numbers)} at batch 1, {change}."]
     speedups = numbers.speedup["baseline"]
     if _direction(speedups["1"]) <= 0:
@@ -48,6 +50,26 @@ def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
         ]
         sentences += [f"It is {' and '.join(faster)}."] if faster else []
     return " ".join(sentences)
+
+
+def _error(after: FileResults) -> str:
+    return "" if after.difference_error is None else f" (standard error {after.difference_error:.2f})"
+
+
+def scores_note(numbers: Results) -> str:
+    """What the standard errors of the table say about the difference to the original; empty without them."""
+    error, difference = numbers.artifact.difference_error, numbers.artifact.score - numbers.original.score
+    if error is None:
+        return ""
+    meaning = (
+        "less than two standard errors, so it may be chance"
+        if abs(difference) < 2 * error
+        else "two standard errors or more, so it is unlikely to be chance"
+    )
+    return (
+        f"± is one standard error on {numbers.test_images:,} test images. The difference to the original "
+        f"({difference:+.2f} ± {error:.2f} points, from the same images) is {meaning}."
+    )
 
 
 def describe_speedup(ratio: Speedup | Ratio, name: str = "") -> str:

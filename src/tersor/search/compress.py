@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,6 +15,8 @@ from tersor.core.progress import ProgressReporter, WarningProgress
 from tersor.core.resources import enough_memory, writable
 from tersor.core.target import Runtime
 from tersor.data import Splits
+from tersor.data.loading import sides_of
+from tersor.data.mean_and_std import channel_values
 from tersor.pipeline.task_arguments import Loss, task_of_both
 from tersor.search.candidate import ORIGINAL, Candidate
 from tersor.search.candidate_latency import Measurement
@@ -83,14 +85,14 @@ def compress(
         runtime: the runtime that files are measured in.
         students: other networks to try, as NAME or NAME=WEIGHTS.
         pixels: further resolutions to try.
-        augment: augmentation of the training images; crop_flip by default, none for gray images.
+        augment: augmentation of the training images; crop_flip by default, none for grayscale images.
         limit: number of training images; all by default.
         seed: random seed.
         task: what the network is for: classification, segmentation, ..., package.module:Task.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe cannot contain a loss
             function: to repeat the training with `tersor run`, write a task class.
         metric: (outputs, targets) -> number from 0 to 1, where higher is better, or a torchmetrics Metric.
-        channels: number of image channels: 3 by default, 1 for gray images; see `tersor.data.load` for this and the
+        channels: number of channels: 3 by default, 1 for grayscale images; see `tersor.data.load` for this and the
             next three.
         mean: mean of each channel in [0, 1]; by default from the weights file, else computed from the training images.
         std: standard deviation of each channel in [0, 1].
@@ -113,8 +115,6 @@ def compress(
     progress = progress or WarningProgress()
     if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"budget is a {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5, minutes=45).")
-    if isinstance(students, str):
-        raise InputError(f"students is '{students}'. Pass a list of names: ['{students}'].")
     placement = _placement(workers, ray_address)
     begun = now()
     request = Request(
@@ -122,8 +122,8 @@ def compress(
         data,
         None if weights is None else Path(weights),
         runtime,
-        tuple(students),
-        tuple(pixels),
+        _listed("students", students, "names"),
+        _listed("pixels", pixels, "numbers"),
         augment,
         limit,
         seed,
@@ -131,9 +131,9 @@ def compress(
         loss,
         metric,
         channels,
-        None if mean is None else tuple(mean),
-        None if std is None else tuple(std),
-        image_size if image_size is None or isinstance(image_size, int) else tuple(image_size),
+        None if mean is None else channel_values("mean", mean),
+        None if std is None else channel_values("std", std),
+        image_size if isinstance(image_size, int) else sides_of(image_size),
         validation,
     )
     folder = SearchFolder(out, {**request.arguments, "budget": str(budget)})
@@ -150,6 +150,12 @@ def compress(
     with enough_memory(_MEMORY), writable(out), folder.held():
         search = _search(request, folder, budget, clock, storage, progress)
         return Result(out, _run(search, request, placement))
+
+
+def _listed(name: str, given: object, kind: str) -> tuple[Any, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"{name} is {given!r}. Pass a list of {kind}: [{given!r}].")
+    return tuple(cast("Iterable[Any]", given))
 
 
 def _placement(workers: int | None, address: str | None) -> Placement | None:

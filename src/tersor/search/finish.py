@@ -11,8 +11,8 @@ from tersor.core.machine import machine
 from tersor.evaluation.latency import measure_latency
 from tersor.evaluation.results import Machine
 from tersor.evaluation.session import open_session
+from tersor.evaluation.standard_error import standard_error
 from tersor.evaluation.timings import Ratio, Timings
-from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import error_of
 from tersor.search.dropped import dropped
@@ -55,7 +55,7 @@ def write_front(search: Search, *, finished: bool) -> Front:
         minutes_used=search.clock.used / 60,
         machine=Machine.model_validate(machine()),
         validation_images=images,
-        validation_error=search_metric.standard_error(search.reference, images),
+        validation_error=standard_error(search.reference, images),
         test_images=len(data.test),
         tests_chose=bool(search.folder.state.seen),
         original=search.original.name if search.original else "",

@@ -53,7 +53,7 @@ class Point(BaseModel):
     latency_ms: dict[int, float]
     """Median latency by batch size, in milliseconds."""
     latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}
-    """Half the width of the 95 % interval of each latency, as a fraction of it; none for the point `original`."""
+    """Half the width of the 95 % interval of each latency, as a fraction of it; null for the point `original`."""
     bytes: int
     """Size of the file, in bytes."""
     macs: int

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from tersor.core.errors import InputError
@@ -161,20 +160,15 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
 
 
 def _recipe(request: Request, data: DataSource) -> Recipe:
-    try:
-        return Recipe.model_validate(
-            {
-                "model": _network(request),
-                "teacher": "original",
-                "task": request.task,
-                "data": data,
-                "target": Target(runtime=request.runtime),
-                "seed": request.seed,
-                "stages": (Stage(name="train", steps=1),),
-            }
-        )
-    except ValidationError as error:
-        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    return Recipe(
+        model=_network(request),
+        teacher="original",
+        task=request.task,
+        data=data,
+        target=Target(runtime=request.runtime),
+        seed=request.seed,
+        stages=(Stage(name="train", steps=1),),
+    )
 
 
 def _network(request: Request) -> Network:
@@ -188,8 +182,10 @@ def _source(request: Request) -> DataSource:
     if isinstance(request.data, Splits):
         return DataSource(name=YOUR_DATA, limit=request.limit)
     text = str(request.data)
-    where = {"folder": Path(text)} if Path(text).is_dir() else {"csv" if text.endswith(".csv") else "name": text}
-    return DataSource.model_validate({**where, "limit": request.limit})
+    where: dict[str, Any] = (
+        {"folder": Path(text)} if Path(text).is_dir() else {"csv" if text.endswith(".csv") else "name": text}
+    )
+    return DataSource(**where, limit=request.limit)
 
 
 def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
@@ -203,8 +199,8 @@ def _loaded(request: Request, source: DataSource) -> tuple[Splits, DataSource]:
     few = len(splits.train) + len(splits.validation) < _FEW and len(splits.validation)
     if not few or request.validation is not None:
         return splits, source
-    held_out = {"validation": _VALIDATION_OF_FEW}
-    return load(seed=request.seed, **options | held_out), source.model_copy(update=held_out)
+    options["validation"] = _VALIDATION_OF_FEW
+    return load(seed=request.seed, **options), source.model_copy(update={"validation": _VALIDATION_OF_FEW})
 
 
 def _augmentation(request: Request, images: Images) -> str:

@@ -62,7 +62,12 @@ class PickedPoint:
 
 @dataclass(frozen=True)
 class Result:
-    """The folder of a search, as read from its `front.json`. `print(result)` shows the verdict."""
+    """The folder of a search, as read from its `front.json`. `print(result)` shows the verdict.
+
+    Attributes:
+        folder: the folder.
+        numbers: the content of `front.json`: all points, and why a candidate has none (`failed`, `dropped`).
+    """
 
     folder: Path
     numbers: Front

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from tersor import recipe as recipes
 from tersor.core.progress import ProgressReporter
 from tersor.evaluation.multiply_peak import INTEGERS
+from tersor.evaluation.standard_error import error_of_drop
 from tersor.recipe import Stage
 from tersor.recipe.data_source import YOUR_DATA
-from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Measurement
 from tersor.search.compression_budget import Budget
@@ -236,7 +236,7 @@ class Search:
     def drop_error(self, right: NDArray[np.bool_] | None, metric: float) -> float:
         """One standard error of the difference from the original on the validation images, in points."""
         images = len(self.bench.validation.images)
-        return round(search_metric.error_of_drop(right, self.folder.original_right, metric, images), 3)
+        return round(error_of_drop(right, self.folder.original_right, metric, images), 3)
 
     def save(self) -> None:
         """Write the state, with the seconds used."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from tersor.data import Batches
 from tersor.evaluation.measurement import arrays
 from tersor.evaluation.scoring import file_predictions, score, targets_of
 from tersor.evaluation.session import open_session
+from tersor.evaluation.standard_error import right_of
 from tersor.pipeline.experiment import Experiment
-from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.task import Task
 
@@ -64,16 +63,7 @@ def measured(task: Task, predictions: Any, targets: Any) -> Measured:
     Raises:
         InputError: a user-defined metric is not between 0 and 1.
     """
-    right = (predictions == targets).numpy() if measures_accuracy(task) else None
-    return Measured(in_percent(task, score(task, predictions, targets)), right)
-
-
-def measures_accuracy(task: Task) -> bool:
-    """Whether the metric is the share of correctly classified images."""
-    if isinstance(task, FromFunctions):
-        return bool(task.unit) and measures_accuracy(task.base)
-    own = (type(task).score, type(task).predictions) != (Classification.score, Classification.predictions)
-    return isinstance(task, Classification) and not own
+    return Measured(in_percent(task, score(task, predictions, targets)), right_of(task, predictions, targets))
 
 
 def in_percent(task: Task, metric: float) -> float:
@@ -105,44 +95,3 @@ def refuse_other_metrics(task: Task) -> None:
             "Possible: classification, multilabel, segmentation, detection, package.module:Task, or a metric of your "
             "own with values from 0 to 1."
         )
-
-
-def standard_error(metric: float, images: int) -> float:
-    """One standard error of a metric in percent on this many images, computed as for a proportion of the images."""
-    share = min(max(metric / 100, 1 / (images + 2)), 1 - 1 / (images + 2))
-    return 100 * math.sqrt(share * (1 - share) / images)
-
-
-def error_of_difference(metrics: tuple[float, float], images: tuple[int, int]) -> float:
-    """One standard error of the difference of a metric in percent between two sets of images, for the same network.
-
-    It is computed as in the two-proportion z-test: the proportion is pooled over both sets, because the null hypothesis
-    is that they are equal. With separate proportions, 1 % of all tests at three standard errors would be false alarms
-    where few images are wrong.
-
-    Args:
-        metrics: the metric on each set, in percent.
-        images: number of images of each set.
-    """
-    pooled = sum(metric * count for metric, count in zip(metrics, images, strict=True)) / sum(images)
-    return standard_error(pooled, sum(images)) * math.sqrt(sum(images) * sum(1 / count for count in images))
-
-
-def error_of_drop(
-    right: NDArray[np.bool_] | None, original: NDArray[np.bool_] | None, metric: float, images: int
-) -> float:
-    """One standard error of the difference from the original, in points.
-
-    Both classify the same images, so only images that one of them classifies wrongly count, as in McNemar's test. For
-    other metrics, it is the standard error of the metric itself.
-
-    Args:
-        right: whether the class of each image is right (N,).
-        original: the same for the original (N,).
-        metric: the metric in percent, for metrics other than the accuracy.
-        images: N.
-    """
-    if right is None or original is None or len(right) != len(original):
-        return standard_error(metric, images)
-    changes = right.astype(np.float64) - original.astype(np.float64)
-    return 100 * float(np.append(changes, [1.0, -1.0]).std()) / math.sqrt(images)  # two more images: never exactly 0

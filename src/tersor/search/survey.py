@@ -11,9 +11,9 @@ from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.evaluation.session import installed_runtimes, open_session
+from tersor.evaluation.standard_error import error_of_difference, standard_error
 from tersor.graph.capture import capture
 from tersor.pruning.residual_branches import find_branches
-from tersor.search import search_metric
 from tersor.search.candidate import Candidate
 from tersor.search.end_costs import measure_end
 from tersor.search.folder import BASELINES, UNCHANGED
@@ -83,7 +83,7 @@ def _seen(search: Search, file: Path) -> bool:
         test = bench.test_metric(Candidate(), file)
     images = len(bench.validation.images), len(bench.experiment.data.test)
     validation = bench.measured(file, search.runtime).metric
-    error = search_metric.error_of_difference((validation, test), images)
+    error = error_of_difference((validation, test), images)
     seen = validation - test > _SEEN * error
     scores = f"{bench.experiment.task.metric} {validation:.2f} % there, {test:.2f} % on the test images"
     if seen:
@@ -191,7 +191,7 @@ def describe_range(search: Search) -> list[str]:
 def _validation(search: Search) -> list[str]:
     """The number of validation images with the standard error of the metric, and a warning if they are too few."""
     images, metric = len(search.bench.validation.images), search.bench.experiment.task.metric
-    error, allowed = search_metric.standard_error(search.reference, images), search.budget.points
+    error, allowed = standard_error(search.reference, images), search.budget.points
     lines = [f"validation: {images} images, on which one standard error of the {metric} is {error:.2f} points"]
     if allowed is not None and allowed < error:
         lines.append(

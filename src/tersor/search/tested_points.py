@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tersor.core.files import read_json, write_file
 from tersor.evaluation.scoring import agreement
+from tersor.evaluation.standard_error import error_of_drop
 from tersor.search import search_metric
 from tersor.search.candidate import ORIGINAL
 from tersor.search.folder import TESTED
@@ -94,7 +95,7 @@ def _tested(search: Search, point: Point, predictions: Any, targets: Any, refere
         predictions if classifies else None,
         0.0
         if point.name == ORIGINAL
-        else search_metric.error_of_drop(measured.right, right, measured.metric, len(experiment.data.test)),
+        else error_of_drop(measured.right, right, measured.metric, len(experiment.data.test)),
     )
 
 

@@ -38,7 +38,8 @@ class Attachment:
         label_weight: weight of the task's loss on the labels.
         notes: messages of `attach` and `begin` for the user, one line each.
         holds_shapes: whether it depends on the shapes of the weights at the time of `attach`.
-        scheduled_steps: steps after which its schedule is complete; `finish` warns if fewer were done. 0: no schedule.
+        scheduled_steps: steps after which its schedule is complete; `finish` warns if fewer were done. 0: no schedule,
+            and no need of `bind`.
         completed: steps that were done, counted by `bind` and `after_step`.
     """
 
@@ -116,9 +117,9 @@ class Attachment:
             if self.completed
             else "In your own loop, call bind(optimizer) before the first step"
         )
+        schedule = f", but its schedule has {self.scheduled_steps}" if self.scheduled_steps > 1 else ""
         warnings.warn(
-            f"{type(self).__name__}: finish was called after {self.completed} optimizer steps, but its schedule has "
-            f"{self.scheduled_steps}. {remedy}.",
+            f"{type(self).__name__}: finish was called after {self.completed} optimizer steps{schedule}. {remedy}.",
             CompressionWarning,
             stacklevel=2,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from pydantic import Field
@@ -23,38 +23,16 @@ from tersor.core.errors import CompressionWarning, InputError, unknown
 from tersor.graph.layer_selection import Layer
 from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.pruning.mask import Gradient, Mask, weight_mask
-from tersor.pruning.topk import masks
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.training.attachment import Attachment
 from tersor.training.mask_log import MaskLog, log_interval
 from tersor.training.objective import LossTerm
-from tersor.training.schedule import interpolate
 
 MaskedLayers = Annotated[
     tuple[str, ...],
     Field(description="patterns; default: all convolutions, or all fully connected layers if there is no convolution"),
 ]
 """The parameter `layers` of the methods that mask weights."""
-
-
-class DynamicSparsity(Protocol):
-    """The parameters of a method with `DynamicMasks`.
-
-    Attributes:
-        sparsity: sparsity at the end of the stage.
-        every: steps between two updates.
-        end: fraction of the stage over which the sparsity rises.
-        floor: fraction of each layer that always remains.
-    """
-
-    @property
-    def sparsity(self) -> float: ...
-    @property
-    def every(self) -> int: ...
-    @property
-    def end(self) -> float: ...
-    @property
-    def floor(self) -> float: ...
 
 
 def check_floor(floor: float, sparsity: float) -> None:
@@ -253,52 +231,3 @@ class MaskedAttachment(FrozenMaskedWeights):
             )
         for layer in self.masked.values():
             mask_of(layer).gradient = "masked"
-
-
-class DynamicMasks(MaskedAttachment):
-    """Global magnitude masks, renewed every few steps, in which masked weights can come back.
-
-    The sparsity rises along a cubic over the first part of the stage, and is constant afterwards.
-
-    Args:
-        model: the network.
-        layers: the layers by name; each has a mask (`insert_masks`).
-        method: sparsity, and how often it is updated.
-        steps: number of steps of the stage.
-        terms: losses that the method adds.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, Layer],
-        method: DynamicSparsity,
-        steps: int,
-        terms: Sequence[LossTerm] = (),
-    ) -> None:
-        super().__init__(model, layers, updates=steps // method.every, terms=terms)
-        self.method = method
-        self.steps = self.scheduled_steps = steps
-        self.ramp = max(1, round(method.end * steps))
-        self.start = self.sparsity
-
-    def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Update the masks every few steps until the end of the stage, and when the final sparsity is reached."""
-        super().after_step(step, optimizer)
-        done = step + 1
-        if done % self.method.every == 0 or done == self.ramp:
-            progress = min(1.0, done / self.ramp)
-            sparsity = interpolate("cubic", progress, self.start, self.method.sparsity)
-            self._update(sparsity, done, done // self.method.every)
-
-    def finish(self) -> None:
-        """Reach the exact sparsity, however few the steps were."""
-        if round(self.sparsity * self.total) != round(self.method.sparsity * self.total):
-            self._update(self.method.sparsity, self.steps, 0)
-        super().finish()
-
-    @torch.no_grad()
-    def _update(self, sparsity: float, done: int, number: int) -> None:
-        scores = {name: dense_weight(layer).detach().abs().flatten() for name, layer in self.masked.items()}
-        shapes = {name: dense_weight(layer).shape for name, layer in self.masked.items()}
-        self.set_masks(masks(scores, shapes, sparsity, "global", self.method.floor), done, number)

@@ -124,7 +124,7 @@ class Objective(nn.Module):
         model: the student.
         terms: the methods' losses.
         teacher: the network that the terms compare with; always in eval mode, without gradients.
-        label_weight: weight of the task's loss (the cross entropy on the labels); 0 ignores the targets.
+        label_weight: weight of the task's loss (the cross entropy with the labels); 0 ignores the targets.
         layers: pairs of paths, of the student and of the teacher, whose outputs the terms need.
         task: gives the loss for the targets; classification by default.
         autocast: data type in which the networks run (bfloat16), or None for the model's own.

@@ -48,7 +48,7 @@ def test_the_least_agreement_comes_first_with_values_in_words():
     found = compare_outputs(tasks.build("regression"), images, (), before, before, after)
     assert [each["index"] for each in found["examples"]] == [1, 2]
     assert found["examples"][0]["values"] == {"original": "2", "artifact": "1", "label": "2"}
-    assert not undocumented({"outputs": found}, "Of a run")
+    assert not undocumented({"outputs": found}, "evidence.json of a run")
     assert found["classes"] == []
 
 
@@ -58,7 +58,7 @@ def test_scores_by_class_are_none_where_a_class_does_not_occur():
         torch.tensor([values]).view(1, 2, 2) for values in ([0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1])
     )
     found = compare_outputs(tasks.build("segmentation"), images, ("a", "b", "c"), targets, before, after)
-    assert not undocumented({"outputs": found}, "Of a run")
+    assert not undocumented({"outputs": found}, "evidence.json of a run")
     assert [each["before"] for each in found["classes"]] == [100, 100, None]
     assert [each["after"] for each in found["classes"][:2]] == [50, 100 * 2 / 3]
     assert found["agreement"] == 75

@@ -86,8 +86,8 @@ def test_it_is_plain_values(evidence):
 
 
 def test_the_reference_page_has_every_key(evidence):
-    assert not undocumented(evidence, "Of a run")
-    assert undocumented({"layers": [{"name": "first", "colour": 1}]}, "Of a run") == {"layers[].colour"}
+    assert not undocumented(evidence, "evidence.json of a run")
+    assert undocumented({"layers": [{"name": "first", "colour": 1}]}, "evidence.json of a run") == {"layers[].colour"}
 
 
 def test_predictions_are_compared(evidence):

@@ -67,7 +67,8 @@ def collect_evidence(
         task: the task of the networks.
         predictions: `original` and `artifact` -> predictions for the test images, in the runtime.
         classes: names of the classes.
-        baseline: batch size -> `runtime` and `precision` of the baseline, as in `numbers.json`.
+        baseline: batch size -> `runtime` and `precision` of the baseline, as in `numbers.json`; nothing is profiled if
+            it is empty.
         progress: receives the progress.
 
     Returns:
@@ -95,7 +96,8 @@ def collect_evidence(
     networks = {"before": before, "after": model}
     attention = attention_maps(networks if teacher is None else {"teacher": source, **networks}, test, index)
     progress.advance()
-    profiles = _profiles(original, model, images, folder, next(arrays(test, target.input))[:1], target, baseline)
+    image = next(arrays(test, target.input))[:1]
+    profiles = _profiles(original, model, images, folder, image, target, baseline) if baseline else {}
     progress.advance()
     return {
         "observed_images": len(images),
