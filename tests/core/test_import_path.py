@@ -124,4 +124,4 @@ def test_a_wrong_value_for_a_class_of_the_user_is_one_message(here):
     expected = "'our_metric:Metric': Metric.classes: Input should be a valid integer, unable to parse string as an "
     with pytest.raises(InputError) as caught:
         call_with("our_metric:Metric", import_function("our_metric:Metric"), classes="four")
-    assert str(caught.value) == f"{expected}integer, given 'four'."
+    assert str(caught.value) == f"{expected}integer, got 'four'."

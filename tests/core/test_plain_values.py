@@ -115,7 +115,7 @@ def test_an_error_of_pydantic_in_one_line():
         TypeAdapter(dict[str, SoftTargets]).validate_python({"a": {"temperature": 0, "heat": 1}})
     title = of_values.value.title
     assert in_one_line(of_values.value) == (
-        f"{title}.a.temperature: Input should be greater than 0, given 0; {title}.a.heat: Unexpected keyword argument"
+        f"{title}.a.temperature: Input should be greater than 0, got 0; {title}.a.heat: Unexpected keyword argument"
     )
 
 

@@ -50,7 +50,7 @@ def test_an_error_of_pydantic_is_one_line():
         percentage(101)
     assert str(raised.value) == (
         f"the metric percentage failed in {__file__}, line {line} (return Percentage(value=value)): ValidationError: "
-        "Percentage.value: Input should be less than or equal to 100, given 101; Percentage.unit: Field required"
+        "Percentage.value: Input should be less than or equal to 100, got 101; Percentage.unit: Field required"
     )
 
 
