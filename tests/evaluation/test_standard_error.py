@@ -1,4 +1,4 @@
-"""Standard errors of the accuracy, and of its difference to the original."""
+"""Standard errors of the accuracy, and of its difference from the original."""
 
 import math
 

@@ -405,7 +405,7 @@ def test_the_accuracies_have_their_standard_errors(page):
     assert '<span class="against-original">−0.40 ± 0.35 points</span>' in row
     assert '<span class="against-baseline">−0.30 points</span>' in row, "that error is not known"
     assert (
-        "± is one standard error on 1,000 test images. The difference to the original (−0.40 ± 0.35 points, from the "
+        "± is one standard error on 1,000 test images. The difference from the original (−0.40 ± 0.35 points, from the "
         "same images) is less than two standard errors, so it may be chance."
     ) in text
     assert "± is" not in page(numbers_of())

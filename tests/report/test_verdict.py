@@ -280,7 +280,7 @@ def test_the_table_of_a_run_has_the_standard_error_of_each_accuracy():
     cells = [[*column.cells][place] for column in table.columns]
     assert cells == ["accuracy, %", "90.00 ± 0.95", "89.90 ± 0.95", "89.60 ± 0.95"]
     assert table.caption == (
-        "± is one standard error on 1,000 test images. The difference to the original (-0.40 ± 0.35 points, from the "
+        "± is one standard error on 1,000 test images. The difference from the original (-0.40 ± 0.35 points, from the "
         "same images) is less than two standard errors, so it may be chance."
     )
     table, _ = results_tables(Results.model_validate(with_errors(0.2)))

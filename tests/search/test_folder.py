@@ -192,7 +192,7 @@ def test_the_range_in_words(tmp_path):
     error = 100 * (0.9 * 0.1 / images) ** 0.5
     assert first == f"validation: {images} images, on which one standard error of the accuracy is {error:.2f} points"
     assert second.startswith(
-        "warning: the allowed drop of 0.1 points is smaller than this standard error. Use more validation images"
+        f"warning: the allowed drop of 0.1 points is smaller than one standard error ({error:.2f}). Use more validation"
     )
     assert lines[1] == "  onnxruntime float32: 90.00 %, 2.00 ms at batch 1, 256 ms at batch 128, 0.200 MB"
     assert lines[2].startswith(

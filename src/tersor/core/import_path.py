@@ -103,7 +103,7 @@ def call_with(path: str, function: Callable[..., Any], explanation: str = "", /,
     try:
         with user_code(f"'{path}'", function):
             return function(**accepted)
-    except ValidationError as error:  # of a class of the user; no line of the user's code has run
+    except ValidationError as error:  # of a user-defined class; no line of the user's code has run
         raise InputError(f"'{path}': {in_one_line(error)}.") from error
 
 

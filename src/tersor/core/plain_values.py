@@ -129,7 +129,7 @@ def raised(detail: Any, owner: str) -> str:
 
 
 def in_one_line(error: ValidationError) -> str:
-    """pydantic's message about a record of the user, without types and links: "Grow.rate: ..., got 3"."""
+    """pydantic's message about a user-defined record, without types and links: "Grow.rate: ..., got 3"."""
     parts: list[str] = []
     for detail in error.errors(include_url=False):
         location = ".".join(map(str, (error.title, *detail["loc"])))

@@ -16,7 +16,7 @@ def channel_values(name: str, given: object) -> Channels:
     """The numbers of a list, an array or a tensor, one for each channel.
 
     Args:
-        name: of the argument, "mean" or "std".
+        name: name of the argument, "mean" or "std".
         given: what the user passed.
 
     Raises:

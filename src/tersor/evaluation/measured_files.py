@@ -39,9 +39,9 @@ class MeasuredFiles:
 
     Attributes:
         candidates: by runtime, the name of the original file at the default precision.
-        predictions: of the test images, as `task.predictions` returns them.
+        predictions: predictions for the test images, as `task.predictions` returns them.
         timings: None if latency was not measured.
-        targets: of the test images.
+        targets: targets of the test images.
         example: one image in the input format of the files.
     """
 
@@ -109,7 +109,7 @@ class MeasuredFiles:
         return {str(size): asdict(self.timings.spread(name, size)) for size in BATCH_SIZES}
 
     def scores(self, name: str) -> dict[str, Any]:
-        """The score, with its standard error and that of its difference to the original if it is the accuracy."""
+        """The score, with its standard error and that of its difference from the original if it is the accuracy."""
         found = score(self.task, self.predictions[name], self.targets)
         right, original = (right_of(self.task, self.predictions[each], self.targets) for each in (name, "original"))
         if right is None:

@@ -128,7 +128,7 @@ class FileResults(Execution):
     score_error: float | None = None
     """One standard error of the score, in points; none for metrics other than the accuracy."""
     difference_error: float | None = None
-    """One standard error of the difference to the original, in points, from the same images; none for the original."""
+    """One standard error of the difference from the original, in points, on the same images; none for the original."""
     agreement: Percent
     """Predictions that equal those of the original file, in percent."""
     bytes: Count

@@ -57,7 +57,7 @@ def _error(after: FileResults) -> str:
 
 
 def scores_note(numbers: Results) -> str:
-    """What the standard errors of the table say about the difference to the original; empty without them."""
+    """What the standard errors of the table say about the difference from the original; empty without them."""
     error, difference = numbers.artifact.difference_error, numbers.artifact.score - numbers.original.score
     if error is None:
         return ""
@@ -67,7 +67,7 @@ def scores_note(numbers: Results) -> str:
         else "two standard errors or more, so it is unlikely to be chance"
     )
     return (
-        f"± is one standard error on {numbers.test_images:,} test images. The difference to the original "
+        f"± is one standard error on {numbers.test_images:,} test images. The difference from the original "
         f"({difference:+.2f} ± {error:.2f} points, from the same images) is {meaning}."
     )
 

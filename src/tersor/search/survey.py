@@ -195,7 +195,7 @@ def _validation(search: Search) -> list[str]:
     lines = [f"validation: {images} images, on which one standard error of the {metric} is {error:.2f} points"]
     if allowed is not None and allowed < error:
         lines.append(
-            f"warning: the allowed drop of {allowed:g} points is smaller than this standard error. "
+            f"warning: the allowed drop of {allowed:g} points is smaller than one standard error ({error:.2f}). "
             f"{more_images(tests_chose=bool(search.folder.state.seen))}"
         )
     return lines
