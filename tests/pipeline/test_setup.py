@@ -253,6 +253,25 @@ def test_labels_from_one_and_weights_of_as_many_classes_as_labels_are_explained(
             setup._build(given, data, 0, 3)
 
 
+def of_any_number(num_classes=2):
+    return network(num_classes)
+
+
+@pytest.mark.parametrize(
+    ("function", "classes", "told"), [("of_two", 2, True), ("of_two", None, False), ("of_any_number", 2, False)]
+)
+def test_a_number_of_classes_that_the_function_does_not_take_is_told(function, classes, told):
+    name = f"{__name__}:{function}"
+    given = {"name": name, "num_classes": classes}
+    _, lines = prepared(model=Network(**given), teacher=Teacher(**given, epochs=1))
+    expected = [
+        f"warning: num_classes: 2 of {whose} is not used, because '{name}' has no argument num_classes. Add the "
+        "argument, or remove num_classes."
+        for whose in ("the model", "the teacher")
+    ]
+    assert [line for line in lines if "num_classes" in line] == (expected if told else [])
+
+
 def test_a_doubtful_teacher_is_named(tmp_path):
     file = tmp_path / "w.safetensors"
     broken = network()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,6 +148,21 @@ def test_logits_of_different_shapes_are_refused():
             student=Given(PIXELS),
             teacher=Given(torch.zeros(2, 3, 8, 8)),
         )
+
+
+@pytest.mark.parametrize("method", [SoftTargets(), SoftTargets(standardize=True), DKD(), DIST()])
+@pytest.mark.parametrize("classes", [1, 5])
+def test_a_teacher_of_other_classes_is_refused_in_an_own_loop_without_data(method, classes):
+    student, teacher = nn.Linear(3, 10), nn.Linear(3, classes)
+    attached = method.attach(student, AttachContext(teacher=teacher, steps=1))
+    objective = Objective(attached.model, attached.terms, teacher, label_weight=attached.label_weight)
+    name = type(method).__module__.rpartition(".")[2]
+    expected = (
+        f"{name} compares logits of equal shape, but those of the student have the shape (4, 10) and those of the "
+        f"teacher (4, {classes}). Use networks with the same classes and the same output size, or fitnet, "
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}"):
+        objective((torch.randn(4, 3), torch.tensor([3, 1, 4, 1])))
 
 
 def test_the_check_draws_no_random_numbers():

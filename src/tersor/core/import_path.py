@@ -74,6 +74,17 @@ def import_function(path: str) -> Callable[..., Any]:
     return target
 
 
+def accepts(function: Callable[..., Any], argument: str) -> bool:
+    """Whether `call_with` passes `argument` to the function."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some functions written in C have no signature
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    by_name = argument in parameters and parameters[argument].kind in kinds
+    return by_name or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+
+
 def call_with(path: str, function: Callable[..., Any], explanation: str = "", /, **values: Any) -> Any:
     """Call `function` with those of the `values` that it accepts by name.
 
@@ -86,15 +97,11 @@ def call_with(path: str, function: Callable[..., Any], explanation: str = "", /,
     Raises:
         InputError: it requires other arguments, or raises an exception.
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some functions written in C have no signature
-        return function()
-    accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    by_name = {p.name for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
-    accepted = {name: value for name, value in values.items() if accepts_any or name in by_name}
+    accepted = {name: value for name, value in values.items() if accepts(function, name)}
     try:
         inspect.signature(function).bind(**accepted)
+    except ValueError:  # some functions written in C have no signature
+        return function()
     except TypeError as error:
         raise InputError(
             f"'{path}' cannot be called: {error}. Write a function that needs no argument"

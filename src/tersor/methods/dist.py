@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
-from tersor.training.class_logits import by_position, require_logits
+from tersor.training.class_logits import by_position, logits_of_both, require_logits
 from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
@@ -51,10 +51,10 @@ class CorrelationTerm(LossTerm):
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch; labels are not used."""
-        assert teacher is not None
         method = self.method
         probabilities = torch.sigmoid if student.context.task.independent_classes else partial(torch.softmax, dim=1)
-        ours, theirs = (probabilities(by_position(each.logits) / method.temperature) for each in (student, teacher))
+        logits = logits_of_both(student, teacher, self.name)
+        ours, theirs = (probabilities(by_position(each) / method.temperature) for each in logits)
         inter, intra = correlation_distance(ours, theirs), correlation_distance(ours.T, theirs.T)
         return method.temperature**2 * (method.beta * inter + method.gamma * intra)
 

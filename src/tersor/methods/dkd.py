@@ -29,7 +29,12 @@ from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.training.attachment import Attachment, without_loss
-from tersor.training.class_logits import require_class_targets, require_logits, rows_with_class
+from tersor.training.class_logits import (
+    logits_of_both,
+    require_class_targets,
+    require_logits,
+    rows_with_class,
+)
 from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.loss_warmup import WarmupAttachment, WarmupLossTerm
@@ -65,10 +70,10 @@ class DecoupledTerm(WarmupLossTerm):
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch."""
-        assert teacher is not None
         if batch.targets is None:
             raise InputError("dkd needs the target class of every image, and the images have no labels. Give labels.")
-        rows = rows_with_class(student.logits, teacher.logits, batch.targets, student.context.task)
+        logits = logits_of_both(student, teacher, self.name)
+        rows = rows_with_class(*logits, batch.targets, student.context.task)
         tckd, nckd = decoupled(*rows, self.method.temperature)
         return self.warmup * (self.method.alpha * tckd + self.method.beta * nckd)
 

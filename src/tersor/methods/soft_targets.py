@@ -33,7 +33,7 @@ from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
 from tersor.tasks import name_of
 from tersor.training.attachment import Attachment, without_loss
-from tersor.training.class_logits import distributions, require_logits
+from tersor.training.class_logits import distributions, logits_of_both, require_logits
 from tersor.training.context import AttachContext
 from tersor.training.layer_pairs import require_teacher
 from tersor.training.method import PLAIN_VALUES
@@ -67,9 +67,8 @@ class SoftTargetTerm(LossTerm):
 
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch; labels are not used."""
-        assert teacher is not None
         task = student.context.task
-        ours, theirs = distributions(student.logits, task), distributions(teacher.logits, task)
+        ours, theirs = (distributions(each, task) for each in logits_of_both(student, teacher, self.name))
         if self.standardize:
             ours, theirs = standardized(ours), standardized(theirs)
         return self.loss_weight * soft_target_loss(ours, theirs, self.temperature)

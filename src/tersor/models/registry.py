@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from tersor.core.errors import InputError, unknown
-from tersor.core.import_path import call_with, import_function, is_function_path
+from tersor.core.import_path import accepts, call_with, import_function, is_function_path
 from tersor.graph.plain_network import unwrapped
 from tersor.models.cifar_resnet import DEPTHS, CifarResNet
 from tersor.models.libraries import from_library, from_torchvision, is_of_library
@@ -58,6 +58,12 @@ def build(name: str, num_classes: int | None = None, *, channels: int = 3) -> nn
     if name not in known:
         raise unknown("model", name, known, "a function that returns the network")
     return from_torchvision(name, num_classes)
+
+
+def ignores_num_classes(name: str) -> bool:
+    """Whether it names a function of the user that has no argument `num_classes`."""
+    of_user = is_function_path(name) and not is_of_library(name)
+    return of_user and not accepts(import_function(name), "num_classes")
 
 
 def _from_function(path: str, options: dict[str, int]) -> nn.Module:

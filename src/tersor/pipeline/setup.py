@@ -88,6 +88,8 @@ def prepare(
         )
     network = plain_copy(network, "model" if model else recipe.model.name)
     teacher, of_teacher = _teacher(recipe, network, splits)
+    for whose, named in (("the model", None if model else recipe.model), ("the teacher", recipe.teacher)):
+        _say_unused_classes(whose, named, progress)
     splits, computed = _normalised(splits, recipe, (metadata, of_teacher), progress, own_mean=own_mean)
     experiment = Experiment(
         recipe,
@@ -157,6 +159,14 @@ def _say_what_the_data_lacks(splits: Splits, progress: ProgressReporter) -> None
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         progress.say(f"warning: {len(missing)} of {len(splits.classes)} classes have no training image: {shown}")
+
+
+def _say_unused_classes(whose: str, network: object, progress: ProgressReporter) -> None:
+    if isinstance(network, Network) and network.num_classes and models.ignores_num_classes(network.name):
+        progress.say(
+            f"warning: num_classes: {network.num_classes} of {whose} is not used, because '{network.name}' has no "
+            "argument num_classes. Add the argument, or remove num_classes."
+        )
 
 
 Built = tuple[nn.Module, dict[str, str]]

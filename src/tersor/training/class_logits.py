@@ -22,6 +22,7 @@ from tersor.tasks.calibration_batch import read_batch
 from tersor.tasks.network_outputs import described
 from tersor.tasks.task import Task
 from tersor.training.context import AttachContext
+from tersor.training.objective import Outputs
 
 _LAYER_METHODS = "fitnet, attention_transfer, factor_transfer, crd or reviewkd, which compare the outputs of layers"
 
@@ -88,12 +89,22 @@ def require_logits(context: AttachContext, method: str, instead: str = _LAYER_ME
         if logits is None or logits.ndim < 2:
             raise _no_logits(method, task, f" in the outputs of the {name} ({described(outputs)})", instead)
         shapes[name] = tuple(logits.shape)
-    for (one, shape), (other, of_other) in pairwise(shapes.items()):
-        if shape != of_other:
-            raise InputError(
-                f"{method} compares logits of equal shape, but those of the {one} have the shape {shape} and those of "
-                f"the {other} {of_other}. Use networks with the same classes and the same output size, or {instead}."
-            )
+    for one, other in pairwise(shapes.items()):
+        _require_equal(method, one, other, instead)
+
+
+def logits_of_both(student: Outputs, teacher: Outputs | None, method: str) -> tuple[Tensor, Tensor]:
+    """The logits (N, classes, ...) of student and teacher, which a loss compares.
+
+    In the user's own loop `require_logits` may have had no data to check them.
+
+    Raises:
+        InputError: their shapes differ.
+    """
+    assert teacher is not None
+    ours, theirs = student.logits, teacher.logits
+    _require_equal(method, ("student", tuple(ours.shape)), ("teacher", tuple(theirs.shape)))
+    return ours, theirs
 
 
 def require_class_targets(context: AttachContext, method: str) -> None:
@@ -121,6 +132,17 @@ def _first_batch(context: AttachContext) -> Any:
         return None
     with torch.random.fork_rng(devices=[]):  # a loader draws a seed
         return next(iter(data.ahead() if isinstance(data, OnePass) else data), None)
+
+
+def _require_equal(
+    method: str, one: tuple[str, tuple[int, ...]], other: tuple[str, tuple[int, ...]], instead: str = _LAYER_METHODS
+) -> None:
+    """Compare the logits' shapes of two networks, each with its name."""
+    if one[1] != other[1]:
+        raise InputError(
+            f"{method} compares logits of equal shape, but those of the {one[0]} have the shape {one[1]} and those of "
+            f"the {other[0]} {other[1]}. Use networks with the same classes and the same output size, or {instead}."
+        )
 
 
 def _no_logits(method: str, task: Task, where: str, instead: str) -> InputError:
