@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Annotated
 
 import pytest
-from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from tersor import methods, tasks
 from tersor.core.errors import InputError
@@ -108,6 +109,19 @@ class Rate:
 def test_an_exception_of_a_check_of_the_user_is_its_text(rate, message):
     with pytest.raises(InputError, match=f"^{message}"):
         Rate(rate=rate)
+
+
+def test_a_class_inside_a_function_may_use_the_names_there():
+    """With `from __future__ import annotations`, as here, an annotation is text."""
+    Share = Annotated[float, Field(lt=1)]  # noqa: N806
+
+    @plain_dataclass(frozen=True)
+    class Local:
+        share: Share = 0.5
+
+    assert Local(0.25).share == 0.25
+    with pytest.raises(InputError, match=r"^share is 2\. Possible: below 1\.$"):
+        Local(2)
 
 
 def test_an_error_of_pydantic_in_one_line():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast, dataclass_transform, get_args
 
@@ -65,6 +66,10 @@ def plain_dataclass(*, frozen: bool = False, config: ConfigDict | None = None) -
 
     def decorate(cls: _Class) -> _Class:
         made: Any = pydantic.dataclasses.dataclass(frozen=frozen, config=config)(cls)
+        caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # pydantic would look for names in this function
+        if not made.__pydantic_complete__:
+            names = {**caller.f_globals, **caller.f_locals}
+            pydantic.dataclasses.rebuild_dataclass(made, raise_errors=False, _types_namespace=names)
         validated = made.__init__
 
         @functools.wraps(validated)
