@@ -113,7 +113,7 @@ def prune(
         scope: `layer` removes the same fraction in every layer, `global` compares all layers (best with `obs`).
         branches: number of residual branches to remove first, those with the smallest effect on the outputs.
         round_to: keep a multiple of this many channels.
-        runtime: the runtime that measures latency.
+        runtime: the runtime in which latency is measured.
         task: the task of the network, such as "segmentation", for `taylor`; classification by default.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
@@ -278,7 +278,8 @@ def compare(
         percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
         `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original;
         `difference_error`, one standard error of it in points (None unless the metric is the accuracy); and `speedup`
-        over the original by batch size: `value`, the 95 % interval `low` to `high`, `n` rounds in `groups`.
+        over the original by batch size: `value`, the 95 % interval `low` to `high`, the number of rounds `n`, and the
+        number of their groups, `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.

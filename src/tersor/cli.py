@@ -194,7 +194,10 @@ def methods(
             exempt += [f"{each}, test '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
         show(console, table)
         console.print(
-            "Some methods are exempt from a test that all others have to pass:", *exempt, sep="\n  ", soft_wrap=True
+            "With strength 0, a method must not change the training (test 'off'). Exempt from this or another test:",
+            *exempt,
+            sep="\n  ",
+            soft_wrap=True,
         )
         return
     cls = registry.get(name)

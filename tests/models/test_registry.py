@@ -129,5 +129,5 @@ def test_what_is_no_network_of_transformers_is_explained(library, name, said):
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match="names a network of timm, which is not installed"):
+    with pytest.raises(InputError, match="is for networks of timm, which is not installed"):
         from_library("timm:resnet10t")

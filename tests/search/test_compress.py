@@ -355,7 +355,7 @@ def test_a_search_that_starts_again_with_other_arguments_prints_them(few, tmp_pa
             tersor.compress(small(), few, seed=seed, out=tmp_path / "out", progress=progress)
     (line,) = progress.lines
     assert line.endswith(
-        "out holds an interrupted search that measured nothing, with seed '0', but '1' is given. "
+        "out holds an interrupted search with seed '0', but '1' is given. It had measured nothing, so the "
         "The search starts from scratch."
     )
 

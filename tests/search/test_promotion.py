@@ -219,7 +219,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             f"{error:.2f}) instead of 2.00."
         ),
         f"Larger drop: {first.point.description} meets the other limits and loses 2.00 points.",
-        "Another runtime: in openvino the original takes 0.75 of its time in onnxruntime.",
+        "Another runtime: the latency of the original in openvino is 0.75 times its latency in onnxruntime.",
     ]
     # the original does not meet the latency; the candidate with the best prospects is named
     lines = finish.advice(search, search.original)

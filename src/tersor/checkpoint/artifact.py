@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 
 _LARGEST_MANIFEST = 2**22
+_AGAIN = "Copy the folder again, or write it again."
 _LONGEST_NAME = 200
 _SHOWN = 10
 """Most folders that a message lists."""
@@ -237,10 +238,10 @@ def _read_manifest(folder: Path) -> _Manifest:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}.") from error
     except ValidationError as error:
-        raise InputError(f"{file} is damaged: {error.errors()[0]['msg']}.") from error
+        raise InputError(f"{file} is damaged: {error.errors()[0]['msg']}. {_AGAIN}") from error
     for name in manifest.files:
         if not _lies_in(folder, name):
-            raise InputError(f"{file} is damaged: it lists {name[:60]!r}, a path outside the folder.")
+            raise InputError(f"{file} is damaged: it lists {name[:60]!r}, a path outside the folder. {_AGAIN}")
     return manifest
 
 

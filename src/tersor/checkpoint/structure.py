@@ -89,7 +89,7 @@ class _OnGrid(_Strict):
     @model_validator(mode="after")
     def _in_order(self) -> _OnGrid:
         if self.grid[0] >= self.grid[1]:
-            raise ValueError(f"a grid from {self.grid[0]} to {self.grid[1]}")
+            raise ValueError(f"the grid starts at {self.grid[0]} but ends at {self.grid[1]}")
         if (self.averaging is not None) + self.tracks_weight + (self.learned_step is not None) > 1:
             raise ValueError("a grid may have only one of averaging, tracks_weight and learned_step")
         return self
@@ -134,7 +134,7 @@ class _Plan(_Strict):
         if self.inputs is None and (self.cuts or self.edges):
             raise ValueError("removed channels and quantized activations need a captured network")
         if sum(math.prod(each.shape) for each in self.inputs or ()) > _LARGEST_IMAGE:
-            raise ValueError("an image that is too large")
+            raise ValueError("the input shapes are too large")
         return self
 
 
@@ -181,11 +181,11 @@ def rebuild(fresh: nn.Module, found: Any) -> nn.Module:
         # as JSON: there, strict pydantic takes a list for a tuple
         plan = _Plan.model_validate_json(json.dumps(found))
     except RecursionError:
-        raise InputError("structure.json is damaged: it is nested too deeply.") from None
+        raise InputError("structure.json is damaged: it is nested too deeply. Save the network again.") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise InputError(f"structure.json is damaged: {place[:100]}: {first['msg']}.") from None
+        raise InputError(f"structure.json is damaged: {place[:100]}: {first['msg']}. Save the network again.") from None
     try:
         return _built(fresh, plan)
     except _STRANGE as error:

@@ -43,7 +43,7 @@ def enough_memory(remedy: str) -> Generator[None]:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or ["MemoryError"])[0][:200]
-        raise InputError(f"there is not enough memory: {reason} {remedy}") from error
+        raise InputError(f"there is not enough memory ({reason.rstrip('.')}). {remedy}") from error
 
 
 def smaller_batch(batch_size: int, accumulate: int) -> str:

@@ -142,7 +142,10 @@ def _from_torchvision(name: str, root: Path | None, form: ImageFormat) -> Splits
 
 def _how_to_get(name: str, root: Path) -> str:
     if name == "ImageNet":
-        return "Put ILSVRC2012_devkit_t12.tar.gz, _img_train.tar and _img_val.tar there; the download needs an account."
+        return (
+            "Put ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there; the download "
+            "needs an account."
+        )
     calls = (
         f"{name}({str(root)!r}, {', '.join(f'{key}={value!r}' for key, value in options.items())}, download=True)"
         for options in TORCHVISION[name]

@@ -102,9 +102,9 @@ def _compare(
         raise InputError(
             f"{finding}. This is more than rounding can explain, so the file is discarded. "
             + (
-                "Use another runtime, or keep the faulty layers in float (`exclude`)."
+                "Use another runtime, or keep layers in float with `exclude` of the quantization method."
                 if several
-                else "On several images they agree. Write a forward method that does not depend on their number."
+                else "On several images the outputs agree. Write a forward method that does not depend on the number of images."
             )
         )
     if several:

@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import Field
 from torch import nn
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import first_batch
 from tersor.data.network_inputs import NetworkInput
@@ -234,5 +234,5 @@ class MixedPrecisionAttachment(Attachment):
     def _note(self) -> str:
         metrics = self.metrics
         layers = Counter(metrics["bits"].values())
-        counted = ", ".join(f"{bits} for {layers[bits]}" for bits in sorted(layers))
-        return f"weight bits: {counted} layers, {metrics['average_bits']:.2f} on average"
+        widths = ", ".join(f"{bits} bits in {counted(layers[bits], 'layer')}" for bits in sorted(layers))
+        return f"weight bits: {widths}; {metrics['average_bits']:.2f} on average"

@@ -96,7 +96,7 @@ def _imported(module: str, prefix: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            f"{prefix}: names a network of {module}, which is not installed: pip install {module}."
+            f"'{prefix}:' is for networks of {module}, which is not installed. Run: pip install {module}"
         ) from error
 
 

@@ -97,8 +97,8 @@ def compress(
         mean: mean of each channel in [0, 1]; by default from the weights file, else computed from the training images.
         std: standard deviation of each channel in [0, 1].
         image_size: height and width in pixels, or one number for both.
-        validation: fraction of the training images to hold out for all choices; by default a tenth, or a quarter of
-            fewer than 2,000 images. Not used if the data has validation images.
+        validation: fraction of the training images to hold out, on which candidates are compared; by default 0.1, or
+            0.25 with fewer than 2,000 training images. Not used if the data has validation images.
         storage: SQLAlchemy URL of the trials; `study.db` in the folder by default.
         workers: number of Ray processes that train candidates at the same time; without it, this process trains them.
         ray_address: address of a Ray cluster for the workers; by default they run on this machine. Paths in the
@@ -143,8 +143,8 @@ def compress(
         return Result(out, read_front(out))
     if folder.changed:
         progress.say(
-            f"{out} holds an interrupted search that measured nothing, {'; '.join(folder.changed)}. The search starts "
-            "from scratch."
+            f"{out} holds an interrupted search {'; '.join(folder.changed)}. It had measured nothing, so the search "
+            "starts from scratch."
         )
     clock = Clock(minutes, folder.state.used + now() - begun, now)
     with enough_memory(_MEMORY), writable(out), folder.held():

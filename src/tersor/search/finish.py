@@ -233,7 +233,7 @@ def _another_runtime(search: Search) -> list[str]:
         point for point in baselines if point.runtime != search.runtime and point.mean_ms < here.mean_ms
     ]
     return [
-        f"Another runtime: in {point.runtime} the original takes {point.mean_ms / here.mean_ms:.2f} of its time in "
-        f"{search.runtime}."
+        f"Another runtime: the latency of the original in {point.runtime} is {point.mean_ms / here.mean_ms:.2f} times "
+        f"its latency in {search.runtime}."
         for point in faster
     ]

@@ -36,7 +36,7 @@ class Embedding(Task):
         return float(torch.cat(found).mean())
 
     def agreement(self, predictions: Any, reference: Any) -> Tensor:
-        """The cosine similarity of each image (N,); 0 for opposite directions."""
+        """The cosine similarity of each image (N,); negative values are set to 0."""
         first, second = (_vectors(each).cpu().double() for each in (predictions, reference))
         return F.cosine_similarity(first, second, dim=1).clamp(min=0)
 

@@ -54,8 +54,8 @@ def restoring(checkpoint: str | None) -> Generator[None]:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"the checkpoint {checkpoint} does not belong to this run: {str(error)[:300]}. Remove its folder and start "
-            "again."
+            f"the checkpoint {checkpoint} does not belong to this run: {str(error)[:300]}. Remove the folder of "
+            "the checkpoints and start the run again, without --resume."
         ) from error
 
 

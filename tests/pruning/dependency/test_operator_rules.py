@@ -114,7 +114,7 @@ FROZEN = {
     "maximum of all": (lambda x: x.sum() + x[:, :0].flatten(1), "reduces over all of them"),
     "softmax": (lambda x: x.softmax(1), "combines them"),
     "cumulative sum": (lambda x: x.cumsum(1), "combines them"),
-    "every second": (lambda x: x[:, 1::2], "selects every 2th of them"),
+    "every second": (lambda x: x[:, 1::2], "slices them with a step of 2"),
     "one": (lambda x: x[:, 3], "selects one of them by its index"),
     "by index": (lambda x: x[:, [1, 3]], "no rule"),
     "unbound": (lambda x: x.unbind(1)[0] - x.unbind(1)[1], "unbinds them"),

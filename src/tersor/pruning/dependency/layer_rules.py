@@ -49,7 +49,11 @@ def _couple_groups(
 ) -> Ids | None:
     """Whole groups are removed where there are many; else the same channels of every group."""
     if read is None or written is None:
-        propagation.sets.couple(read, written, f"{name} is a grouped layer, and its other channels cannot be removed")
+        propagation.sets.couple(
+            read,
+            written,
+            f"{name} is a grouped layer, whose input and output channels are removed together; one side cannot be",
+        )
         return None
     sides = [read.reshape(groups, -1), written.reshape(groups, -1)]
     if groups >= sides[0].shape[1] or groups >= sides[1].shape[1]:

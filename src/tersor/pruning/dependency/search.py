@@ -63,7 +63,7 @@ class GroupSearch:
         pruned = _pruned_copy(check.graph, [each for half in slices.values() for each in half])
         if pruned is None:
             failed = [each for each in last if _pruned_copy(check.graph, slices[id(each)]) is None]
-            return failed or last, "some tensor that holds them cannot be shortened"
+            return failed or last, "a tensor with these channels cannot be sliced"
         difference = check.first_difference(pruned, self.example)
         if difference is None:
             return None

@@ -23,7 +23,7 @@ def take_slice(propagation: ChannelPropagation, call: Call) -> TrackedShape:
     ids, step = list(tensor.ids), call.argument(4, "step", 1)
     channels = ids[axis]
     if channels is not None and step != 1:
-        propagation.sets.freeze(channels, f"{call.node.name} selects every {step}th of them")
+        propagation.sets.freeze(channels, f"{call.node.name} slices them with a step of {step}")
         ids[axis] = None
     elif channels is not None:
         start, stop, _ = slice(call.argument(2, "start"), call.argument(3, "end")).indices(len(channels))
