@@ -356,7 +356,7 @@ def test_a_search_that_starts_again_with_other_arguments_prints_them(few, tmp_pa
     (line,) = progress.lines
     assert line.endswith(
         "out holds an interrupted search with seed '0', but '1' is given. It had measured nothing, so the "
-        "The search starts from scratch."
+        "search starts from scratch."
     )
 
 

@@ -235,7 +235,8 @@ def _disagreement(results: Results, model: nn.Module) -> str:
         for quantizer in (*map(laid.of_activation, laid.activations), *map(laid.of_weight, laid.layers))
     )
     if not coarse:
-        return f"{told}. Do not deploy model.onnx. Use another runtime (target.runtime), or keep layers in float with `exclude`."
+        remedy = "Use another runtime (target.runtime), or keep layers in float with `exclude`."
+        return f"{told}. Do not deploy model.onnx. {remedy}"
     return (
         f"{told}. With few bits, rounding a bias to int32 can shift activations of its layer and of the following "
         f"layers by a whole quantization step. Use the {results.metric.name} measured in the runtime."
