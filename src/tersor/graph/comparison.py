@@ -84,8 +84,8 @@ def require_same(after: nn.Module, expected: list[Tensor], images: NetworkInput)
         raise InputError(
             f"the captured graph of {kind} is not equivalent to {kind}: on a batch of {len(images)} images, the "
             f"outputs differ by {found:.2g} of their largest value; {TOLERANCE:g} is allowed. The forward method must "
-            "depend only on its input: no random numbers in eval mode, no counters, no Python attributes that change, no branch on the "
-            "batch size."
+            "depend only on its input: no random numbers in eval mode, no counters, no Python attributes that change, "
+            "no branch on the batch size."
         )
 
 
