@@ -31,6 +31,22 @@ def test_a_function_is_named_by_its_file_too(here):
     assert import_function("nets_d/our_nets_d.py:build")() == 3
 
 
+def test_a_file_may_be_in_another_folder(here, monkeypatch):
+    for folder in ("nets_e", "work"):
+        (here / folder).mkdir()
+    (here / "nets_e" / "our_sizes_e.py").write_text("SIZE = 7\n")
+    (here / "nets_e" / "our_nets_e.py").write_text("import our_sizes_e\ndef build():\n    return our_sizes_e.SIZE\n")
+    (here / "work" / "our_nets_e.py").write_text("def build():\n    raise AssertionError\n")
+    monkeypatch.chdir(here / "work")
+    assert import_function("../nets_e/our_nets_e.py:build")() == 7
+    assert import_function(f"{here}/nets_e/our_nets_e.py:build")() == 7
+    with pytest.raises(InputError, match=r"'our_nets_e' is already the name of .*nets_e/our_nets_e\.py\. Rename our_n"):
+        import_function(f"{here}/work/our_nets_e.py:build")
+    (here / "nets_e" / "our.nets.py").write_text("def build(): ...")
+    with pytest.raises(InputError, match=r"'our\.nets' cannot be the name of a Python module\. Rename it\."):
+        import_function("../nets_e/our.nets.py:build")
+
+
 def test_a_file_here_never_stands_in_for_an_installed_package(here):
     (here / "safetensors.py").write_text("def save():\n    raise AssertionError\n")
     assert not str(sys.modules.get("safetensors", "")).startswith(str(here))
@@ -45,7 +61,7 @@ def test_a_file_here_never_stands_in_for_an_installed_package(here):
         ("no_such_module_anywhere:build", "no module 'no_such_module_anywhere'"),
         ("json.nothing:loads", "no module 'json.nothing'"),
         ("no_such_file_anywhere.py:build", "no file 'no_such_file_anywhere.py' in"),
-        ("../other/net.py:build", "the path of a file relative to the current folder"),
+        ("../other/no_such_net.py:build", "there is no file 'no_such_net.py' in"),
         ("json:laods", "Did you mean 'loads'?"),
         ("json:decoder", "of type module"),
     ],

@@ -23,9 +23,18 @@ def is_function_path(name: str) -> bool:
 
 
 def module_and_name(path: str) -> tuple[str, str]:
-    """`package.module` and `function` of `package.module:function`, or of `package/module.py:function`."""
+    """`package.module` and `function` of `package.module:function`, or of `package/module.py:function`.
+
+    A file outside the current folder is a module without a package.
+    """
     module, _, name = path.partition(":")
+    if _is_elsewhere(file := Path(module)):
+        return file.stem, name
     return (module.removesuffix(".py").replace("/", ".") if module.endswith(".py") else module), name
+
+
+def _is_elsewhere(file: Path) -> bool:
+    return file.suffix == ".py" and (file.is_absolute() or ".." in file.parts)
 
 
 def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
@@ -59,7 +68,7 @@ def import_function(path: str) -> Callable[..., Any]:
     if not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
         raise InputError(
             f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or "
-            "the path of a file relative to the current folder, as in 'my_models.py:build'."
+            "the path of a Python file, as in 'my_models.py:build'."
         )
     target: Any = import_module(module_name, path)
     where = getattr(target, "__file__", None) or "a folder"
@@ -115,25 +124,37 @@ def call_with(path: str, function: Callable[..., Any], explanation: str = "", /,
 
 
 def import_module(name: str, path: str) -> ModuleType:
-    """Import the module `name` of `path`, from where Python finds it or from the current folder.
+    """Import the module `name` of `path`, from where Python finds it, from the current folder or from the file's.
 
     Raises:
         InputError: there is no such module, or it raises an exception.
     """
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
+    file = Path(path.partition(":")[0])
+    elsewhere = _is_elsewhere(file)
+    here = str(file.resolve().parent if elsewhere else Path.cwd())
+    if here not in sys.path and (elsewhere or "" not in sys.path):
         sys.path.append(here)  # last, so that a file here never shadows an installed package
     importlib.invalidate_caches()
+    module = _imported(name, path, here, file)
+    if elsewhere and Path(module.__file__ or "").resolve() != file.resolve():
+        found = module.__file__ or "a module of Python"
+        raise InputError(f"'{path}': '{name}' is already the name of {found}. Rename {file.name}.")
+    return module
+
+
+def _imported(name: str, path: str, here: str, file: Path) -> ModuleType:
     try:
         with user_code(f"'{path}': importing '{name}'", name):
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise InputError(f"'{path}': importing '{name}' failed: {error}.") from error
-        file, _, function = path.partition(":")
-        if file.endswith(".py"):
-            raise InputError(f"'{path}': there is no file '{file}' in {here}.") from error
-        as_file = f"{name.replace('.', '/')}.py:{function}"
+        if file.is_file():
+            raise InputError(f"'{path}': '{file.stem}' cannot be the name of a Python module. Rename it.") from error
+        if file.suffix == ".py":
+            missing = file.name if _is_elsewhere(file) else file
+            raise InputError(f"'{path}': there is no file '{missing}' in {here}.") from error
+        as_file = f"{name.replace('.', '/')}.py:{path.partition(':')[2]}"
         raise InputError(
             f"'{path}': there is no module '{error.name}', neither installed nor in {here}. You can also write the "
             f"path of a file relative to this folder, as in '{as_file}' or 'folder/{as_file}'."
