@@ -17,6 +17,7 @@ from recorded_progress import RecordedProgress
 from tersor.checkpoint.artifact import read_artifact, write_folder
 from tersor.core.errors import InputError
 from tersor.core.progress import NullProgress
+from tersor.data import loading
 from tersor.deploy.onnx import export
 from tersor.pipeline.artifact_settings import ImageOptions
 from tersor.pipeline.evaluate import evaluate
@@ -272,14 +273,17 @@ def test_numbers_of_another_shape_are_told(images, tmp_path, numbers):
         evaluate(folder, str(images), None, progress=NullProgress())
 
 
-def test_a_folder_without_a_test_set_is_said_to_be_split(images, tmp_path):
+@pytest.mark.parametrize("memory", [2**31, 0])
+def test_all_images_of_a_folder_without_a_test_set_are_used(images, tmp_path, monkeypatch, memory):
     export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
     progress = RecordedProgress()
-    assert evaluate(tmp_path / "model.onnx", str(images / "test"), None, progress=progress).images == 2
-    assert (
-        "the data has no test set of its own: 2 images, a fifth of each class, are used as the test set"
-        in progress.lines
-    )
+    monkeypatch.setattr(loading, "MEMORY", memory)
+    given = ImageOptions(mean=[0.5] * 3, std=[0.25] * 3)
+    found = evaluate(tmp_path / "model.onnx", str(images / "test"), None, options=given, progress=progress)
+    count = len(list((images / "test").rglob("*.png")))
+    assert found.images == count == 6
+    assert found == evaluate(tmp_path / "model.onnx", str(images), None, options=given, progress=NullProgress())
+    assert f"the data has no test set of its own: all {count} images are used" in progress.lines
     progress = RecordedProgress()
     evaluate(tmp_path / "model.onnx", str(images), None, progress=progress)
     assert not any("no test set" in line for line in progress.lines)

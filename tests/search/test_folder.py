@@ -15,11 +15,12 @@ from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, RECIPE, SearchFolder, read_front
 from tersor.search.plan import Clock
+from tersor.search.range_description import describe_range
 from tersor.search.rung_training import seconds_to_train
 from tersor.search.search_context import TimeBar
 from tersor.search.space import Space
 from tersor.search.state import Rung
-from tersor.search.survey import describe_range, feasible_range, space_of, survey
+from tersor.search.survey import feasible_range, space_of, survey
 
 
 def test_the_state_is_read_again_and_belongs_to_its_arguments(tmp_path):
@@ -210,6 +211,16 @@ def test_the_range_in_words(tmp_path):
     lines = describe_range(search)
     assert lines[4] == "budget: 0.5 MB; goal: the most accurate network within it"
     assert not any(line.startswith("warning") for line in lines)
+
+
+def test_a_busy_machine_is_said(tmp_path):
+    search = searching(tmp_path / "out")
+    baselines = search.folder.state.baselines
+    for error, said in ((0.15, False), (0.59, True)):
+        baselines[1] = baselines[1].model_copy(update={"latency_error": {1: error, 128: 0.01}})
+        lines = [line for line in describe_range(search) if line.startswith("warning: latencies are uncertain")]
+        assert bool(lines) == said
+    assert "uncertain by up to 59 %, probably because other processes use the processor." in lines[0]
 
 
 def test_the_original_has_seen_images_on_which_it_is_much_better(tmp_path):

@@ -225,6 +225,9 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     lines = finish.advice(search, search.original)
     assert lines[0].startswith(f"More time: in 30 minutes {first.point.description} is expected to lose about")
     assert lines[1].startswith("Larger drop: ")
+    worse = first.point.model_copy(update={"validation": 87.4})
+    search.points = [search.original, worse]
+    assert not any("Larger drop" in line for line in finish.advice(search, search.original)), "over 5 times 0.5 points"
     slow = first.point.model_copy(update={"latency_ms": {1: 3.0, 128: 384.0}})
     search.points = [search.original, slow]
     assert not any("Larger drop" in line for line in finish.advice(search, search.original)), "it is slower"

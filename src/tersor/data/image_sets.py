@@ -18,7 +18,6 @@ from tersor.data.mean_and_std import Channels, channel_values
 
 CHUNK = 1024
 """Images decoded at once when a whole set is decoded: enough for the threads, few enough for the memory."""
-
 THREADS = min(16, os.cpu_count() or 1)
 
 
@@ -245,6 +244,10 @@ class View:
     def targets_at(self, index: Tensor) -> Any:
         """Return the targets at `index` (B,)."""
         return self._images.targets_at(self._index[index])
+
+    def joined(self, other: View) -> View:
+        """Both selections, of the same set, as one."""
+        return View(self._images, torch.cat([self._index, other._index]))
 
 
 @dataclass(frozen=True)

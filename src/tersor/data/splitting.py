@@ -50,6 +50,15 @@ def drawn_test_set(splits: Splits) -> str | None:
     return f"the data has no test set of its own: {len(splits.test)} images, a fifth of {of}, are used as the test set"
 
 
+def undivided(splits: Splits) -> Images:
+    """All images of data without a test set of its own and without validation images."""
+    if isinstance(splits.train, View) and isinstance(splits.test, View):
+        return splits.train.joined(splits.test)
+    both = joined(splits.train, splits.test)
+    assert both is not None
+    return both
+
+
 def with_validation(splits: Splits, share: float, seed: int) -> Splits:
     """Hold out this share of the training images, unless there are validation images.
 

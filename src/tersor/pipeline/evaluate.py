@@ -137,10 +137,10 @@ def _test_images(
 ) -> tuple[Batches, str]:
     """The test images, read as the file takes them, and the kind of its input: "normalized" or "uint8"."""
     from tersor.data import Batches, load
-    from tersor.data.splitting import drawn_test_set
+    from tersor.data.splitting import drawn_test_set, undivided
     from tersor.evaluation.scoring import images_at_once
 
-    source = data_source(artifact, data)
+    source: dict[str, Any] = data_source(artifact, data) | {"targets": "boxes" if task.boxes else "masks"}
     how = {key: told[key] for key in ("mean", "std") if key in told}
     how |= {key: value for key, value in asdict(options).items() if value is not None and key not in how}
     channels = len(how["mean"]) if told.get("mean") else session.input_shape[1]
@@ -150,8 +150,12 @@ def _test_images(
     if data is not None and "image_size" not in how and len(size) == 2 and all(size):
         how["image_size"] = size
         progress.say(f"images of another size are resized to {size[0]} x {size[1]}, the input size of the file")
-    splits = load(**source | how, targets="boxes" if task.boxes else "masks")
+    splits = load(**source | how)
+    images = splits.test
     if drawn := drawn_test_set(splits):
+        if data is not None:
+            images = undivided(load(**source | how, validation=0.0))
+            drawn = f"the data has no test set of its own: all {len(images)} images are used"
         progress.say(drawn)
     refuse_other_classes(class_names(artifact.model), splits.classes)
     assert splits.mean is not None
@@ -161,5 +165,5 @@ def _test_images(
         origin = "from the artifact" if told.get("mean") else "given" if options.mean else _COMPUTED
         doubt = "warning: " * (origin == _COMPUTED)
         progress.say(doubt + normalization_line(splits.mean, splits.std, origin))
-    at_once = images_at_once(task, splits.test.size)
-    return Batches(splits.test, at_once, mean=splits.mean, std=splits.std), kind
+    at_once = images_at_once(task, images.size)
+    return Batches(images, at_once, mean=splits.mean, std=splits.std), kind

@@ -29,6 +29,14 @@ _WRITE_MEAN = (
 )
 
 
+def _random_weights(experiment: Experiment) -> str:
+    """A line about a network without weights: a warning unless a stage trains it."""
+    line = f"{experiment.recipe.model.name} has random weights, because model.weights is missing"
+    if any(experiment.steps_of(stage) for stage in experiment.recipe.stages):
+        return f"{line}; it is trained from scratch"
+    return f"warning: {line}, and no stage trains it. Write model.weights: all results are those of random weights."
+
+
 def check_networks(experiment: Experiment, progress: ProgressReporter, *, mean_is_computed: bool) -> None:
     """Check the model and the teacher, and report doubts about their accuracy and about the normalization.
 
@@ -40,8 +48,7 @@ def check_networks(experiment: Experiment, progress: ProgressReporter, *, mean_i
     Raises:
         InputError: one cannot be used with the images or for the task, or the computed mean and std are wrong.
     """
-    recipe, teacher, data = experiment.recipe, experiment.teacher, experiment.data
-    name = recipe.model.name
+    recipe, teacher, name = experiment.recipe, experiment.teacher, experiment.recipe.model.name
     refuse_without_weights(experiment.model, name)
     _check_outputs(experiment, experiment.model, name)
     if teacher is not None and recipe.teacher != "original":
@@ -56,8 +63,16 @@ def check_networks(experiment: Experiment, progress: ProgressReporter, *, mean_i
             "has no weights. Write model.weights."
         )
     _check_teacher(recipe)
-    if not isinstance(experiment.task, Classification):
-        return
+    if not experiment.model_is_trained:
+        progress.say(_random_weights(experiment))
+    if isinstance(experiment.task, Classification):
+        for doubt in _doubts(experiment, mean_is_computed=mean_is_computed):
+            progress.say(f"warning: {doubt}")
+
+
+def _doubts(experiment: Experiment, *, mean_is_computed: bool) -> list[str]:
+    """Doubts about the accuracy of classifiers and about the normalization."""
+    recipe, teacher, data, name = experiment.recipe, experiment.teacher, experiment.data, experiment.recipe.model.name
     few = experiment.batches(few_of(experiment, TEACHER_IMAGES), EVALUATION_BATCH)
     doubts = list[str]()
     if teacher is not None and experiment.teacher_is_trained:
@@ -69,8 +84,7 @@ def check_networks(experiment: Experiment, progress: ProgressReporter, *, mean_i
         if doubt and mean_is_computed:
             raise InputError(f"{doubt} {_WRITE_MEAN}")
         doubts.append(doubt)
-    for doubt in filter(None, doubts):
-        progress.say(f"warning: {doubt}")
+    return [doubt for doubt in doubts if doubt]
 
 
 def few_of(experiment: Experiment, images: int) -> View:

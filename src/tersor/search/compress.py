@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.core.progress import ProgressReporter, WarningProgress
 from tersor.core.resources import enough_memory, writable
 from tersor.core.target import Runtime
@@ -27,13 +27,14 @@ from tersor.search.front_page import write_front_page
 from tersor.search.halving import halve
 from tersor.search.plan import Clock
 from tersor.search.point_evidence import write_evidence
+from tersor.search.range_description import describe_range
 from tersor.search.request import Request, experiment_of
 from tersor.search.rest_of_time import train_and_survey
 from tersor.search.result import Result
 from tersor.search.search_context import Search, TimeBar
 from tersor.search.space import family
 from tersor.search.study import Study
-from tersor.search.survey import describe_range, feasible_range, space_of, survey
+from tersor.search.survey import feasible_range, space_of, survey
 from tersor.search.tested_points import run_on_test_images
 from tersor.search.verdict_line import saturation
 from tersor.search.workbench import Workbench
@@ -155,7 +156,13 @@ def compress(
 def _listed(name: str, given: object, kind: str) -> tuple[Any, ...]:
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(f"{name} is {given!r}. Pass a list of {kind}: [{given!r}].")
-    return tuple(cast("Iterable[Any]", given))
+    items = tuple(cast("Iterable[Any]", given))
+    if name == "students" and (other := [each for each in items if not isinstance(each, str)]):
+        raise InputError(
+            f"students has a {type(other[0]).__name__}. Pass names: a student is built anew for each training, as in "
+            "'my_networks.py:build'."
+        )
+    return items
 
 
 def _placement(workers: int | None, address: str | None) -> Placement | None:
@@ -225,6 +232,8 @@ def _run(search: Search, request: Request, placement: Placement | None = None) -
         search.bar.begin()
         space = space_of(search, list(search.bench.students), list(request.pixels))
         survey(search, space, proposals=not search.folder.state.extended)
+        measured = len(search.study.records())
+        search.bar.tell(f"measured {counted(measured, 'network')} so far; next, the promising ones are trained")
         for line in saturation(write_front(search, finished=False)):
             search.bar.tell(line)
         with started(placement, request, search.bench) if placement else nullcontext() as workers:

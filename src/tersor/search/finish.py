@@ -28,6 +28,8 @@ _LONGEST = 30.0
 """Seconds of the longest final measurement for each batch size."""
 _MOST_TIMED = 3
 """Points that are timed at the end, if the first ones turn out slower than others."""
+_LARGER = 5
+"""The advice names a larger drop up to this multiple of the allowed one, or one point more if that is larger."""
 _MORE_TIME = 3
 """The advice predicts the drop after this multiple of the search time."""
 
@@ -220,6 +222,8 @@ def _more_loss(search: Search, best: Point) -> list[str]:
         return []
     most = max(fitting, key=lambda point: point.validation)
     drop = search.reference - most.validation
+    if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
+        return []
     return [f"Larger drop: {most.description} meets the other limits and loses {drop:.2f} points."]
 
 

@@ -11,18 +11,17 @@ from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.evaluation.session import installed_runtimes, open_session
-from tersor.evaluation.standard_error import error_of_difference, standard_error
+from tersor.evaluation.standard_error import error_of_difference
 from tersor.graph.capture import capture
 from tersor.pruning.residual_branches import find_branches
 from tersor.search.candidate import Candidate
 from tersor.search.end_costs import measure_end
 from tersor.search.folder import BASELINES, UNCHANGED
-from tersor.search.front import Point, shortfall
+from tersor.search.front import Point
 from tersor.search.plan import survey_seconds
 from tersor.search.search_context import Search
 from tersor.search.space import Space, candidate_of
 from tersor.search.study import Record
-from tersor.search.verdict_line import more_images
 
 ORIGINAL, FLOAT32 = "original", "original-float32"
 _PACE_STEPS = 3
@@ -160,45 +159,6 @@ def _add_free(search: Search, point: Point) -> None:
     search.add(point, search.recipe_text(candidate, (candidate.rounding,)))
     if point.name == candidate.name and search.study.find(candidate) is None:
         search.study.add(Record(candidate=candidate.parameters, rung=0, point=point))
-
-
-def describe_range(search: Search) -> list[str]:
-    """Lines that show the feasible range, the budget, the seconds of a training step, and the time plan."""
-    state = search.folder.state
-    lines = [
-        *_validation(search),
-        "free baselines: the original, without training; ± is half the width of the 95 % interval of a latency",
-    ]
-    for point in state.baselines:
-        lacking = shortfall(point, search.budget, search.reference)
-        lines.append(
-            f"  {point.runtime} {point.precision}: {point.validation:.2f} %, {point.latencies}, "
-            f"{point.bytes / 1e6:.3f} MB" + (f"; {lacking}" if lacking else "")
-        )
-    step, left = state.costs.step, max(0.0, search.clock.left)
-    reserve = min(left, search.reserve())
-    left -= reserve
-    lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
-                 else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
-    lines.append(
-        f"plan: {(left + reserve) / 60:.1f} minutes left: {survey_seconds(left) / 60:.1f} for the survey, "
-        f"{(left - survey_seconds(left)) / 60:.1f} for training, {reserve / 60:.1f} for the final measurements; "
-        f"one training step of the original takes {step:.2g} s"
-    )
-    return lines
-
-
-def _validation(search: Search) -> list[str]:
-    """The number of validation images with the standard error of the metric, and a warning if they are too few."""
-    images, metric = len(search.bench.validation.images), search.bench.experiment.task.metric
-    error, allowed = standard_error(search.reference, images), search.budget.points
-    lines = [f"validation: {images} images, on which one standard error of the {metric} is {error:.2f} points"]
-    if allowed is not None and allowed < error:
-        lines.append(
-            f"warning: the allowed drop of {allowed:g} points is smaller than one standard error ({error:.2f}). "
-            f"{more_images(tests_chose=bool(search.folder.state.seen))}"
-        )
-    return lines
 
 
 def survey(search: Search, space: Space, *, proposals: bool = True) -> None:
