@@ -140,7 +140,7 @@ def test_class_numbers_without_a_name(target):
         classes = ("background", "cat")
 
     pairs = Set([(IMAGE, target)] * 2)
-    with pytest.raises(InputError, match=r"class number 2, and there are 2 classes: background, cat. Possible: 0 to 1"):
+    with pytest.raises(InputError, match=r"class index 2, and there are 2 classes: background, cat. Possible: 0 to 1"):
         load(datasets={"train": pairs, "test": pairs}, validation=0)
 
 

@@ -96,7 +96,7 @@ def test_a_mask_is_resized_without_new_values():
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (Image.new("RGB", (4, 4)), "Pillow mode 'RGB'.*Convert colors to class numbers"),
+        (Image.new("RGB", (4, 4)), "Pillow mode 'RGB'.*Convert colors to class indices"),
         (torch.zeros(3, 4, 4, dtype=torch.long), r"a mask \(3, 4, 4\)"),
         (torch.zeros(4, 4), "of float32"),
         (torch.full((4, 4), 256), "from 256 to 256"),

@@ -86,8 +86,8 @@ def test_what_is_said_of_images_that_are_none(batch, words):
         ([True, False, True], 3, None, r"labels\.long"),
         ([[0], [1], [2]], 3, None, r"labels\.squeeze\(1\)"),
         ([[0, 1], [1, 0], [1, 0]], 3, None, r"labels\.argmax\(1\)"),
-        ([0, 1], 3, None, r"shape \(2,\)\. Possible: class numbers \(3,\) from 0 to 2\.$"),
-        ([0, 1], None, None, r"Possible: class numbers \(3,\) from 0\.$"),
+        ([0, 1], 3, None, r"shape \(2,\)\. Possible: class indices \(3,\) from 0 to 2\.$"),
+        ([0, 1], None, None, r"Possible: class indices \(3,\) from 0\.$"),
     ],
 )
 def test_what_is_said_of_labels(labels, classes, least, words):

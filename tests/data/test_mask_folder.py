@@ -80,7 +80,7 @@ def test_ignored_pixels_are_no_class(masks):
         ),
         (
             lambda folder: (folder / "classes.txt").write_text("sky\nroad"),
-            "class number 2, and there are 2 classes. Possible: 0 to 1, and 255",
+            "class index 2, and there are 2 classes. Possible: 0 to 1, and 255",
         ),
         (lambda folder: (folder / "classes.txt").write_text("sky"), r"classes\.txt' names 1 classes"),
         (lambda folder: Image.new("RGB", (8, 6)).save(folder / "train/masks/3.png"), "Pillow mode 'RGB'"),
@@ -102,7 +102,7 @@ def test_a_mask_without_image_is_refused(masks):
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
-    [((0, 100, 200), "0, 100, 200; 255"), ((0, 255), "class numbers 0; 255"), ((255,), "no class")],
+    [((0, 100, 200), "0, 100, 200; 255"), ((0, 255), "class indices 0; 255"), ((255,), "no class")],
 )
 def test_masks_that_are_pictures_of_classes_are_refused(masks, numbers, message):
     for place, count in (("train", 6), ("test", 3)):

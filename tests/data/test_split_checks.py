@@ -62,12 +62,12 @@ def test_class_numbers_of_masks_and_boxes_have_names():
     check_targets(with_targets(masks))
     check_targets(with_targets(torch.full((1, 2, 2), 255, dtype=torch.uint8)))
     masks[0, 0, 0] = 3
-    with pytest.raises(InputError, match="the training images have the class number 3, and there are 3 classes"):
+    with pytest.raises(InputError, match="the training images have the class index 3, and there are 3 classes"):
         check_targets(with_targets(masks))
     boxes = [{"labels": torch.tensor([2])}, {"labels": torch.tensor([], dtype=torch.int64)}]
     check_targets(with_targets(boxes))
     boxes[1]["labels"] = torch.tensor([1, 3])
-    with pytest.raises(InputError, match="class number 3"):
+    with pytest.raises(InputError, match="class index 3"):
         check_targets(with_targets(boxes))
     check_targets(with_targets(torch.tensor([5])))
 

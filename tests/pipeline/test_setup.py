@@ -189,7 +189,7 @@ def test_the_logits_fit_the_classes():
 def test_the_data_fits_the_task():
     for task, targets, message in (
         ("classification", None, "the images have no targets"),
-        ("classification", torch.rand(8), "not class numbers"),
+        ("classification", torch.rand(8), "not class indices"),
     ):
         data = splits()
         data.test.targets = targets

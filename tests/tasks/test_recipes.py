@@ -126,7 +126,7 @@ def test_the_users_code_is_imported_by_the_run_only():
 @pytest.mark.parametrize(
     ("task", "kind", "message"),
     [
-        ("classification", "segmentation", "the targets of the images are not class numbers"),
+        ("classification", "segmentation", "the targets of the images are not class indices"),
         ("segmentation", "regression", "does not fit task segmentation: a segmentation network returns logits"),
         ("segmentation", "distance", "the images have no targets"),
     ],

@@ -91,7 +91,7 @@ def test_classification():
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ([0, 13], "from 0 to 13. Possible: class numbers .* because the network has 4 classes"),
+        ([0, 13], "from 0 to 13. Possible: class indices .* because the network has 4 classes"),
         ([1, 4], "numbered from 0 to 3. Write labels - 1"),
         ([0, 1, 2], r"the shape \(3,\). Possible"),
         ([0, -1], "Leave out unlabeled images"),

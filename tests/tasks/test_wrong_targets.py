@@ -20,9 +20,9 @@ from tersor.training.objective import LossTerm, Objective
 LOGITS = torch.zeros(2, 3, 4, 4)
 MASKS = torch.ones(2, 4, 4, dtype=torch.int64)
 MASKS_THAT_DO_NOT_FIT = [
-    (MASKS * 3, r"class numbers from 3 to 3\. Possible: 0 to 2"),
-    (MASKS * -1, "class numbers from -1 to -1"),
-    (MASKS + 0.5, r"not class numbers, from 1\.5"),
+    (MASKS * 3, r"class indices from 3 to 3\. Possible: 0 to 2"),
+    (MASKS * -1, "class indices from -1 to -1"),
+    (MASKS + 0.5, r"not class indices, from 1\.5"),
     (MASKS[:, 0, 0], r"the targets have the shape \(2,\)"),
 ]
 

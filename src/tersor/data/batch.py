@@ -25,7 +25,7 @@ class Batch:
 
     Attributes:
         images: (N, C, H, W), normalized; or several tensors.
-        targets: what the task needs: class numbers (N,), masks (N, H, W), values (N, k), a list with a dict of boxes
+        targets: what the task needs: class indices (N,), masks (N, H, W), values (N, k), a list with a dict of boxes
             and labels for each image, or any other pytree; None where the images have none.
         index: (N,) indices in the data set, or None.
     """
@@ -114,7 +114,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """Return the class numbers (N,) of a user's batch, or None if it has no valid ones."""
+    """Return the class indices (N,) of a user's batch, or None if it has no valid ones."""
     _, second = parts_of(batch)
     if not isinstance(second, Tensor) or second.ndim != 1 or second.is_floating_point():
         return None

@@ -49,7 +49,7 @@ def images_error(batch: Any) -> InputError:
 
 
 def labels_error(labels: Tensor, images: int, classes: int | None, least: int | None = None) -> InputError | None:
-    """Return the error for labels that are not class numbers (N,), or None if they are valid.
+    """Return the error for labels that are not class indices (N,), or None if they are valid.
 
     Args:
         labels: the labels of a batch.
@@ -58,7 +58,7 @@ def labels_error(labels: Tensor, images: int, classes: int | None, least: int | 
         least: the lowest label of all earlier batches.
     """
     of = f"the labels of a batch have the data type {labels.dtype} and the shape {tuple(labels.shape)}"
-    numbers = f"class numbers ({images},) from 0" + (f" to {classes - 1}" if classes else "")
+    numbers = f"class indices ({images},) from 0" + (f" to {classes - 1}" if classes else "")
     if labels.shape != (images,):
         if labels.shape == (images, 1):
             return InputError(f"{of}. Possible: {numbers}. Write labels.squeeze(1).")

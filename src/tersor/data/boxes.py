@@ -32,7 +32,7 @@ class BoxedImage:
     Attributes:
         path: the image file.
         boxes: left, top, right and bottom of each object, in pixels of the file.
-        labels: class number of each object, from 1.
+        labels: class index of each object, from 1.
         source: name of the annotation in error messages.
     """
 
@@ -60,7 +60,7 @@ def box_target(boxes: Any, labels: Any, size: tuple[int, int], name: str) -> Tar
 
     Args:
         boxes: (K, 4) numbers, left, top, right and bottom in pixels.
-        labels: (K,) class numbers from 1.
+        labels: (K,) class indices from 1.
         size: height and width of the image.
         name: name of the annotation in error messages.
 

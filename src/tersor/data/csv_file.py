@@ -84,7 +84,7 @@ def _rows(path: Path) -> tuple[list[str], list[Row]]:
 
 
 def _labels(path: Path, rows: Sequence[Row], column: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Class numbers (N,), or 0 or 1 for each class (N, classes); and the names of the classes, sorted."""
+    """Class indices (N,), or 0 or 1 for each class (N, classes); and the names of the classes, sorted."""
     given = [[name.strip() for name in row[column].split(";") if name.strip()] for _, row in rows]
     names = sorted({name for each in given for name in each})
     number_of = {name: number for number, name in enumerate(names)}

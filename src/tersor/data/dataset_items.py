@@ -26,7 +26,7 @@ _IMAGE_KEYS = ("image", "img", "images", "pixel_values")
 _TARGET_KEYS = ("label", "labels", "target", "targets", "mask", "annotation", "objects")
 _POSSIBLE = (
     "Possible: a pair (image, target) or a dict with the image under image or img; the image is a PIL image or a uint8 "
-    "tensor (C, H, W), the target a class number, a number or several (values), a mask (H, W) of class numbers, or a "
+    "tensor (C, H, W), the target a class index, a number or several (values), a mask (H, W) of class indices, or a "
     "dict of boxes (K, 4) and labels (K,)."
 )
 
@@ -132,7 +132,7 @@ class ItemSet:
             label = _class_number(target)
             if label is None:
                 raise InputError(
-                    f"{self.name}: the label of item {number} is {described(target)}. Possible: a class number (int)."
+                    f"{self.name}: the label of item {number} is {described(target)}. Possible: a class index (int)."
                 )
             found.append(label)
         return torch.tensor(found)
@@ -143,7 +143,7 @@ class ItemSet:
             advice = "Write labels.argmax(1)" if listed.ndim > 1 and listed.shape[-1] > 1 else "Convert them"
             raise InputError(
                 f"{self.name}: {attribute} have the data type {listed.dtype} and the shape {listed.shape}. Possible: "
-                f"class numbers ({len(listed)},), integers from 0. {advice}."
+                f"class indices ({len(listed)},), integers from 0. {advice}."
             )
         return torch.from_numpy(listed.astype(np.int64))
 

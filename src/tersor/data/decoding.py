@@ -120,10 +120,10 @@ def pixels_of(image: object, form: ImageFormat, name: str) -> NDArray[Any]:
 
 
 def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[np.uint8]:
-    """Convert a mask to class numbers (H, W), resized to `size` (height, width) by nearest-neighbor interpolation.
+    """Convert a mask to class indices (H, W), resized to `size` (height, width) by nearest-neighbor interpolation.
 
     Args:
-        image: a palette or gray Pillow image, or an integer tensor or array (H, W), whose values are class numbers.
+        image: a palette or gray Pillow image, or an integer tensor or array (H, W), whose values are class indices.
         size: height and width; None keeps the size.
         name: name of the mask in error messages.
 
@@ -134,18 +134,18 @@ def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[n
         if image.mode not in {"P", "L", "1", "I;16", "I"}:
             raise InputError(
                 f"{name} is a mask of Pillow mode '{image.mode}'. Possible: a palette or gray image whose values are "
-                "class numbers. Convert colors to class numbers."
+                "class indices. Convert colors to class indices."
             )
         image = np.asarray(image)
     values: NDArray[Any] = np.asarray(image)
     if values.ndim != 2 or values.dtype.kind not in "iub" or not values.size:
         raise InputError(
-            f"{name} is a mask {values.shape} of {values.dtype}. Possible: class numbers (H, W), integers from 0."
+            f"{name} is a mask {values.shape} of {values.dtype}. Possible: class indices (H, W), integers from 0."
         )
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 255:
         raise InputError(
-            f"{name} has class numbers from {low} to {high}. Possible: 0 to 254, and 255 for pixels to ignore."
+            f"{name} has class indices from {low} to {high}. Possible: 0 to 254, and 255 for pixels to ignore."
         )
     numbers = np.ascontiguousarray(values, dtype=np.uint8)
     if size is None or numbers.shape == size:

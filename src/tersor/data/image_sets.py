@@ -25,7 +25,7 @@ class Images(Protocol):
     """Images of one size, with their targets.
 
     Attributes:
-        targets: class numbers (N,) int64 for classification; values (N, V) float32; masks (N, H, W) uint8; a sequence
+        targets: class indices (N,) int64 for classification; values (N, V) float32; masks (N, H, W) uint8; a sequence
             of N targets, `LazyTargets` if they are read on demand; or None.
         size: height and width in pixels.
         channels: C, 3 for RGB.
@@ -51,13 +51,13 @@ class Images(Protocol):
 
 
 def class_numbers(images: Images) -> Tensor | None:
-    """The targets of all images, if they are class numbers (N,); else None."""
+    """The targets of all images, if they are class indices (N,); else None."""
     targets = images.targets
     return targets if isinstance(targets, Tensor) and targets.ndim == 1 and targets.dtype == torch.int64 else None
 
 
 def strata(images: Images) -> Tensor:
-    """What splits are stratified by (N,): class numbers, or a single stratum for other targets."""
+    """What splits are stratified by (N,): class indices, or a single stratum for other targets."""
     labels = class_numbers(images)
     return torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
 

@@ -95,8 +95,8 @@ class Loader:
 
     Args:
         loader: has a length; batches are (images, targets), or images alone.
-        classes: number of classes, if the targets are class numbers; None otherwise.
-        targets: whether targets that are not class numbers are needed.
+        classes: number of classes, if the targets are class indices; None otherwise.
+        targets: whether targets that are not class indices are needed.
     """
 
     def __init__(self, loader: Iterable[Any], classes: int | None, *, targets: bool = False) -> None:

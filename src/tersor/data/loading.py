@@ -51,7 +51,7 @@ def load(
 ) -> Splits:
     """Load training, validation and test images; they are kept in memory if they take at most 2 GiB.
 
-    The kind of targets is detected from the data: class numbers, values, masks or boxes. Exactly one of `folder`,
+    The kind of targets is detected from the data: class indices, values, masks or boxes. Exactly one of `folder`,
     `csv`, `name` and `datasets` is given.
 
     >>> digits = load(name="digits")

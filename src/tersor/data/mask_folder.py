@@ -1,4 +1,4 @@
-"""Folders of images and of masks with the class number of each pixel."""
+"""Folders of images and of masks with the class index of each pixel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tersor.data.set_folders import set_folders
 from tersor.data.splitting import none_of, with_test_set
 
 IGNORE = 255
-"""Class number of pixels that neither the loss nor the metric counts."""
+"""Class index of pixels that neither the loss nor the metric counts."""
 
 _NAMES = "classes.txt"
 
@@ -31,12 +31,12 @@ def has_masks(folder: Path) -> bool:
 def from_mask_folder(folder: Path, form: ImageFormat) -> Splits:
     """Load `folder/{train,test}/images/NAME.jpg` and `masks/NAME.png`, or `folder/{images,masks}`, which is split.
 
-    A mask is a palette or grayscale file of class numbers; 255 marks pixels to ignore. Images and masks are resized to
+    A mask is a palette or grayscale file of class indices; 255 marks pixels to ignore. Images and masks are resized to
     exactly `form.size`. `folder/classes.txt` may name the classes, one per line; otherwise all masks are read once to
     count them.
 
     Raises:
-        InputError: a set is missing or empty, an image has no mask, the mask has another size, or a class number is too
+        InputError: a set is missing or empty, an image has no mask, the mask has another size, or a class index is too
             large.
     """
     form = replace(form, crop=False)
@@ -97,7 +97,7 @@ def _counted(pairs: list[tuple[str, str]]) -> int:
     """The number of classes: as many as the masks use, which are numbered without large gaps.
 
     Raises:
-        InputError: fewer than two class numbers, or fewer than half of those up to the largest, occur.
+        InputError: fewer than two class indices, or fewer than half of those up to the largest, occur.
     """
 
     def numbers(pair: tuple[str, str]) -> set[int]:
@@ -109,8 +109,8 @@ def _counted(pairs: list[tuple[str, str]]) -> int:
     if classes < 2 or 2 * len(used) < classes:
         shown = ", ".join(map(str, sorted(used)[:5])) + (", ..." if len(used) > 5 else "")
         raise InputError(
-            f"the masks of '{Path(pairs[0][1]).parent}' hold {f'the class numbers {shown}' if used else 'no class'}; "
-            f"{IGNORE} marks pixels to ignore. Write class numbers from 0 without large gaps, such as 1 for a "
+            f"the masks of '{Path(pairs[0][1]).parent}' hold {f'the class indices {shown}' if used else 'no class'}; "
+            f"{IGNORE} marks pixels to ignore. Write class indices from 0 without large gaps, such as 1 for a "
             f"foreground, or name all classes in {_NAMES}."
         )
     return classes
@@ -134,7 +134,7 @@ def _checked(numbers: NDArray[np.uint8], classes: tuple[str, ...], mask: str) ->
     strange = numbers[(numbers >= len(classes)) & (numbers != IGNORE)]
     if strange.size:
         raise InputError(
-            f"the mask '{mask}' has the class number {int(strange.max())}, and there are {len(classes)} classes. "
+            f"the mask '{mask}' has the class index {int(strange.max())}, and there are {len(classes)} classes. "
             f"Possible: 0 to {len(classes) - 1}, and {IGNORE} for pixels to ignore."
         )
     return numbers

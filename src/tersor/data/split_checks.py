@@ -13,7 +13,7 @@ from tersor.data.mask_folder import IGNORE
 
 
 def check_splits(splits: Splits, image_size: tuple[int, int] | None, channels: int | None) -> None:
-    """Check numbers, sizes and class numbers of the images.
+    """Check numbers, sizes and class indices of the images.
 
     Raises:
         InputError: there are too few images or classes, or the sets differ.
@@ -47,7 +47,7 @@ def check_splits(splits: Splits, image_size: tuple[int, int] | None, channels: i
 
 
 def check_targets(splits: Splits) -> None:
-    """Check the class numbers of masks and boxes in memory.
+    """Check the class indices of masks and boxes in memory.
 
     Raises:
         InputError: there are more classes than names.
@@ -62,7 +62,7 @@ def check_targets(splits: Splits) -> None:
             continue
         if numbers.numel() and int(numbers.max()) >= len(splits.classes):
             raise InputError(
-                f"the {which} images have the class number {int(numbers.max())}, and there are {len(splits.classes)} "
+                f"the {which} images have the class index {int(numbers.max())}, and there are {len(splits.classes)} "
                 f"classes: {', '.join(splits.classes[:12])}. Possible: 0 to {len(splits.classes) - 1}."
             )
 

@@ -20,7 +20,7 @@ def stratified(
     """Draw `count` indices, from every class in proportion.
 
     Args:
-        labels: (N,) class numbers.
+        labels: (N,) class indices.
         count: number of indices to draw.
         draw: the source of random numbers.
         at_least: minimum to draw from every class that occurs.
@@ -40,7 +40,7 @@ def stratified(
 
 
 def _quotas(of_class: list[int], count: int, at_least: int, leave: int) -> list[int]:
-    """Number to draw from each class, by largest remainder; ties go to the lower class number."""
+    """Number to draw from each class, by largest remainder; ties go to the lower class index."""
     lowest = [min(at_least, n) for n in of_class]
     highest = [max(n - leave, 0) for n in of_class]
     assert sum(lowest) <= count <= sum(highest), "callers check this and raise InputError"

@@ -68,7 +68,7 @@ def _compare(
         images = images.to(parameter)
     file_outputs = _of_file(session, inputs)
     if not file_outputs:
-        return  # class numbers, which have no distance
+        return  # class indices, which have no distance
     torch_outputs = _of_torch(session, model, images)
     with quantizers_disabled(model):
         float_outputs = _of_torch(session, model, images)

@@ -16,7 +16,7 @@ any tensors: the error of the last block is measured on all of them. `quantizati
 As in QDrop, activation steps are learned together with the rounding, on rounded activations; `drop` is the share of
 these activations, and of the block's input values, that stays in float in each iteration (QDrop: 0.5). BRECQ's paper
 learns the rounding on activations in float, and the steps afterwards. Learning both together was better in QDrop's
-paper and here: a W4A4 ResNet-20 classifies 94.3 and 94.5 % of the validation images correctly, compared with 93.8 % if
+paper and here: a W4A4 ResNet-20 classifies at least 94.3 % of the validation images correctly, compared with 93.8 % if
 they are learned one after another.
 
 BRECQ's paper weights the error by the squared gradient of the task loss (Fisher). Its released code does not do this by

@@ -143,7 +143,7 @@ def _check_targets(task: Task, splits: Splits) -> None:
         )
     if isinstance(task, Classification) and class_numbers(splits.test) is None:
         raise InputError(
-            "the targets of the images are not class numbers. Write the task that they belong to, such as task: "
+            "the targets of the images are not class indices. Write the task that they belong to, such as task: "
             f"segmentation. Possible: {', '.join(tasks.NAMES)}, package.module:Task."
         )
 

@@ -39,7 +39,7 @@ def write_evidence(search: Search, front: Front, tested: Mapping[str, Tested]) -
     """Write `evidence.json` for the points of a finished search that ran on the test images.
 
     `peaks`: the machine's peak throughput. `classes`: the first hundred names. `points`, by name: `agreement` (percent,
-    by name of the other point; only with the original if predictions are not class numbers), `by_class` (scores, None
+    by name of the other point; only with the original if predictions are not class indices), `by_class` (scores, None
     for a class that does not occur), `layers` ([name, output channels, stored bits, ms by batch size]) and `time` (by
     batch size, [operator, nodes, ms]). `examples`: up to sixty images for which predictions differ, with the class that
     each point predicts; empty for other tasks than classification.

@@ -36,7 +36,7 @@ class Tested:
         agreement: agreement with the original, in percent; None if the outputs have another size because the image size
             was changed.
         by_class: scores in percent, None for a class that does not occur.
-        classes: predicted class numbers (N,), int64; None for other tasks than classification.
+        classes: predicted class indices (N,), int64; None for other tasks than classification.
         drop_error: one standard error of the difference from the original, in points.
     """
 

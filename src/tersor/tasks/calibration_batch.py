@@ -18,7 +18,7 @@ def read_batch(batch: Any, task: Task, count: int | None = None) -> Batch:
 
     Args:
         batch: a `Batch`, a tensor, a tuple or list that begins with one, or a mapping.
-        task: the task; for classification, only class numbers (N,) are targets; a task with `from_original` has none.
+        task: the task; for classification, only class indices (N,) are targets; a task with `from_original` has none.
         count: number of images; None for all.
     """
     images = images_of(batch)[:count]

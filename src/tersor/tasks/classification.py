@@ -18,7 +18,7 @@ from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
 
 @plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class Classification(Task):
-    """Logits (N, classes), or one logit (N, 1) of two classes; the targets are class numbers (N,)."""
+    """Logits (N, classes), or one logit (N, 1) of two classes; the targets are class indices (N,)."""
 
     metric: ClassVar[str] = "accuracy"
 
@@ -30,7 +30,7 @@ class Classification(Task):
         """Cross entropy.
 
         Raises:
-            InputError: the outputs are not logits, or the targets are not their class numbers.
+            InputError: the outputs are not logits, or the targets are not their class indices.
         """
         logits = self.logits(outputs)
         if logits is None:
@@ -51,7 +51,7 @@ class Classification(Task):
         return logits_in(outputs, rank=2)
 
     def predictions(self, outputs: Any) -> Tensor:
-        """Class numbers (N,), int64. With a single logit, class 1 is predicted where it is above 0.
+        """Class indices (N,), int64. With a single logit, class 1 is predicted where it is above 0.
 
         Raises:
             InputError: the outputs are not logits, or could be logits or probabilities.

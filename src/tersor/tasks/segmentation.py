@@ -17,7 +17,7 @@ from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
 @plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class Segmentation(Task):
-    """Logits (N, classes, H, W), alone or under `logits` or `out`; the targets are class numbers (N, H, W).
+    """Logits (N, classes, H, W), alone or under `logits` or `out`; the targets are class indices (N, H, W).
 
     Logits of a lower resolution than the targets are interpolated for the loss; predicted masks are resized by
     nearest-neighbor interpolation.
@@ -28,7 +28,7 @@ class Segmentation(Task):
     num_classes: Annotated[
         int | None, Field(ge=2, description="number of classes; by default as many as occur in targets and predictions")
     ] = None
-    ignore_index: Annotated[int, Field(description="class number of pixels that are not counted")] = 255
+    ignore_index: Annotated[int, Field(description="class index of pixels that are not counted")] = 255
     label_smoothing: Annotated[
         float, Field(ge=0, lt=1, description="fraction of the label's probability that is spread over all classes")
     ] = 0.0
@@ -52,7 +52,7 @@ class Segmentation(Task):
         return logits_in(outputs, rank=4, names=("logits", "out"))
 
     def predictions(self, outputs: Any) -> Tensor:
-        """Class numbers (N, H, W), uint8, or int16 for more than 256 classes."""
+        """Class indices (N, H, W), uint8, or int16 for more than 256 classes."""
         logits = self._logits(outputs)
         return logits.detach().argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int16).cpu()
 
@@ -77,21 +77,21 @@ class Segmentation(Task):
         """
         if targets.ndim != 3 or len(targets) != images:
             raise InputError(
-                f"the targets have the shape {tuple(targets.shape)} for {images} images. Pass class numbers (N, H, W)."
+                f"the targets have the shape {tuple(targets.shape)} for {images} images. Pass class indices (N, H, W)."
             )
         counted = targets[targets != self.ignore_index]
         if not counted.numel():
             return
         if counted.is_floating_point() and not bool((counted == counted.round()).all()):
             raise InputError(
-                f"the masks hold numbers that are not class numbers, from {float(counted.min()):g} to "
+                f"the masks hold numbers that are not class indices, from {float(counted.min()):g} to "
                 f"{float(counted.max()):g}. Pass integers."
             )
         least, most = int(counted.min()), int(counted.max())
         if least < 0 or (classes is not None and most >= classes):
             possible = "0 or more" if classes is None else f"0 to {classes - 1}, one for each logit of the network"
             raise InputError(
-                f"the masks hold class numbers from {least} to {most}. Possible: {possible}, and {self.ignore_index} "
+                f"the masks hold class indices from {least} to {most}. Possible: {possible}, and {self.ignore_index} "
                 "for pixels that are not counted (ignore_index)."
             )
 

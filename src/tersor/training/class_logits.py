@@ -50,7 +50,7 @@ def rows_with_class(student: Tensor, teacher: Tensor, targets: Any, task: Task) 
     Masks of another size take the nearest pixel. Positions with the task's `ignore_index` are left out.
 
     Raises:
-        InputError: the targets are not class numbers for each position.
+        InputError: the targets are not class indices for each position.
     """
     classes = _class_numbers(targets, student)
     rows = by_position(student), by_position(teacher), classes.flatten()
@@ -111,7 +111,7 @@ def require_class_targets(context: AttachContext, method: str) -> None:
     """Check that each position has one class, by the task and by the first targets of the data.
 
     Raises:
-        InputError: the classes are independent, the task has no targets, or they are not class numbers.
+        InputError: the classes are independent, the task has no targets, or they are not class indices.
     """
     task, first = context.task, _first_batch(context)
     if task.independent_classes or task.from_original:

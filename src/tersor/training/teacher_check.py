@@ -36,7 +36,7 @@ def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], ta
     Args:
         name: the network's name in the sentences.
         network: it is not changed.
-        batches: the first 256 images are used; labels that are not class numbers are ignored.
+        batches: the first 256 images are used; labels that are not class indices are ignored.
         task: only classification is checked, with logits (N, classes).
     """
     found = logits_and_labels(network, batches, task, IMAGES)
@@ -121,8 +121,8 @@ def chance_warning(name: str, predicted: Tensor, labels: Tensor, classes: int, a
 
     Args:
         name: name of the network.
-        predicted: class numbers (N,).
-        labels: class numbers (N,). If all are equal, nothing is checked.
+        predicted: class indices (N,).
+        labels: class indices (N,). If all are equal, nothing is checked.
         classes: number of classes.
         advice: a sentence that says what to do about chance level.
     """
