@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -12,12 +13,13 @@ from recorded_progress import RecordedProgress
 from tersor import recipe as recipes
 from tersor.core.errors import InputError
 from tersor.evaluation.metric import Metric
-from tersor.evaluation.results import Results
+from tersor.evaluation.results import FileResults, Results, StageRecord
 from tersor.methods.ptq import PTQ
 from tersor.models import build
 from tersor.pipeline.experiment import Experiment
-from tersor.pipeline.run import _disagreement
+from tersor.pipeline.run import _disagreement, _seen_validation
 from tersor.recipe import parse
+from tersor.tasks.classification import Classification
 from tersor.training.context import AttachContext
 
 ACCURACY = Metric(name="accuracy", unit="%", higher_is_better=True)
@@ -37,6 +39,22 @@ def test_with_few_bits_the_file_may_differ_from_torch_and_with_eight_not(bits, a
     assert ("Do not deploy model.onnx" in told) != harmless
     assert "Do not deploy model.onnx" in _disagreement(results, build("resnet20", 10))
     assert not _disagreement(results.model_copy(update={"agreement_with_torch": 99.0}), attached.model)
+
+
+@pytest.mark.parametrize(
+    ("validation", "trained", "said"), [(74.6, True, True), (74.6, False, False), (71.0, True, False)]
+)
+def test_a_network_that_was_trained_on_the_validation_images_is_said(validation, trained, said):
+    experiment = SimpleNamespace(
+        task=Classification(), model_is_trained=trained, data=SimpleNamespace(validation=[0] * 1200)
+    )
+    record = StageRecord(name="a", methods=[], steps=0, minutes=0.0, validation_score=validation)
+    artifact = FileResults.model_construct(score=68.7)
+    results = Results.model_construct(artifact=artifact, stages=[record], test_images=2400)
+    line = _seen_validation(experiment, results)
+    assert bool(line) == said
+    if said:
+        assert "is 74.60 %, more than three standard errors above the 68.70 % on the test images" in line
 
 
 RECIPE = "{model: {name: resnet20}, data: {name: digits}, stages: [{name: a}]}"

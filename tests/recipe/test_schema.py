@@ -199,6 +199,15 @@ def test_overrides(tmp_path: Path):
     assert recipe.target.runtime == "onnxruntime"
 
 
+def test_a_key_with_dots_is_overridden(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    name = f"{__name__}.py:OfTheUser"
+    for methods in (f"[{{'{name}': {{rates: [0.5, 0.5]}}}}]", f"['{name}']"):
+        path.write_text(with_methods(methods))
+        recipe = read(path, [f"stages.0.methods.0.{name}.rates=[0.25, 0.75]"])
+        assert list(recipe.stages[0].methods[0].rates) == [0.25, 0.75]
+
+
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [

@@ -96,6 +96,22 @@ def test_a_structure_is_the_same_for_other_values_and_another_one_for_other_shap
     assert structure_hash(first) != structure_hash(file_of(tmp_path / "c.onnx", 16, 1.0))
 
 
+def test_constants_that_two_operators_share_are_no_other_structure(tmp_path):
+    """Two constants of equal value become one tensor of the file, so that its names and tensors differ."""
+
+    def scaled(name, constants, operator="Mul"):
+        make = onnx.helper.make_node
+        nodes = [make("Mul", ["x", constants[0]], ["h"]), make(operator, ["h", constants[-1]], ["y"])]
+        ends = [onnx.helper.make_tensor_value_info(each, onnx.TensorProto.FLOAT, [1, 4]) for each in ("x", "y")]
+        kept = [onnx.numpy_helper.from_array(np.full(4, 2.0, np.float32), each) for each in constants]
+        graph = onnx.helper.make_graph(nodes, "scaled", ends[:1], ends[1:], kept)
+        onnx.save(onnx.helper.make_model(graph), tmp_path / name)
+        return structure_hash(tmp_path / name)
+
+    assert scaled("two.onnx", ["a", "b"]) == scaled("one.onnx", ["shared"])
+    assert scaled("two.onnx", ["a", "b"]) != scaled("sum.onnx", ["a", "b"], "Add")
+
+
 def test_latency_is_the_ratio_to_the_reference_and_is_measured_once_for_each_structure(tmp_path, monkeypatch):
     module = importlib.import_module(candidate_latency.__name__)
     measured = []

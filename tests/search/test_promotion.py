@@ -215,7 +215,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     error = math.hypot(first.point.drop_error, 0.2 * (2 - after))
     assert finish.advice(search, first.point) == [
         (
-            f"More time: in 30 minutes the same network is expected to lose about {after:.2f} points (standard error "
+            f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} points (standard error "
             f"{error:.2f}) instead of 2.00."
         ),
         f"Larger drop: {first.point.description} meets the other limits and loses 2.00 points.",
@@ -223,7 +223,9 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     ]
     # the original does not meet the latency; the candidate with the best prospects is named
     lines = finish.advice(search, search.original)
-    assert lines[0].startswith(f"More time: in 30 minutes {first.point.description} is expected to lose about")
+    assert lines[0].startswith(
+        f"More time: with a total time of 30 minutes, {first.point.description} is expected to lose about"
+    )
     assert lines[1].startswith("Larger drop: ")
     worse = first.point.model_copy(update={"validation": 87.4})
     search.points = [search.original, worse]

@@ -28,6 +28,7 @@ from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.measurement import measure
 from tersor.evaluation.results import Results, StageRecord
 from tersor.evaluation.scoring import targets_of
+from tersor.evaluation.standard_error import error_of_difference, measures_accuracy
 from tersor.pipeline import latency_cache
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
@@ -42,6 +43,8 @@ from tersor.tasks.classification import Classification
 from tersor.training.teacher_check import COMPRESS_LESS, chance_warning
 
 _BYTE = 8
+_SEEN = 3.0
+"""Standard errors of a difference from which a network was probably trained on the validation images."""
 _MEMORY = "Close other programs, or use smaller images (data.image_size) or a smaller network."
 
 
@@ -191,7 +194,8 @@ def _fill(
             classes=data.classes,
         )
         level = _level(experiment, test, predictions["artifact"])
-        for warning in (_disagreement(results, compressed), *slower_by_quantization(results), level):
+        seen = _seen_validation(experiment, results)
+        for warning in (_disagreement(results, compressed), *slower_by_quantization(results), level, seen):
             if warning:
                 progress.say(f"warning: {warning}")
     (folder / "numbers.json").write_text(results.to_json())
@@ -223,6 +227,21 @@ def _level(experiment: Experiment, test: Batches, predicted: Any) -> str:
     if not isinstance(experiment.task, Classification):
         return ""
     return chance_warning("model.onnx", predicted, targets_of(test), len(experiment.data.classes), COMPRESS_LESS)
+
+
+def _seen_validation(experiment: Experiment, results: Results) -> str:
+    """A sentence if a network that came trained was trained on the validation images; "" for any other."""
+    images, validation = len(experiment.data.validation), results.stages[-1].validation_score
+    if validation is None or not images or not (experiment.model_is_trained and measures_accuracy(experiment.task)):
+        return ""
+    test, counts = results.artifact.score, (images, results.test_images)
+    if validation - test <= _SEEN * error_of_difference((validation, test), counts):
+        return ""
+    return (
+        f"the accuracy on the validation images is {validation:.2f} %, more than three standard errors above the "
+        f"{test:.2f} % on the test images. The network was probably trained on the validation images before, so they "
+        "are no basis for choices."
+    )
 
 
 def _disagreement(results: Results, model: nn.Module) -> str:

@@ -161,14 +161,24 @@ def override(tree: Located, assignment: str) -> None:
     """
     place = f"--set {assignment}"
     path, equals, text = assignment.partition("=")
-    parts = path.strip().split(".")
-    if not equals or not all(parts):
+    rest = path = path.strip()
+    if not equals or not all(path.split(".")):
         raise InputError(f"{place}: write it as path=value, such as stages.0.epochs=3.")
     value = load(text, place, lines=False)
     node = tree
-    for depth, part in enumerate(parts):
-        node = _inside(node, part, place, ".".join(parts[:depth]) or "the recipe")
+    while rest:
+        where = path.removesuffix(rest).removesuffix(".") or "the recipe"
+        part = _first_part(node, rest)
+        node, rest = _inside(node, part, place, where), rest[len(part) + 1 :]
     node.value, node.line, node.place = value.value, 0, place
+
+
+def _first_part(node: Located, path: str) -> str:
+    """The part of a path up to the next dot, or a key with dots, such as `net.py:Grow`."""
+    keys = [str(key) for key in node.value] if isinstance(node.value, dict) else []
+    keys += [node.value] if isinstance(node.value, str) else []
+    dotted = [key for key in keys if "." in key and f"{path}.".startswith(f"{key}.")]
+    return max(dotted, key=len, default=path.partition(".")[0])
 
 
 def _inside(node: Located, part: str, place: str, where: str) -> Located:

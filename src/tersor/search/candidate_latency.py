@@ -46,13 +46,24 @@ _REFERENCE = "reference"
 
 
 def structure_hash(path: Path) -> str:
-    """A hash of everything in an ONNX file but the values of large tensors: latency depends on these shapes only."""
+    """A hash of everything in an ONNX file that its latency depends on: operators, edges, and types and shapes.
+
+    Values and names are left out. Equal constants share one tensor in a file, so that names differ by chance between
+    two networks of the same structure.
+    """
     model = onnx.load(str(path))
-    for tensor in model.graph.initializer:
-        tensor.raw_data = b""
-        for values in (tensor.float_data, tensor.int32_data, tensor.int64_data):
-            del values[:]
-    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    graph = model.graph
+    known: dict[str, object] = {each.name: (each.data_type, tuple(each.dims)) for each in graph.initializer}
+    inputs = [each for each in graph.input if each.name not in known]
+    known |= {each.name: ("input", place) for place, each in enumerate(inputs)}
+    parts: list[object] = [each.type.SerializeToString(deterministic=True) for each in (*inputs, *graph.output)]
+    parts += [(each.domain, each.version) for each in model.opset_import]
+    parts += [each.SerializeToString(deterministic=True) for each in model.functions]
+    for place, node in enumerate(graph.node):
+        attributes = [each.SerializeToString(deterministic=True) for each in node.attribute]
+        parts.append((node.domain, node.op_type, attributes, [known.get(name, name) for name in node.input]))
+        known |= {name: (place, number) for number, name in enumerate(node.output)}
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def error_of(ratio: Ratio | Speedup) -> float:

@@ -201,11 +201,12 @@ def _more_time(search: Search, best: Point) -> list[str]:
     if "drop" not in violations(point, search.budget, search.reference):
         return []
     drop, after = search.reference - point.validation, search.reference - expected(search, record, seconds)
-    minutes = f"{_MORE_TIME * search.clock.total / 60:.0f} minutes"
+    minutes = f"a total time of {_MORE_TIME * search.clock.total / 60:.0f} minutes"
     network = "the same network" if of_best else point.description
     error = math.hypot(point.drop_error, DOUBT * (drop - after))
     lost = f"about {after:.2f} points (standard error {error:.2f}) instead of {drop:.2f}"
-    return [f"More time: in {minutes} {network} is expected to lose {lost}."]
+    enough = "" if after <= (search.budget.points or 0.0) else ", which is still more than allowed"
+    return [f"More time: with {minutes}, {network} is expected to lose {lost}{enough}."]
 
 
 def _more_loss(search: Search, best: Point) -> list[str]:
@@ -224,7 +225,8 @@ def _more_loss(search: Search, best: Point) -> list[str]:
     drop = search.reference - most.validation
     if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
         return []
-    return [f"Larger drop: {most.description} meets the other limits and loses {drop:.2f} points."]
+    others = "meets the other limits and " * bool(search.budget.latency_ms or search.budget.megabytes)
+    return [f"Larger drop: {most.description} {others}loses {drop:.2f} points."]
 
 
 def _another_runtime(search: Search) -> list[str]:

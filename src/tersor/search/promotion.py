@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from tersor.core.errors import counted
 from tersor.search.candidate import Candidate
 from tersor.search.front import CEILING, Point, distance, front, rank, violations
 from tersor.search.learning_curves import expected
@@ -85,7 +86,8 @@ def why_not_trained(search: Search, record: Record) -> str:
         return "not trained: it is slower, or hardly faster, than the fastest free baseline"
     if not search.folder.state.rungs:
         return "not trained: there was no time for it"
-    return "not trained: other candidates were chosen, spread evenly over the range of latencies"
+    count = len(search.folder.state.rungs[0].members)
+    return f"not trained: there was time for {counted(count, 'candidate')}, chosen evenly over the range of latencies"
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from tersor.core.errors import counted
 from tersor.evaluation.results import Speedup
 from tersor.report.verdict import RUNTIMES, describe_speedup
 from tersor.search.compression_budget import Budget
@@ -49,7 +50,12 @@ def verdict_lines(front: Front) -> list[str]:
 def _nothing_found(front: Front) -> str:
     if all(point.free for point in (*front.points, *front.dominated)):
         return "No other network was measured in the given time"
-    return "No faster network was found within the budget"
+    others = [point for point in (*front.points, *front.dominated) if not point.free]
+    trained = sum(bool(point.steps) for point in others)
+    return (
+        f"No faster network was found within the budget among {counted(len(others), 'measured network')}, {trained} of "
+        "them trained"
+    )
 
 
 def _on_test_images(front: Front, budget: Budget) -> list[str]:
