@@ -215,8 +215,9 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     error = math.hypot(first.point.drop_error, 0.2 * (2 - after))
     assert finish.advice(search, first.point) == [
         (
-            f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} points "
-        f"(standard error {error:.2f}) instead of 2.00, which is still more than allowed.",
+            f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "
+            f"points (standard error {error:.2f}) instead of 2.00, which is still more than allowed."
+        ),
         f"Larger drop: {first.point.description} meets the other limits and loses 2.00 points.",
         "Another runtime: the latency of the original in openvino is 0.75 times its latency in onnxruntime.",
     ]
