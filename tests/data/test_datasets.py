@@ -49,6 +49,7 @@ def test_digits_can_be_made_larger():
         ("digit", "unknown data name 'digit'. Did you mean 'digits'"),
         ("CIFAR", "Did you mean 'cifar10.*package.module:function"),
         ("", "unknown data name"),
+        ("no/such/folder", "there is no folder 'no/such/folder' in"),
     ],
 )
 def test_unknown_names(name, words):

@@ -15,7 +15,7 @@ from tersor.core.target import Target
 from tersor.data.batch import Batch
 from tersor.deploy.onnx import export
 from tersor.graph.parametrization import strip
-from tersor.methods.ptq import PTQ
+from tersor.methods.ptq import PTQ, PTQAttachment
 from tersor.models import build
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
 from tersor.quantization.grid import Grid, affine_parameters
@@ -341,6 +341,34 @@ def test_biases_are_corrected():
 
     assert shift() < 1e-5
     assert shift(bias_correction=False) > 1e-3
+
+
+class Wide(PTQAttachment):
+    """Grids of twice the step, set by the hook, or after everything else."""
+
+    hooked = True
+
+    def set_weight_grids(self, images):
+        super().set_weight_grids(images)
+        if self.hooked:
+            self.widen()
+
+    def widen(self):
+        for layer in self.quantizers.layers:
+            self.quantizers.of_weight(layer).scale.mul_(2)
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_biases_are_corrected_for_the_grids_of_a_method_that_sets_its_own(hooked):
+    made = PTQ(bits=3, variance_correction=False).attach(Small().eval(), AttachContext(data=[images()], target=VNNI))
+    attached = Wide(made.method, made.quantizers, made.context)
+    attached.hooked = hooked
+    attached.begin()
+    if not hooked:
+        attached.widen()
+    with torch.no_grad():
+        shift = (attached.model(images()) - Small().eval()(images())).mean(0).abs().max()
+    assert (shift < 1e-5) == hooked
 
 
 @pytest.mark.parametrize(

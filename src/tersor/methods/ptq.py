@@ -176,7 +176,7 @@ class PTQAttachment(Attachment):
             progress=self.context.progress,
         )
         refit = self._correction(images) if corrects and images is not None else _nothing
-        self._set_weight_grids(images)
+        self.set_weight_grids(images)
         self.quantizers.set_activation_grids(histograms, self._activation_range, method.percentile)
         self.quantizers = without_inaccurate_products(self.quantizers, self.data, self.context.target)
         refit()
@@ -205,7 +205,14 @@ class PTQAttachment(Attachment):
         elif not sum(pairs):
             self.notes += (_NO_PAIRS,)
 
-    def _set_weight_grids(self, images: NetworkInput | None) -> None:
+    def set_weight_grids(self, images: NetworkInput | None) -> None:
+        """Chooses the grid of every weight; a method with other grids overrides it.
+
+        `begin` calls it before it corrects biases and statistics of BatchNorm for these grids.
+
+        Args:
+            images: the first calibration images; None if neither the grids nor the correction need them.
+        """
         quantizers, target = self.quantizers, self.context.target
         if self._weight_range == "output_mse":
             assert images is not None

@@ -67,7 +67,7 @@ class Training(PlainRecord):
     ] = None
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Field(description="auto: bfloat16 where the device has matrix units for it, else float32"),
+        Field(description="auto: bfloat16 where the device has units for it (AVX512-BF16, AMX, GPUs), else float32"),
     ] = "auto"
 
     def learning_rate(self, *, trained: bool = False) -> float:
