@@ -21,7 +21,7 @@ from tersor.search.front import BaselineSpeedup, Point, front, pick, shortfall, 
 from tersor.search.front_page import write_front_page
 from tersor.search.learning_curves import expected
 from tersor.search.plan import AGAIN, speedup_seconds
-from tersor.search.promotion import DOUBT, improvable, promoted
+from tersor.search.promotion import DOUBT, improvable
 from tersor.search.search_context import Search
 
 _LONGEST = 30.0
@@ -194,9 +194,9 @@ def _more_time(search: Search, best: Point) -> list[str]:
         return [f"More time: no candidate could be trained in the given time. {longer}"]
     seconds = _MORE_TIME * max(record.point.seconds for record in trained)
     of_best = [record for record in trained if record.point.name == best.name]
-    record = next(iter(of_best or promoted(search, trained, 1, seconds)), None)
-    if record is None:
-        return []
+    free = min((point.mean_ms for point in search.points if point.free), default=math.inf)
+    faster = [record for record in trained if record.point.mean_ms < free]
+    record = max(of_best or faster or trained, key=lambda each: expected(search, each, seconds))
     point = record.point
     if "drop" not in violations(point, search.budget, search.reference):
         return []
