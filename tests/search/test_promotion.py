@@ -227,7 +227,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
         f"More time: with a total time of 30 minutes, {first.point.description} is expected to lose about"
     )
     assert lines[1].startswith("Larger drop: ")
-    add(search, Candidate(branches=9), 1, 20.0, 0.01, seconds=40.0)
+    add(search, Candidate(branches=9), 1, 40.0, 0.01, seconds=2.0)
     near = f"{first.point.description} is expected"
     assert near in finish.advice(search, search.original)[0], "not a faster one that is far away"
     worse = first.point.model_copy(update={"validation": 87.4})
