@@ -159,8 +159,8 @@ def _listed(name: str, given: object, kind: str) -> tuple[Any, ...]:
     items = tuple(cast("Iterable[Any]", given))
     if name == "students" and (other := [each for each in items if not isinstance(each, str)]):
         raise InputError(
-            f"students has a {type(other[0]).__name__}. Pass names: a student is built anew for each training, as in "
-            "'my_networks.py:build'."
+            f"students has a {type(other[0]).__name__}. Pass names, such as 'my_networks.py:build': a student is built "
+            "anew for each training run."
         )
     return items
 
