@@ -32,16 +32,16 @@ def test_a_function_is_named_by_its_file_too(here):
 
 
 def test_a_file_may_be_in_another_folder(here, monkeypatch):
-    for folder in ("nets_e", "work"):
+    for folder in ("nets_e", "project"):
         (here / folder).mkdir()
     (here / "nets_e" / "our_sizes_e.py").write_text("SIZE = 7\n")
     (here / "nets_e" / "our_nets_e.py").write_text("import our_sizes_e\ndef build():\n    return our_sizes_e.SIZE\n")
-    (here / "work" / "our_nets_e.py").write_text("def build():\n    raise AssertionError\n")
-    monkeypatch.chdir(here / "work")
+    (here / "project" / "our_nets_e.py").write_text("def build():\n    raise AssertionError\n")
+    monkeypatch.chdir(here / "project")
     assert import_function("../nets_e/our_nets_e.py:build")() == 7
     assert import_function(f"{here}/nets_e/our_nets_e.py:build")() == 7
     with pytest.raises(InputError, match=r"'our_nets_e' is already the name of .*nets_e/our_nets_e\.py\. Rename our_n"):
-        import_function(f"{here}/work/our_nets_e.py:build")
+        import_function(f"{here}/project/our_nets_e.py:build")
     (here / "nets_e" / "our.nets.py").write_text("def build(): ...")
     with pytest.raises(InputError, match=r"'our\.nets' cannot be the name of a Python module\. Rename it\."):
         import_function("../nets_e/our.nets.py:build")
