@@ -126,9 +126,9 @@ class FileResults(Execution):
     score: float
     """The metric on the test images, in the unit of `metric`."""
     score_error: float | None = None
-    """One standard error of the score, in points; none for metrics other than the accuracy."""
+    """One standard error of the score, in points; null for metrics other than the accuracy."""
     difference_error: float | None = None
-    """One standard error of the difference from the original, in points, on the same images; none for the original."""
+    """One standard error of the difference from the original, in points, on the same images; null for the original."""
     agreement: Percent
     """Predictions that equal those of the original file, in percent."""
     bytes: Count
@@ -253,7 +253,7 @@ class Results(_Record):
     speedup: dict[Reference, dict[BatchSize, Speedup]]
     """Latency of the original, and of the baseline, divided by that of the compressed file, by batch size."""
     rounds: Rounds | None
-    """When the latency measurement of each batch size ended; none if latency was not measured."""
+    """When the latency measurement of each batch size ended; null if latency was not measured."""
     peaks: list[Peak] = []
     """Peak throughput of the machine, by runtime and precision."""
     test_images: Count

@@ -12,6 +12,9 @@ from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.task import Task
 
+SEEN = 3.0
+"""Standard errors of the difference to the test images from which a network was trained on the validation images."""
+
 
 def right_of(task: Task, predictions: Any, targets: Any) -> NDArray[np.bool_] | None:
     """Whether the class of each image is right (N,); None if the metric is not the accuracy."""

@@ -28,7 +28,7 @@ from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.measurement import measure
 from tersor.evaluation.results import Results, StageRecord
 from tersor.evaluation.scoring import targets_of
-from tersor.evaluation.standard_error import error_of_difference, measures_accuracy
+from tersor.evaluation.standard_error import SEEN, error_of_difference, measures_accuracy
 from tersor.pipeline import latency_cache
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
@@ -43,8 +43,6 @@ from tersor.tasks.classification import Classification
 from tersor.training.teacher_check import COMPRESS_LESS, chance_warning
 
 _BYTE = 8
-_SEEN = 3.0
-"""Standard errors of a difference from which a network was probably trained on the validation images."""
 _MEMORY = "Close other programs, or use smaller images (data.image_size) or a smaller network."
 
 
@@ -235,7 +233,7 @@ def _seen_validation(experiment: Experiment, results: Results) -> str:
     if validation is None or not images or not (experiment.model_is_trained and measures_accuracy(experiment.task)):
         return ""
     test, counts = results.artifact.score, (images, results.test_images)
-    if validation - test <= _SEEN * error_of_difference((validation, test), counts):
+    if validation - test <= SEEN * error_of_difference((validation, test), counts):
         return ""
     return (
         f"the accuracy on the validation images is {validation:.2f} %, more than three standard errors above the "

@@ -123,7 +123,7 @@ def compress(
         data,
         None if weights is None else Path(weights),
         runtime,
-        _listed("students", students, "names"),
+        _names_of(students),
         _listed("pixels", pixels, "numbers"),
         augment,
         limit,
@@ -156,13 +156,17 @@ def compress(
 def _listed(name: str, given: object, kind: str) -> tuple[Any, ...]:
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(f"{name} is {given!r}. Pass a list of {kind}: [{given!r}].")
-    items = tuple(cast("Iterable[Any]", given))
-    if name == "students" and (other := [each for each in items if not isinstance(each, str)]):
+    return tuple(cast("Iterable[Any]", given))
+
+
+def _names_of(students: object) -> tuple[str, ...]:
+    names = _listed("students", students, "names")
+    if other := [each for each in names if not isinstance(each, str)]:
         raise InputError(
             f"students has a {type(other[0]).__name__}. Pass names, such as 'my_networks.py:build': a student is built "
             "anew for each training run."
         )
-    return items
+    return names
 
 
 def _placement(workers: int | None, address: str | None) -> Placement | None:

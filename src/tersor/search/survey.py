@@ -11,7 +11,7 @@ from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.evaluation.session import installed_runtimes, open_session
-from tersor.evaluation.standard_error import error_of_difference
+from tersor.evaluation.standard_error import SEEN, error_of_difference
 from tersor.graph.capture import capture
 from tersor.pruning.residual_branches import find_branches
 from tersor.search.candidate import Candidate
@@ -26,8 +26,8 @@ from tersor.search.study import Record
 ORIGINAL, FLOAT32 = "original", "original-float32"
 _PACE_STEPS = 3
 _CHECKPOINT_SECONDS, _MOST_STEPS = 30.0, 200
-_SEEN, _PERHAPS_SEEN = 3.0, 2.0
-"""Standard errors from which the original was, or may have been, trained on the validation images."""
+_PERHAPS_SEEN = 2.0
+"""Standard errors from which the original may have been trained on the validation images; from `SEEN` on, it was."""
 _FOR_ONE = 0.5
 """The survey lasts long enough for one candidate, if that takes at most this share of the time left."""
 _MOST_OF_IT = 0.9
@@ -83,7 +83,7 @@ def _seen(search: Search, file: Path) -> bool:
     images = len(bench.validation.images), len(bench.experiment.data.test)
     validation = bench.measured(file, search.runtime).metric
     error = error_of_difference((validation, test), images)
-    seen = validation - test > _SEEN * error
+    seen = validation - test > SEEN * error
     scores = f"{bench.experiment.task.metric} {validation:.2f} % there, {test:.2f} % on the test images"
     if seen:
         search.bar.tell(
