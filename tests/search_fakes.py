@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,7 +56,9 @@ def relative_ms(candidate):
         return 0.3
     if candidate.network == "deep":
         return 2.0
-    return (0.2 + 0.8 * candidate.keep_macs) * (1 - candidate.branches / 12)
+    removals = (candidate.first, *candidate.later)
+    kept = math.prod(each.keep_macs for each in removals)
+    return (0.2 + 0.8 * kept) * (1 - sum(each.branches for each in removals) / 12)
 
 
 def metric(candidate, seconds):
@@ -112,11 +115,18 @@ class FakeBench:
     def recipe(self, candidate, stages):
         return self.experiment.recipe.model_copy(update={"stages": tuple(stages)})
 
-    def build(self, candidate):
+    def build(self, candidate, trained=()):
         self._work(("build", candidate.name), 1.0)
         if candidate.name in self.broken:
             raise InputError("cannot be built")
         return candidate
+
+    def branches(self, candidate, trained=()):
+        self.build(candidate, trained)
+        return SPACE.branches - sum(each.branches for each in (candidate.first, *candidate.later))
+
+    def start_from(self, candidate, parent):
+        self.trained.setdefault(candidate, self.trained[parent])
 
     def stage(self, candidate, name, steps, model, *, settled=False):
         self.settled.append(settled)
@@ -142,6 +152,8 @@ class FakeBench:
 
     def export(self, candidate, model, file, *, quantized=False):
         self._work(("export", candidate.name), 3.0)
+        if candidate.later:
+            FakeLatency.of.setdefault(candidate.name, relative_ms(candidate))
         file.write_text(f"{candidate.name} {self.trained.get(candidate, 0.0)}")
         reached = metric(candidate, self.trained.get(candidate, 0.0)) - (0 if quantized else self.rounding)
         return Exported(file, reached, 10**6, 50_000)

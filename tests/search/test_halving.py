@@ -265,9 +265,9 @@ def test_a_training_that_is_shorter_than_those_before_is_settled(finished):
     search, _ = finished
     before = max((record for record in search.study.records() if record.rung), key=lambda each: each.point.seconds)
     for limit, settled in ((before.point.seconds - 0.2, True), (before.point.seconds + 0.2, False)):
-        rung_training._planned(search, before.of, before.rung + 1, before, limit, last=True)
+        rung_training._planned(search, before.of, before.rung + 1, before, [], limit, last=True)
         assert search.bench.settled[-1] is settled
-    rung_training._planned(search, before.of, 1, None, 1.0, last=True)
+    rung_training._planned(search, before.of, 1, None, [], 1.0, last=True)
     assert search.bench.settled[-1] is False
-    (least,) = rung_training._planned(search, before.of, 1, None, 1e-6, last=False)
+    (least,) = rung_training._planned(search, before.of, 1, None, [], 1e-6, last=False)
     assert (least.name, least.steps) == ("train-1", 1)

@@ -14,7 +14,7 @@ from tersor.data.splitting import joined
 from tersor.pipeline.experiment import Experiment
 from tersor.recipe import DataSource, Network, Recipe, Stage, Teacher
 from tersor.search import workbench
-from tersor.search.candidate import Candidate
+from tersor.search.candidate import Candidate, Removal
 from tersor.search.workbench import Workbench
 from tersor.tasks.classification import Classification
 from tersor.training.loop import fit
@@ -191,3 +191,42 @@ def test_a_network_that_is_built_is_a_copy(tmp_path):
     assert torch.equal(built.layers[0].weight, of.experiment.model.layers[0].weight)
     pruned = of.build(Candidate(keep_macs=0.5))
     assert sum(each.numel() for each in pruned.parameters()) < sum(each.numel() for each in built.parameters())
+
+
+class Residual(nn.Module):
+    """Three residual branches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.branches = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, images):
+        features = self.stem(images)
+        for branch in self.branches:
+            features = features + branch(features.relu())
+        return self.head(features.mean((2, 3)))
+
+
+def test_a_candidate_starts_from_the_checkpoints_of_the_one_before_its_last_removal(tmp_path):
+    given = bench(splits(), tmp_path)
+    of = Workbench(replace(given.experiment, model=Residual(), teacher=Residual()), {}, tmp_path, NO_PROGRESS)
+    parent, child = Candidate(branches=1), Candidate(branches=1, later=(Removal(branches=1),))
+    train = [Stage(name=f"train-{number}", steps=1, batch_size=4) for number in (1, 2)]
+    trained, _ = of.train(parent, train[:1], 60.0)
+    assert of.branches(parent, train[:1]) == 2
+    of.start_from(child, parent)
+    before = (*train[:1], *child.last_removal)
+    assert of.branches(child, before) == 1
+    made, record = of.train(child, (*before, train[1]), 60.0)
+    assert (record.name, record.steps) == ("train-2", 1)
+    assert sum(isinstance(module, nn.Conv2d) for module in made.modules()) == 2
+    again, _ = of.train(parent, train[:1], 60.0)
+    assert all(torch.equal(*pair) for pair in zip(trained.parameters(), again.parameters(), strict=True))
+    of.start_from(child, Candidate())
+    assert of.branches(child, (*before, train[1])) == 1, "a folder that is there stays"
+    assert [stage.name for stage in child.stages((*before, train[1]))] == [
+        *("prune", "train-1", "prune-2", "train-2", "quantize")
+    ]

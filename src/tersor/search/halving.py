@@ -4,7 +4,8 @@ Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparamet
 resource is time, not steps, since a step of a fast network costs less: each candidate of a rung gets the same number of
 seconds. Each rung is a training stage of its own, from the weights of the rung before. The last rungs have one
 candidate and most of the time. The candidate of the very last rung is chosen from all candidates again: if the best one
-is already within the budget, the rest of the time can be used for a faster one.
+is already within the budget, the rest of the time can be used for a faster one. If none of the trained candidates
+promises that, more is removed from the best one (`further_removal`).
 
 A candidate that is not expected to end within the allowed drop, even after all of the time left, is not trained again,
 unless nothing else can use the time.
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from tersor.search.candidate import Candidate
+from tersor.search.further_removal import further_removals
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, hopeful, promoted
 from tersor.search.rung_training import seconds_to_train, train_candidates
@@ -25,6 +28,8 @@ from tersor.search.study import Record
 from tersor.search.workers import Workers
 
 _LEAST_SHARE = 0.03
+_FURTHER_SHARE = 0.5
+"""Share of the training time that is left, for the training after a further removal."""
 _LEAST_OVERHEADS = 10
 """A training run is divided if its second part has at least so many times the seconds of attaching and exporting."""
 
@@ -52,6 +57,7 @@ def halve(search: Search, workers: Workers | None = None, *, last_resort: bool =
             state.rungs.append(made)
             search.save()
         rung = state.rungs[number - 1]
+        by_name |= {name: Candidate.of(parameters) for name, parameters in rung.further.items()}
         waiting = [
             by_name[name]
             for name, training in rung.members.items()
@@ -99,6 +105,9 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
         trained = _trained(search)
         kept = hopeful(search, trained, available)
         chosen = promoted(search, kept, count, left, last=last)
+        removing = _with_more_removed(search, trained, chosen, at_once, available) if count <= at_once else None
+        if removing is not None:
+            return removing
         if not chosen:
             chosen = fresh = _never_trained(search, 1 if state.extended else count)
             share = max(share, LEAST_FIRST) if fresh else share
@@ -107,6 +116,22 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
     last = last or (len(chosen) <= at_once and number < len(RUNGS) and not fresh)
     members = {record.of.name: record.rung + 1 for record in chosen}
     return Rung(members=members, until=None if last else search.clock.used + share * available)
+
+
+def _with_more_removed(
+    search: Search, trained: Sequence[Record], chosen: Sequence[Record], at_once: int, available: float
+) -> Rung | None:
+    """A rung that removes more from the best candidate; None if training one of the `chosen` promises more."""
+    share = 1.0 if search.folder.state.extended else _FURTHER_SHARE
+    instead = chosen[0] if chosen else None
+    further = further_removals(search, trained, instead, share * available, at_once)
+    if not further:
+        return None
+    return Rung(
+        members={each.candidate.name: each.start.rung + 1 for each in further},
+        until=None if share == 1 else search.clock.used + share * available,
+        further={each.candidate.name: each.candidate.parameters for each in further},
+    )
 
 
 def _never_trained(search: Search, count: int) -> list[Record]:

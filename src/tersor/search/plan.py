@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 _SURVEY, _SURVEY_OF_SHORT, _SHORT = 0.1, 0.2, 120.0
 """The survey gets a tenth of the time that is left after the start; a fifth, but at most 120 s, if that is more."""
-RUNGS = (0.16, 0.2, 0.7)
+RUNGS = (0.16, 0.2, 0.5)
 """Shares of the training time that is left, for every rung but the last, which gets the rest."""
 LEAST_FIRST = 0.35
 """Share for the first rung where there is little time, so that several candidates can be compared."""

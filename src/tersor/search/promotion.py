@@ -141,8 +141,8 @@ def _key(search: Search, record: Record, metrics: Mapping[str, float], *, last: 
     order = rank(record.point.model_copy(update={"validation": metric}), search.budget, search.reference)
     if search.budget.points is None:
         return order
-    gain = improvement(search, record, metric, power=_CAUTION[last])
-    return distance(_fixed(search, record.point)), -gain if gain > _LEAST_GAIN else 0.0, *order
+    gained = improvement(search, record, metric, power=_CAUTION[last])
+    return distance(_fixed(search, record.point)), -gained if gained > _LEAST_GAIN else 0.0, *order
 
 
 def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[Record]:
@@ -155,6 +155,11 @@ def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[R
         for record, metric in zip(trained, metrics, strict=True)
         if _probability(search, record, metric) >= _HOPELESS
     ]
+
+
+def gain(search: Search, record: Record, seconds: float) -> float:
+    """The expected improvement by another `seconds` of training, as in the choice of the last training run."""
+    return improvement(search, record, expected(search, record, record.point.seconds + seconds), power=_CAUTION[True])
 
 
 def improvement(search: Search, record: Record, metric: float, power: float = 1.0) -> float:

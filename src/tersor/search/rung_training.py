@@ -12,6 +12,7 @@ from tersor.core.errors import InputError
 from tersor.evaluation.results import StageRecord
 from tersor.recipe import Stage
 from tersor.search.candidate import QUANTIZE, Candidate
+from tersor.search.further_removal import stages_before
 from tersor.search.search_context import Search
 from tersor.search.search_metric import in_percent
 from tersor.search.state import Rung
@@ -51,7 +52,7 @@ def _left(search: Search, rung: Rung) -> float:
 
 def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> None:
     """Train a candidate once more; all of its work takes `seconds`. An error is stored as a failed trial."""
-    limit = seconds - search.folder.state.costs.overhead
+    limit = seconds - search.folder.state.costs.overhead - _removal_seconds(search, candidate, rung)
     if limit <= 0:
         return
     start, resumed = search.clock.used, candidate.name in rung.planned
@@ -65,6 +66,11 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
     if not resumed:
         costs, in_training = search.folder.state.costs, sum(record.training_seconds or 0.0 for record in made)
         costs.attach = max(0.0, search.clock.used - start - in_training - costs.export - costs.latency)
+
+
+def _removal_seconds(search: Search, candidate: Candidate, rung: Rung) -> float:
+    """Seconds of a further removal before the training, which takes as long as the survey of a candidate."""
+    return search.folder.state.costs.survey if candidate.name in rung.further else 0.0
 
 
 def _train_in_workers(search: Search, workers: Workers, rung: Rung, candidates: Sequence[Candidate]) -> None:
@@ -99,13 +105,24 @@ def _train_in_workers(search: Search, workers: Workers, rung: Rung, candidates: 
 def _training(search: Search, candidate: Candidate, rung: Rung, limit: float) -> Training:
     """A training run of `limit` seconds; its plan is stored."""
     training = rung.members[candidate.name]
-    before = search.study.find(candidate, training - 1) if training > 1 else None
+    before = _before(search, candidate, training)
+    trained = [] if before is None else stages_before(before)
+    if before is not None and before.of != candidate:
+        search.bench.start_from(candidate, before.of)
+        trained += candidate.last_removal
     if candidate.name not in rung.planned:
-        planned = _planned(search, candidate, training, before, limit, last=rung.until is None)
+        planned = _planned(search, candidate, training, before, trained, limit, last=rung.until is None)
         rung.planned[candidate.name] = [_plain(stage) for stage in planned]
         search.save()
     stages = [Stage.model_validate(stage) for stage in rung.planned[candidate.name]]
-    return Training(_without_rounding(before), stages, limit)
+    return Training(trained, stages, limit)
+
+
+def _before(search: Search, candidate: Candidate, training: int) -> Record | None:
+    """The trial that a training run continues: of the same candidate, or of its parent before the last removal."""
+    if training == 1:
+        return None
+    return search.study.find(candidate, training - 1) or search.study.find(candidate.parent, training - 1)
 
 
 def _add(
@@ -113,7 +130,7 @@ def _add(
 ) -> None:
     """Export and measure a trained candidate, and add its trial."""
     number = rung.members[candidate.name]
-    before = search.study.find(candidate, number - 1) if number > 1 else None
+    before = _before(search, candidate, number)
     trained = [*training.trained]
     trained += [as_made(stage, record.steps) for stage, record in zip(training.stages, made, strict=True)]
     steps = sum(stage.steps for stage in trained)
@@ -150,15 +167,22 @@ def _fail(search: Search, candidate: Candidate, rung: Rung, reason: str, *, lost
 
 
 def _planned(
-    search: Search, candidate: Candidate, training: int, before: Record | None, limit: float, *, last: bool
+    search: Search,
+    candidate: Candidate,
+    training: int,
+    before: Record | None,
+    trained: Sequence[Stage],
+    limit: float,
+    *,
+    last: bool,
 ) -> list[Stage]:
     """The stages of a training run of `limit` seconds. A resumed run repeats them, although less time is left."""
     rounds_badly = before is not None and (before.rounding_loss or 0.0) > _ROUNDING
     quantizes = last and (rounds_badly or _rounds(_stages(before)))
     names = [(f"train-{training}", 1 - QUANTIZED_SHARE * quantizes)]
     names += [(QUANTIZE, QUANTIZED_SHARE)] * quantizes
-    settled = before is not None and before.point.seconds > limit
-    step, model = max(search.folder.state.costs.step, 1e-9), search.bench.build(candidate)
+    settled = before is not None and before.of == candidate and before.point.seconds > limit
+    step, model = max(search.folder.state.costs.step, 1e-9), search.bench.build(candidate, trained)
     return [
         search.bench.stage(
             candidate, name, max(1, min(_MOST_STEPS, int(_HEADROOM * share * limit / step))), model, settled=settled
@@ -169,11 +193,6 @@ def _planned(
 
 def _stages(record: Record | None) -> list[Stage]:
     return [Stage.model_validate(stage) for stage in record.stages] if record else []
-
-
-def _without_rounding(record: Record | None) -> list[Stage]:
-    """The trained stages but those that quantize: the next training goes on from the float network."""
-    return [stage for stage in _stages(record) if stage.name != QUANTIZE]
 
 
 def _rounds(stages: Sequence[Stage]) -> bool:

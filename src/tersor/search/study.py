@@ -8,6 +8,7 @@ unfinished is marked as failed and run again.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ class Record(BaseModel):
     @property
     def of(self) -> Candidate:
         """The candidate."""
-        return Candidate(**self.candidate)
+        return Candidate.of(self.candidate)
 
 
 class Study:
@@ -159,7 +160,9 @@ class Study:
             "network": self._networks, "bits": CategoricalDistribution(BITS), "pixels": IntDistribution(0, _MOST)
         }  # fmt: skip
         if candidate.inherits:
-            chosen |= {"branches": candidate.branches, "keep_macs": candidate.keep_macs}
+            removals = (candidate.first, *candidate.later)
+            branches, kept = sum(each.branches for each in removals), math.prod(each.keep_macs for each in removals)
+            chosen |= {"branches": branches, "keep_macs": kept}
             ranges |= {"branches": IntDistribution(0, _MOST), "keep_macs": FloatDistribution(0.0, 1.0)}
         return {**chosen, "rung": rung}, {**ranges, "rung": IntDistribution(0, _MOST)}
 

@@ -12,8 +12,6 @@ from tersor.evaluation.costs import costs
 from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.evaluation.session import installed_runtimes, open_session
 from tersor.evaluation.standard_error import SEEN, error_of_difference
-from tersor.graph.capture import capture
-from tersor.pruning.residual_branches import find_branches
 from tersor.search.candidate import Candidate
 from tersor.search.end_costs import measure_end
 from tersor.search.folder import BASELINES, UNCHANGED
@@ -246,9 +244,7 @@ def space_of(search: Search, students: list[str], pixels: list[int]) -> Space:
     """The space of the original and its students; bits below 8 are tried where the size is limited."""
     bench = search.bench
     try:
-        example = next(iter(bench.validation)).images[:2]
-        branches = len(find_branches(capture(bench.build(Candidate()), example), example))
-        prunable = True
+        branches, prunable = bench.branches(Candidate()), True
     except InputError as error:
         search.bar.tell(f"nothing can be removed from the original: {error}")
         branches, prunable = 0, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,9 +30,11 @@ from tersor.evaluation.latency import Array
 from tersor.evaluation.results import StageRecord
 from tersor.evaluation.scoring import targets_of
 from tersor.graph.batchnorm import Norm
+from tersor.graph.capture import capture
 from tersor.graph.plain_network import plain_copy
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.stages import attach, run_stages
+from tersor.pruning.residual_branches import find_branches
 from tersor.recipe import Network, Recipe, Stage, Teacher
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
@@ -132,15 +135,35 @@ class Workbench:
             changed["teacher"] = Teacher(**original.model_dump())
         return recipe.model_copy(update=changed)
 
-    def build(self, candidate: Candidate) -> nn.Module:
-        """The network before any training, with least-squares reconstruction of what was removed.
+    def build(self, candidate: Candidate, trained: Sequence[Stage] = ()) -> nn.Module:
+        """The network after the stages `trained`, with least-squares reconstruction of what was removed.
+
+        Training stages come from their checkpoints.
 
         Raises:
             InputError: it cannot be built or pruned.
         """
-        if candidate.removal:
-            return self._run(candidate, candidate.removal, None)[0]
+        if stages := (*candidate.removal, *trained):
+            return self._run(candidate, stages, None)[0]
         return copy.deepcopy(self.experiment_of(candidate, (candidate.rounding,)).model)
+
+    def branches(self, candidate: Candidate, trained: Sequence[Stage] = ()) -> int:
+        """The number of residual branches that can be removed from a candidate after the stages `trained`.
+
+        Raises:
+            InputError: the network cannot be captured.
+        """
+        images = next(iter(self.validation)).images[:2]
+        return len(find_branches(capture(self.build(candidate, trained), images), images))
+
+    def start_from(self, candidate: Candidate, parent: Candidate) -> None:
+        """Copy the checkpoints of `parent`, unless the candidate has its own already."""
+        folder, source = self.folder / candidate.name, self.folder / parent.name
+        if not folder.exists() and source.exists():
+            partial = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(folder)
 
     def train(self, candidate: Candidate, trained: Sequence[Stage], seconds: float) -> tuple[nn.Module, StageRecord]:
         """Train for `seconds` in the last of the stages `trained`; earlier ones come from their checkpoints.
@@ -255,7 +278,7 @@ class Workbench:
         self, candidate: Candidate, stages: Sequence[Stage], seconds: float | None
     ) -> tuple[nn.Module, StageRecord]:
         checkpoints = Checkpoints(self.folder / candidate.name)
-        with checkpoints.held(str(candidate), resume=True):
+        with checkpoints.held(str(replace(candidate, later=())), resume=True):
             checkpoints.remove_renamed([stage.name for stage in stages])
             experiment = self.experiment_of(candidate, stages)
             recipe = experiment.recipe.model_copy(update={"checkpoint_every": self.checkpoint_every})
