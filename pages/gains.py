@@ -205,7 +205,7 @@ GAINS: dict[str, Gain] = {
         "plain SGD",
         partial(step_ratio, "step_costs", method="psgd"),
         "A training step",
-        "You can calibrate: `adaround` after plain SGD reached more. The bits must be known before training.",
+        "You can calibrate: `adaround` after plain SGD was more accurate. The bits must be known before training.",
         accuracy="4 bits",
     ),
     "weight_pruning": _masked(

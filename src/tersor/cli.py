@@ -194,7 +194,8 @@ def methods(
             exempt += [f"{each}, test '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
         show(console, table)
         console.print(
-            "With strength 0, a method must not change the training (test 'off'). Exempt from this or another test:",
+            "tersor's tests check that a method with strength 0 leaves the training unchanged (test 'off'). Methods "
+            "that are exempt from this or another test:",
             *exempt,
             sep="\n  ",
             soft_wrap=True,

@@ -51,8 +51,8 @@ def _beside_first(measured: LatencyTable, model: TimedFile) -> Table:
     title = f"batch {measured.batch_size}, compared with {model.file} in {model.runtime}"
     rows = [(each, [_speedup(each.speedup["model"])]) for each in measured.files if "model" in each.speedup]
     caption = (
-        "In the table above, the files of a folder are compared with the original and the baseline of this folder, "
-        f"single ONNX files with those of {folder}."
+        "In the table above, files in a folder are compared with the original and the baseline of their own folder; "
+        f"single ONNX files are compared with the original and the baseline of {folder}."
     )
     return _table(title, [f"vs. {_in_title(Path(model.file))}"], rows, caption)
 

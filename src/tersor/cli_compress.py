@@ -190,8 +190,8 @@ def front_tables(front: Front, best: str = "model.onnx") -> Iterator[Table]:
     threads = f"{front.machine.threads} thread{'' if front.machine.threads == 1 else 's'}"
     title = f"{front.machine.cpu}, {threads}, {front.minutes_used:.1f} minutes"
     caption = (
-        f"* = {best}. ± is half the width of the 95 % interval of a latency relative to the original. "
-        "All choices were made on validation images."
+        f"* = {best}. ± is half the width of the 95 % interval of the latency, from a comparison with the "
+        "original. All choices were made on validation images."
     )
     free = {point.name for point in front.baselines}
     points = [*front.baselines, *(each for each in front.points if each.name not in free)]

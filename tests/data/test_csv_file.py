@@ -63,7 +63,11 @@ def test_several_classes(table):
         ("path,x", ["1", "nan"], "line 3: a value is not finite"),
         ("path,x", ["1", "1,2"], "line 3 has 3 cells. Write 2: path, x"),
         ("path,x,y", ["1"], "line 2 has 2 cells. Write 3: path, x, y"),
-        ("path,class", ["cat", "cat;dog"], "line 3: class is 'cat;dog'. Write one class, or call the column classes"),
+        (
+            "path,class",
+            ["cat", "cat;dog"],
+            "line 3: class is 'cat;dog'. Write one class, or rename the column 'classes'",
+        ),
         ("path,class", ["cat", ""], "line 3: class is ''"),
         ("path,split,x", ["training,1"], "split is 'training'. Possible: train, val, test"),
         ("path,split,x", ["train,1", "train,2"], "2 training and 0 test images"),

@@ -82,7 +82,7 @@ def test_ignored_pixels_are_no_class(masks):
             lambda folder: (folder / "classes.txt").write_text("sky\nroad"),
             "class index 2, and there are 2 classes. Possible: 0 to 1, and 255",
         ),
-        (lambda folder: (folder / "classes.txt").write_text("sky"), r"classes\.txt' names 1 classes"),
+        (lambda folder: (folder / "classes.txt").write_text("sky"), r"classes\.txt' names 1 class\."),
         (lambda folder: Image.new("RGB", (8, 6)).save(folder / "train/masks/3.png"), "Pillow mode 'RGB'"),
         (lambda folder: (folder / "test/masks").rename(folder / "test/mask"), "holds no 'masks'"),
         (lambda folder: (folder / "test").rename(folder / "tset"), "neither 'test' nor 'val'"),

@@ -72,7 +72,7 @@ def test_a_train_of_its_own_is_noted():
     layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
     network = nn.Sequential(nn.Identity(), Frozen(*layers)).train()
     (note,) = training_notes(capture(network, IMAGES))
-    assert note.startswith("capture drops the custom train() of 1:")
+    assert note.startswith("the captured network does not use the custom train() of 1:")
     assert training_notes(capture(nn.Sequential(*layers), IMAGES)) == ()
 
 

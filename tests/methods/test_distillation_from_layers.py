@@ -213,7 +213,7 @@ def test_crd_updates_the_memories_of_its_images():
     assert not changed[8:].any()
     assert torch.allclose(term.of_student[:8].norm(dim=1), torch.ones(8))
     assert term.log_z.isfinite().all()
-    with pytest.raises(InputError, match=r"no image indices\. Give Batch\.index"):
+    with pytest.raises(InputError, match=r"no image indices\. Set Batch\.index"):
         losses(attached, teacher, Batch(Loader().images[:8], Loader().targets[:8]))
     with pytest.raises(InputError, match="crd stores an embedding of every image"):
         CRD().attach(student, AttachContext(data=[Loader().images], teacher=teacher))

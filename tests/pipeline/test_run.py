@@ -122,7 +122,7 @@ def test_a_complete_run_without_latency_says_how_to_measure_it(tmp_path, faked, 
     module.run(parse(RECIPE, "r"), progress=progress, latency=False, **options)
     assert progress.lines == [f"{out} exists: the run is complete."]
     module.run(parse(RECIPE, "r"), progress=progress, **options)
-    assert progress.lines[2:] == [f"{out} was run without measuring latency. To measure it: tersor bench {out}"]
+    assert progress.lines[2:] == [f"the run in {out} did not measure latency. To measure it: tersor bench {out}"]
 
 
 def test_latencies_of_a_run_that_was_killed_are_kept_only_where_it_is_resumed(tmp_path, faked, monkeypatch):

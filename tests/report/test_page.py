@@ -247,7 +247,7 @@ def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
     assert "Stage draw, psgd" in text
     assert text.count("mean distance 0.250 steps before, 0.125 after") == 6, "of all and of a layer"
     assert "weights far from a point move far" in text
-    assert "initial distance 0.25 to 0.30 steps: moved: artifact 0.125" in text
+    assert "initial distance 0.25 to 0.30 steps; mean movement: artifact 0.125" in text
     assert "conv, 3 bits" in text
     numbers = numbers_of()
     numbers["stages"][1]["drawn"] = positions_of(target="zero", scale_by="constant")

@@ -95,7 +95,10 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
     lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))
     assert lines[1:3] == [
         "Meets the budget: 0.60 of 1 point lost on the validation images, 0.600 of 0.9 ms at batch 1, 0.120 of 0.5 MB.",
-        "Chosen because it has the lowest latency (geometric mean) within the budget at batch 1 and 128.",
+        (
+            "Chosen because, of the networks within the budget, it has the lowest latency at batch 1 and 128 "
+            "(geometric mean)."
+        ),
     ]
     limits["max_drop"] = None
     lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))

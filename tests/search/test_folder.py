@@ -204,7 +204,8 @@ def test_the_range_in_words(tmp_path):
     reserve = 6.0 + 15.0 + 2.0
     left = 1200 - 60 - reserve
     assert lines[4] == (
-        f"plan: 19.0 minutes left: 2.0 for the survey, {(left - 120) / 60:.1f} for training, "
+        f"plan: 19.0 minutes left: 2.0 for measuring untrained candidates, {(left - 120) / 60:.1f} for training "
+        "them, "
         f"{reserve / 60:.1f} for the final measurements; one training step of the original takes 0.1 s; "
         f"about {(left - 120) / 0.1:.0f} of them fit into the time for training"
     )

@@ -87,8 +87,8 @@ def test_statistics_that_the_momentum_leaves_behind_are_averaged_over_the_images
     assert model[0].momentum == 0.01
     assert len(lines) == 1
     assert lines[0] == (
-        "short: statistics of 2 BatchNorm layers averaged over 64 training images, since their momentum of 0.01 is too "
-        "small for 8 batches"
+        "short: statistics of 2 BatchNorm layers recomputed as averages over 64 training images: for a momentum of "
+        "0.01, there were too few batches (8)"
     )
 
 
@@ -113,9 +113,8 @@ def test_a_late_change_of_masks_is_averaged_again_where_its_share_is_large(step,
     fit(LateChanges(network(0.1), step, share), Shifted(), TRAINING, steps=40, progress=progress, name="short")
     lines = [line for line in progress.lines if "BatchNorm" in line]
     assert bool(lines) == again
-    assert all(
-        line.endswith("of 0.1 is too small for the batches after the last changes of the masks") for line in lines
-    )
+    ending = "for a momentum of 0.1, there were too few batches after the last changes of the masks"
+    assert all(line.endswith(ending) for line in lines)
 
 
 def test_the_batches_after_a_change_are_counted_with_accumulation():
@@ -131,7 +130,7 @@ def test_at_most_a_thousand_images_are_used():
     source = Shifted(batches=70)
     model, lines = trained(network(0.01), 8, source)
     assert torch.allclose(model[0].running_mean, average(source.all[:64])[0])
-    assert "averaged over 1024 training images" in lines[0]
+    assert "averages over 1024 training images" in lines[0]
 
 
 @pytest.mark.parametrize(("momentum", "steps", "again"), [(0.1, 28, True), (0.1, 29, False), (0.5, 5, False)])
@@ -160,7 +159,7 @@ def test_a_last_batch_of_few_images_does_not_count_as_much_as_the_others():
     model, lines = trained(network(0.01), 5, source)
     assert torch.allclose(model[0].running_mean, mean)
     assert torch.allclose(model[0].running_var, variance)
-    assert "averaged over 64 training images" in lines[0]
+    assert "averages over 64 training images" in lines[0]
 
 
 def test_frozen_statistics_stay():
@@ -170,7 +169,7 @@ def test_frozen_statistics_stay():
     before = copy.deepcopy(dict(model[0].named_buffers()))
     _, lines = trained(model, 8)
     assert all(torch.equal(value, before[name]) for name, value in model[0].named_buffers())
-    assert "1 BatchNorm layer averaged" in lines[0]
+    assert "1 BatchNorm layer recomputed" in lines[0]
 
 
 def test_a_norm_that_runs_only_in_training_keeps_its_statistics():
@@ -227,7 +226,7 @@ def test_statistics_with_a_momentum_of_zero_are_frozen():
     before = copy.deepcopy(dict(model[0].named_buffers()))
     _, lines = trained(model, 8)
     assert torch.equal(model[0].running_mean, before["running_mean"])
-    assert "1 BatchNorm layer averaged" in lines[0]
+    assert "1 BatchNorm layer recomputed" in lines[0]
 
 
 def test_layers_that_never_run_are_not_counted():

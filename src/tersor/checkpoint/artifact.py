@@ -153,7 +153,9 @@ def read_artifact(path: Path | str) -> Artifact:
     path = Path(path)
     if path.is_file():
         if path.suffix not in _BARE:
-            raise InputError(f"{path} is not a model. Pass the folder of an artifact, or an {' or '.join(_BARE)} file.")
+            raise InputError(
+                f"{path} is not a model. Pass the folder of a run or a search, or a {' or '.join(_BARE)} file."
+            )
         refuse_outside(path)
         return Artifact(path, path, {path.name: path})
     if not path.is_dir():

@@ -137,7 +137,7 @@ def import_module(name: str, path: str) -> ModuleType:
     importlib.invalidate_caches()
     module = _imported(name, path, here, file)
     if elsewhere and Path(module.__file__ or "").resolve() != file.resolve():
-        found = module.__file__ or "a module of Python"
+        found = module.__file__ or "a built-in module of Python"
         raise InputError(f"'{path}': '{name}' is already the name of {found}. Rename {file.name}.")
     return module
 

@@ -15,7 +15,7 @@ from tersor.data.decoding import ImageFormat, read_file
 from tersor.data.image_sets import Decoded, Splits, View
 from tersor.data.splitting import with_test_set
 
-_EXAMPLE = "path,value; path,class; or path,classes (such as cat;dog); each with an optional column split"
+_EXAMPLE = "'path,value', 'path,class' or 'path,classes' (such as cat;dog), each optionally with a column 'split'"
 _SETS = ("train", "val", "test")
 Row = tuple[int, dict[str, str]]
 
@@ -92,7 +92,7 @@ def _labels(path: Path, rows: Sequence[Row], column: str) -> tuple[Tensor, tuple
         for (line, row), each in zip(rows, given, strict=True):
             if len(each) != 1:
                 raise InputError(
-                    f"'{path}', line {line}: class is '{row[column]}'. Write one class, or call the column classes."
+                    f"'{path}', line {line}: class is '{row[column]}'. Write one class, or rename the column 'classes'."
                 )
         return torch.tensor([number_of[each[0]] for each in given]), tuple(names)
     present = torch.zeros(len(rows), len(names))

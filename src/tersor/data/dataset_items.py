@@ -75,7 +75,7 @@ class ItemSet:
             return item[key], others[known[0]]
         raise InputError(
             f"{self.name}: item {number} is a dict with the keys {', '.join(map(repr, item))}, and it is unclear which "
-            f"one is the target. {_POSSIBLE} Write package.module:function that returns pairs."
+            f"one is the target. {_POSSIBLE} Write the name of a function, package.module:function, that returns pairs."
         )
 
     def kind(self) -> Kind:

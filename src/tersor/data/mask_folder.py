@@ -89,7 +89,10 @@ def _named(path: Path) -> tuple[str, ...] | None:
         return None
     names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     if len(names) < 2:
-        raise InputError(f"'{path}' names {len(names)} classes. Write at least two, one per line, class 0 first.")
+        raise InputError(
+            f"'{path}' names {len(names) or 'no'} class{'' if names else 'es'}. Write at least two, one per line, "
+            "class 0 first."
+        )
     return names
 
 

@@ -243,7 +243,10 @@ def model_files(path: Path) -> list[Path]:
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path, *_external_data(path)]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"{path} needs {', '.join(missing)}, which does not exist.")
+        raise InputError(
+            f"{path} needs other files, which are missing: {', '.join(missing)}. Copy them into its folder, or export "
+            "the network again."
+        )
     return files
 
 

@@ -29,8 +29,8 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
         notes.append(f"the captured network trains without stochastic depth ({_all(inactive)}): capture uses eval mode")
     if switching:
         notes.append(
-            f"capture drops the custom train() of {_all(switching)}: layers that it keeps in eval mode, such as "
-            "BatchNorm, are trained"
+            f"the captured network does not use the custom train() of {_all(switching)}: layers that train() would "
+            "keep in eval mode, such as BatchNorm, are trained"
         )
     return notes
 

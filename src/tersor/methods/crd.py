@@ -9,8 +9,8 @@ Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.
         log m / (h(s, M_t[j]) + m) ], and the same with s and t exchanged
 
 As in the authors' code: K = 16,384, d = 128, tau = 0.07, weight 0.8, memory momentum 0.5. Their data loader draws the
-negatives from other classes; here they are drawn from all images, as their memory does by default. The features are the
-pooled feature map of the named layer.
+negatives from other classes; here they are drawn from all images, which is the default of the memory module in their
+code. The features are the pooled feature map of the named layer.
 
 It works with any task and any outputs of the network, because no label is used. An image has one embedding, its average
 over the pixels. For masks and boxes, `fitnet` and `attention_transfer` also compare positions.
@@ -74,7 +74,8 @@ class ContrastTerm(LossTerm):
         assert teacher is not None
         if batch.index is None:
             raise InputError(
-                "crd stores an embedding of every image; the batches have no image indices. Give Batch.index."
+                "crd stores an embedding of every image; the batches have no image indices. Set Batch.index to the "
+                "indices of the images in the data set."
             )
         ours = self._embed(student.layers[self.pair.student], self.student_embedding)
         theirs = self._embed(teacher.layers[self.pair.teacher], self.teacher_embedding)

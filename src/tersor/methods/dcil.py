@@ -18,8 +18,8 @@ discarded at the end of the stage. The dense path is not quantized where `qat` q
 a label loss of weight 1 and no teacher.
 
 In the code the sparsity rises per epoch; here it rises per step. The code adds 1e-7 to probabilities; the logarithms
-here do not need it. The paper's checkpoints are the best on the test set, partly from before the final sparsity; here
-the stage ends exactly at the final sparsity.
+here do not need it. The paper reports the checkpoint with the best test accuracy, sometimes one from before the final
+sparsity was reached; here the stage ends exactly at the final sparsity.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class DensePath(LossTerm):
         context = student.context
         targets = context.targets(batch, teacher)
         if targets is None:
-            raise InputError("dcil trains its dense path on the labels, and the images have none. Give labels.")
+            raise InputError("dcil trains its dense path on the labels, and the images have none. Pass labeled images.")
         model, task = context.model, context.task
         assert model is not None
         with context.autocasting(batch):

@@ -71,7 +71,9 @@ class DecoupledTerm(WarmupLossTerm):
     def forward(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> Tensor:
         """The loss of one batch."""
         if batch.targets is None:
-            raise InputError("dkd needs the target class of every image, and the images have no labels. Give labels.")
+            raise InputError(
+                "dkd needs the target class of every image, and the images have no labels. Pass labeled images."
+            )
         logits = logits_of_both(student, teacher, self.name)
         rows = rows_with_class(*logits, batch.targets, student.context.task)
         tckd, nckd = decoupled(*rows, self.method.temperature)

@@ -12,10 +12,10 @@ k compresses channels, not pixels.
 
 The authors' code uses p = 1, weight 500 and the mean over all D elements. The elements of a vector of norm 1 have size
 D^(-1/2), so the mean decreases as k grows, and another k would also change the effective weight. Here the sum is
-divided by D^(1/2) (for p = 1), so that the scale of the loss does not depend on k. The default weight is the authors'
-at their D of 2048: 500 / 2048 * 2048^(1/2). The paper's reconstruction error is squared, the code's absolute;
-`reconstruction` selects one. The code runs the teacher with gradients and ignores its seed option. Where the maps
-differ in size, the larger is pooled. The paraphraser is trained on the calibration images: not augmented, and in a
+divided by D^(1/2) (for p = 1), so that the scale of the loss does not depend on k. The default weight equals the
+authors' weight for their D = 2048: 500 / 2048 * 2048^(1/2). The paper's reconstruction error is squared, the code's
+absolute; `reconstruction` selects one. The code runs the teacher with gradients and ignores its seed option. Where the
+maps differ in size, the larger is pooled. The paraphraser is trained on the calibration images: not augmented, and in a
 recipe in batches of 64; the code uses batches of 128, cropped and flipped.
 
 It works with any task and any outputs of the network, because only outputs of a layer are compared.

@@ -21,11 +21,11 @@ cause is not a larger learning rate.
 The paper has s = lambda * (d + epsilon). Its code has no epsilon, so a weight on its point does not move; this file
 follows the code. The code's lambda of 150 gives a mean scale of 4.0 at 4 bits and of 15.4 at 2 (on its own network);
 this is the reason for `mean_scale`. Its grid is shared by a whole layer and reaches to a running mean of the largest
-weight; here that is `per_channel: false` with `range: running`. By default the grid is that of `ptq` with the same
-`first_last_bits` and `weight_range: minmax`; note that `ptq` clips below 8 bits by default if the network has
-BatchNorm. Below 4 bits, the first and last layer use the grid of 8 bits, as in the code, and as in `ptq` by default.
-The code also trains without weight decay at 2 bits (write `optimizer: {weight_decay: 0}`), and gives the classifier's
-bias a grid. Here biases have no grid, because they have 32 bits in the exported file.
+weight; here that is `per_channel: false` with `range: running`. By default the grid is that of `ptq` with
+`weight_range: minmax` and, at 4 bits or more, `first_last_bits` equal to `bits`; note that `ptq` clips below 8 bits by
+default if the network has BatchNorm. Below 4 bits, the first and last layer use the grid of 8 bits, as in the code, and
+as in `ptq` by default. The code also trains without weight decay at 2 bits (write `optimizer: {weight_decay: 0}`), and
+gives the classifier's bias a grid. Here biases have no grid, because they have 32 bits in the exported file.
 """
 
 from __future__ import annotations

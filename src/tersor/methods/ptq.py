@@ -15,11 +15,11 @@ bits.
 
 The defaults come from `bench/ptq_defaults.py`. Biases are corrected (Nagel et al., ICCV 2019:
 `quantization/bias_correction.py`). At 8 bits an activation's range ends at the largest values, and a weight's range
-minimizes the squared error of the layer's output (`quantization/output_error.py`). Below 8 bits a range minimizes the
-squared error, and a BatchNorm compensates for the changed means and variances. Options: cross-layer equalization
-(`quantization/equalization.py`), and `max_drop`, which keeps the most sensitive layers in float. On a processor that
-accumulates 8-bit products in 16 bits (AVX2 without VNNI), weight scales are widened until no channel saturates:
-`quantization/observers.py`.
+minimizes the squared error of the layer's output (`quantization/output_error.py`). Below 8 bits, in a network with
+BatchNorm, ranges minimize the squared error, and the BatchNorms compensate for the changed means and variances; without
+BatchNorm, the ranges of weights are `minmax`. Options: cross-layer equalization (`quantization/equalization.py`), and
+`max_drop`, which keeps the most sensitive layers in float. On a processor that accumulates 8-bit products in 16 bits
+(AVX2 without VNNI), weight scales are widened until no channel saturates: `quantization/observers.py`.
 """
 
 from __future__ import annotations

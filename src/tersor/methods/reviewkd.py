@@ -10,9 +10,9 @@ Chen, Liu, Zhao and Jia, "Distilling Knowledge via Knowledge Review", CVPR 2021.
     HCL(r, t): mean squared distance of r and t, and of both pooled to 4x4, 2x2 and 1x1, with weights 1, 1/2, ...
 
 The authors' code adds the pooled features before the classifier as one more layer, and compares features before the
-last ReLU of a stage. Here the outputs of the named layers are compared, and the pooled last one. As in the code, m is
-the number of channels of the student's last layer, at most 512, and the weight has a warm-up (in the code, over 20 of
-240 epochs).
+last ReLU of a stage. Here the outputs of the named layers are compared, and also the pooled output of the last of them.
+As in the code, m is the number of channels of the student's last layer, at most 512, and the weight has a warm-up (in
+the code, over 20 of 240 epochs).
 
 It works with any task and any outputs of the network, because only outputs of layers are compared.
 """
@@ -98,7 +98,7 @@ def _batch_norm(norm: nn.Module, values: Tensor) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """One layer's features and the fused later ones -> features with the teacher's channels, and the new fused ones.
+    """A layer's features, the fused ones of later layers -> features with the teacher's channels, the new fused ones.
 
     Everything but the sigmoid is linear, and most of the time goes into writing maps of `width` channels. So the 1x1
     convolution and its BatchNorm become one matrix, applied after the product with a_i (which has fewer channels); at
@@ -182,7 +182,7 @@ class Fusion(nn.Module):
 
 
 class ReviewTerm(WarmupLossTerm):
-    """The weighted sum over the layers and the pooled last one."""
+    """The weighted sum over the layers and the pooled output of the last layer."""
 
     name = "reviewkd"
 

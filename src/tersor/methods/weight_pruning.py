@@ -9,10 +9,11 @@ Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: gradual pruning).
                         sparsity before the stage, t_end a fraction of the stage
     a function          s_t = s_0 + (s - s_0) * f(t / t_end)
 
-Four parameters: which weights are masked first (`importance`, see `tersor.pruning.weight_importance`), in each layer or
-in all together (`scope`), in which units (`granularity`), and when (`sparsity_schedule`). Importance and schedule can
-be your own function: an importance function may take any of the arguments `weight` (C_out, C_in, ...), `name` and
-`layer`, and returns scores; a schedule function takes the progress from 0 to 1 and returns the fraction of the rise.
+Four parameters control the masks: `importance` (see `tersor.pruning.weight_importance`) decides which weights are
+masked first, `scope` whether they are compared within each layer or across all layers, `granularity` the unit that is
+masked, and `sparsity_schedule` when. Importance and schedule can be your own function: an importance function may take
+any of the arguments `weight` (C_out, C_in, ...), `name` and `layer`, and returns scores; a schedule function takes the
+progress from 0 to 1 and returns the fraction of the rise.
 
 Masked weights have no gradient, are not moved by momentum or weight decay, and stay masked: the masks are nested. Where
 masks of an earlier stage have another granularity, or are sparser, the sparsity is higher than requested.

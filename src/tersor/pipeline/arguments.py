@@ -46,8 +46,8 @@ def warn_of_another_runtime(model: object, runtime: str) -> None:
     before = model.meta.get(RUNTIME, runtime) if isinstance(model, fx.GraphModule) else runtime
     if before != runtime:
         warnings.warn(
-            f"the network was quantized for {before} and is exported for {runtime}, where fewer operators may run in "
-            f"integers. Pass runtime='{runtime}' to quantize as well.",
+            f"the network was quantized for {before} and is exported for {runtime}, where fewer operators may be "
+            f"computed in integers. Pass runtime='{runtime}' to quantize as well.",
             CompressionWarning,
             stacklevel=3,
         )

@@ -101,8 +101,8 @@ def evaluate(
     made_for = quantized_for(found) or session.runtime
     if made_for != session.runtime and weight_bits(found.model):
         progress.say(
-            f"warning: the file was made for {made_for} and runs in {session.runtime}, where fewer operators may run "
-            f"in integers and the metric may differ. Write --runtime {made_for}."
+            f"warning: the file was made for {made_for} and runs in {session.runtime}, where fewer operators may be "
+            f"computed in integers and the metric may differ. Write --runtime {made_for}."
         )
     options = options or ImageOptions()
     options.check(session, told)

@@ -97,7 +97,7 @@ def run(
             checkpoints.remove()  # the run may have been killed after it wrote the folder
         progress.say(f"{out} exists: the run is complete.")
         if latency and not _has_latency(out):
-            progress.say(f"{out} was run without measuring latency. To measure it: tersor bench {out}")
+            progress.say(f"the run in {out} did not measure latency. To measure it: tersor bench {out}")
         return out
     require_free(out)
     held = checkpoints.held(text, resume=resume, changes=lambda before: recipes.changes(before, recipe))

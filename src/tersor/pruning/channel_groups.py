@@ -53,7 +53,10 @@ class Group:
 
     @property
     def width(self) -> int:
-        """Number of the root's outputs in one channel of the group: those of a head, or of a group of a convolution."""
+        """Number of output channels of the root in one channel of the group.
+
+        It is 1, or the channels of a head or of a group of a convolution that are removed together.
+        """
         return 1 if self.within_heads else max(len(cut.channels) for cut in self.slices[0] if cut.layer == self.root)
 
     def cuts(self, channels: Iterable[int]) -> list[Cut]:

@@ -31,7 +31,10 @@ class DataSource(PlainRecord):
         Path | None,
         Field(description="folder with train/ and test/: class folders, unlabeled images, masks, Pascal VOC or COCO"),
     ] = None
-    csv: Annotated[Path | None, Field(description="CSV file: column path, and class, classes or numbers")] = None
+    csv: Annotated[
+        Path | None,
+        Field(description="CSV file with a column path, and a column class or classes, or columns of numbers"),
+    ] = None
     name: Annotated[
         Named | None, Field(description="digits, scenes, a torchvision data set, or package.module:function")
     ] = None

@@ -66,7 +66,7 @@ def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str
         message = f"{path or 'the recipe'} needs '{location[-1]}'."
         return _Problem(node, f"{path}.{location[-1]}".lstrip("."), message)
     if kind == "missing":
-        return _Problem(node, path, wanted=("a longer list",))
+        return _Problem(node, path, wanted=(f"a list of at least {location[-1] + 1} values",))
     if kind in RAISED:
         return _Problem(node, path, raised(detail, path))
     wanted = str(WANTED.get(kind) or detail["msg"].removeprefix("Input should be ")).format(**context)

@@ -58,7 +58,7 @@ def movement_groups(means: Sequence[float | None]) -> Groups:
     """Mean movement by initial distance to the nearest grid point."""
     width = 0.5 / len(means)
     edges = [f"{index * width:.2f} to {(index + 1) * width:.2f}" for index in range(len(means))]
-    return [(f"initial distance {each} steps: moved", mean) for each, mean in zip(edges, means, strict=True)]
+    return [(f"initial distance {each} steps; mean movement", mean) for each, mean in zip(edges, means, strict=True)]
 
 
 def describe_movement(means: Sequence[float | None]) -> str:

@@ -106,7 +106,7 @@ def compress(
             arguments must exist on all machines.
         out: the folder, `runs/compress` by default.
         progress: receives the progress; `tersor.progress_bars.Bars` draws it. Without it, only warnings are issued.
-        now: a clock in seconds.
+        now: a function that returns the current time in seconds.
 
     Raises:
         InputError: an argument, the network or the data cannot be used.

@@ -53,7 +53,7 @@ class Point(BaseModel):
     latency_ms: dict[int, float]
     """Median latency by batch size, in milliseconds."""
     latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}
-    """Half the width of the 95 % interval of each latency, as a fraction of it; null for the point `original`."""
+    """Half the width of the 95 % interval of each latency, as a fraction of it; empty for the point `original`."""
     bytes: int
     """Size of the file, in bytes."""
     macs: int
@@ -170,7 +170,7 @@ def reason(point: Point, budget: Budget, *, met: bool) -> str:
         return "Chosen because it is closest to the budget."
     if budget.points is None:
         return "Chosen because it has the best metric on the validation images within the budget."
-    return f"Chosen because it has the lowest latency{mean} within the budget at batch {sizes}."
+    return f"Chosen because, of the networks within the budget, it has the lowest latency at batch {sizes}{mean}."
 
 
 def distance(lacking: dict[str, float]) -> float:

@@ -17,7 +17,7 @@ def describe_range(search: Search) -> list[str]:
     state = search.folder.state
     lines = [
         *_validation(search),
-        "free baselines: the original, without training; ± is half the width of the 95 % interval of a latency",
+        "free baselines: the original, with no further training; ± is half the width of the 95 % interval of a latency",
     ]
     for point in state.baselines:
         lacking = shortfall(point, search.budget, search.reference)
@@ -37,8 +37,9 @@ def describe_range(search: Search) -> list[str]:
     lines.append(f"budget: {search.budget}; goal: the fastest network within it" if search.budget.points is not None
                  else f"budget: {search.budget}; goal: the most accurate network within it")  # fmt: skip
     lines.append(
-        f"plan: {(left + reserve) / 60:.1f} minutes left: {survey_seconds(left) / 60:.1f} for the survey, "
-        f"{(left - survey_seconds(left)) / 60:.1f} for training, {reserve / 60:.1f} for the final measurements; "
+        f"plan: {(left + reserve) / 60:.1f} minutes left: {survey_seconds(left) / 60:.1f} for measuring untrained "
+        "candidates, "
+        f"{(left - survey_seconds(left)) / 60:.1f} for training them, {reserve / 60:.1f} for the final measurements; "
         f"one training step of the original takes {step:.2g} s" + _steps(left - survey_seconds(left), step)
     )
     return lines

@@ -65,7 +65,7 @@ class Classification(Task):
         if logits.ndim != 2:
             raise InputError(
                 f"a classifier returns logits (N, classes), but this network returned {described(logits)}. If it is "
-                "not a classifier, set its task."
+                "not a classifier, set its task, such as `--task segmentation` (`task: segmentation` in a recipe)."
             )
         logits = logits.detach().cpu()
         return _class_of_single_logit(logits[:, 0]) if logits.shape[1] == 1 else logits.argmax(1)

@@ -17,7 +17,7 @@ from tersor.training.objective import LossTerm
 
 
 class Handle:
-    """Removes the hooks of `bind`; parametrizations stay until `strip`."""
+    """Removes the hooks of `bind`; parametrizations stay until `tersor.graph.parametrization.strip` removes them."""
 
     def __init__(self, removers: Sequence[Callable[[], None]]) -> None:
         self._removers = list(removers)
@@ -38,8 +38,8 @@ class Attachment:
         label_weight: weight of the task's loss on the labels.
         notes: messages of `attach` and `begin` for the user, one line each.
         holds_shapes: whether it depends on the shapes of the weights at the time of `attach`.
-        scheduled_steps: steps after which its schedule is complete; `finish` warns if fewer were done. 0: no schedule,
-            and no need of `bind`.
+        scheduled_steps: steps after which its schedule is complete; `finish` warns if fewer were done. 0: there is no
+            schedule, and `bind` need not be called.
         completed: steps that were done, counted by `bind` and `after_step`.
     """
 
@@ -73,8 +73,8 @@ class Attachment:
     def changes(self) -> Sequence[tuple[int, float]]:
         """Changes to the network that the optimizer did not make, such as new masks; empty by default.
 
-        For each, the number of steps before it and the share of the weights that changed. `fit` averages again the
-        running statistics that such a change made stale.
+        For each, the number of steps before it and the share of the weights that changed. `fit` recomputes the running
+        statistics that such a change made stale.
         """
         return ()
 

@@ -71,9 +71,9 @@ def average_again(
         return
     momenta = ", ".join(dict.fromkeys(f"{norm.momentum:g}" for norm in averaged))
     yield (
-        f"statistics of {counted(len(averaged), 'BatchNorm layer')} averaged over {counted(images, 'training image')}, "
-        f"since their momentum of {momenta} is too small for "
-        + (f"{done} batches" if slow else "the batches after the last changes of the masks")
+        f"statistics of {counted(len(averaged), 'BatchNorm layer')} recomputed as averages over "
+        f"{counted(images, 'training image')}: for a momentum of {momenta}, there were too few batches "
+        + (f"({done})" if slow else "after the last changes of the masks")
     )
 
 

@@ -17,9 +17,10 @@ class Cut(NamedTuple):
 
     Attributes:
         layer: a layer, a parameter or buffer by its path, or a node of the graph.
-        axis: `out` (filters, per-channel parameters) or `in` (columns that read) of a layer; the number of a dimension
-            of a parameter; `ARGUMENT=BEFORE` of a node whose argument counts the channels; `gives=ARGUMENT` of a sum
-            that is replaced with one of its arguments.
+        axis: for a layer, `out` (filters, per-channel parameters) or `in` (the columns that read the channels). For a
+            parameter, the number of the dimension. For a node with an argument that is the number of channels,
+            `ARGUMENT=BEFORE`, where BEFORE is the old number. For a sum that is replaced with one of its operands,
+            `gives=ARGUMENT`.
         channels: indices in the network before this round of cuts.
     """
 

@@ -52,7 +52,8 @@ def _couple_groups(
         propagation.sets.couple(
             read,
             written,
-            f"{name} is a grouped layer, whose input and output channels are removed together; one side cannot be",
+            f"{name} is a grouped layer: its input and output channels must be removed together, and those on one side "
+            "cannot be removed",
         )
         return None
     sides = [read.reshape(groups, -1), written.reshape(groups, -1)]
