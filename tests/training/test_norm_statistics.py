@@ -149,7 +149,7 @@ def test_an_epoch_that_is_no_multiple_of_the_accumulated_batches_has_fewer():
     progress, training = Lines(), TRAINING.model_copy(update={"accumulate": 4})
     fit(Attachment(network(0.1)), Shifted(batches=5), training, steps=9, progress=progress)
     (line,) = (line for line in progress.lines if "BatchNorm" in line)
-    assert line.endswith("too small for 24 batches")
+    assert line.endswith("too few batches (24)")
 
 
 def test_a_last_batch_of_few_images_does_not_count_as_much_as_the_others():
