@@ -73,8 +73,11 @@ def test_nothing_is_removed_from_a_student_a_baseline_or_without_time_or_a_drop(
     search, best = with_best(tmp_path / "out", 90.0, candidate=Candidate("wide"))
     assert further_removals(search, [best], None, 100.0) == []
     search, best = with_best(tmp_path / "other", 90.0)
-    assert further_removals(search, [best], None, 0.14 * 30) == []
-    assert further_removals(search, [best], None, 0.16 * 30)
+    assert further_removals(search, [best], None, 14.9) == [], "5 s to remove, 5 s of other work, 5 s of training"
+    assert further_removals(search, [best], None, 15.1)
+    longer = best.model_copy(update={"point": best.point.model_copy(update={"seconds": 200.0})})
+    assert further_removals(search, [longer], None, 0.14 * 200) == []
+    assert further_removals(search, [longer], None, 0.16 * 200)
     search.best = search.points[0]
     assert further_removals(search, [best], None, 100.0) == []
     for number, budget in enumerate([Budget(latency_ms={1: 1.0}), Budget(max_drop=0.0)]):
@@ -87,6 +90,10 @@ def test_a_removal_that_was_tried_is_not_tried_again(tmp_path):
     (further,) = further_removals(search, [best], None, 100.0)
     search.study.fail(further.candidate, 2, "diverged")
     assert further_removals(search, [best], None, 100.0) == []
+    search.study.failed.clear()
+    assert further_removals(search, [best], None, 100.0)
+    search.folder.state.rungs = [Rung(members={further.candidate.name: 2}, until=0.0)]
+    assert further_removals(search, [best], None, 100.0) == [], "even if its rung had no time to train it"
 
 
 def test_training_another_candidate_is_preferred_if_it_promises_more(tmp_path, monkeypatch):

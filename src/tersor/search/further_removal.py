@@ -56,7 +56,7 @@ def further_removals(
         count: number of candidates; each has more removed than the one before.
     """
     best = next((each for each in trained if search.best is not None and each.point.name == search.best.name), None)
-    if best is None or not best.of.inherits or seconds < _LEAST_TRAINING * best.point.seconds:
+    if best is None or not best.of.inherits or seconds < _least_seconds(search, best):
         return []
     left = _left(search, best)
     if left < _LEAST_LEFT:
@@ -68,9 +68,15 @@ def further_removals(
     gained = -math.log(1 - _share(next(iter(removals)), branches))
     if instead is not None and gain(search, instead, seconds) >= _SUCCESS * gained:
         return []
-    known = {record.of.name for record in search.study.records()} | search.study.failed.keys()
+    known = {name for rung in search.folder.state.rungs for name in rung.members} | search.study.failed.keys()
     candidates = [replace(best.of, later=(*best.of.later, removal)) for removal in removals]
     return [Further(candidate, best) for candidate in candidates if candidate.name not in known]
+
+
+def _least_seconds(search: Search, record: Record) -> float:
+    """Seconds below which nothing is removed: for the removal itself and enough training after it."""
+    costs = search.folder.state.costs
+    return max(costs.survey + costs.least, _LEAST_TRAINING * record.point.seconds)
 
 
 def _left(search: Search, record: Record) -> float:
