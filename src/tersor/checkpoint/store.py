@@ -110,14 +110,14 @@ class Checkpoints:
         if not resume:
             raise InputError(
                 f"{self.folder} holds an unfinished run. Add resume=True (`--resume`) to resume it, remove the "
-                "folder, or choose another one with out (`--out`)."
+                "folder, or choose another one with out=... (`--out`)."
             )
         before = begun.read_text(errors="replace")
         if before != recipe:
             changed = changes(before)
             raise InputError(
                 f"{self.folder} belongs to another recipe{f' ({changed})' if changed else ''}. Resume it with "
-                f"{begun}, or choose another folder with out (`--out`)."
+                f"{begun}, or choose another folder with out=... (`--out`)."
             )
 
     @property

@@ -15,7 +15,7 @@ class ProgressReporter(Protocol):
     """Receives the progress of every long task. The command line draws bars from it."""
 
     def start(self, task: str, total: int) -> None:
-        """Start a task of `total` items; the task before it has ended."""
+        """Start a task of `total` items; the previous task has ended."""
         ...
 
     def advance(self, items: int = 1, **values: float) -> None:

@@ -51,8 +51,8 @@ def smaller_batch(batch_size: int, accumulate: int) -> str:
     if batch_size == 1:
         return "The batch_size is already 1: use smaller images (data.image_size) or a smaller network."
     return (
-        f"The batch_size is {batch_size}. Write a smaller one: batch_size: {batch_size // 2} and accumulate: "
-        f"{2 * accumulate} keep the number of images per step."
+        f"The batch_size is {batch_size}. Write a smaller one. To keep the number of images per step, write "
+        f"batch_size: {batch_size // 2} and accumulate: {2 * accumulate}."
     )
 
 

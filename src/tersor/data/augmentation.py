@@ -24,7 +24,7 @@ _LARGEST = 2**16 - 1
 
 _MEANINGS = {
     "flip": "half of the images are mirrored",
-    "crop_flip": "half of the images are mirrored, each is shifted by up to an eighth of its size",
+    "crop_flip": "half of the images are mirrored, and every image is shifted by up to an eighth of its size",
 }
 _FORMS = (
     f"Possible: {', '.join(NAMES)}; package.module:function; or a list of torchvision.transforms.v2, such as "

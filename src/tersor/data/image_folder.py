@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.data.decoding import SUFFIXES, ImageFormat, read_file
 from tersor.data.image_sets import Decoded, Splits
 from tersor.data.set_folders import set_folders, subfolders
@@ -91,7 +91,7 @@ def _class_files(folder: Path) -> dict[str, list[str]]:
     if empty:
         raise InputError(
             f"there is no image in class folder '{folder / empty[0]}'"
-            + (f" and {len(empty) - 1} others ({', '.join(empty[1:6])})" if len(empty) > 1 else "")
+            + (f" and in {counted(len(empty) - 1, 'other')} ({', '.join(empty[1:6])})" if len(empty) > 1 else "")
             + f". Add images ({', '.join(SUFFIXES)}) or remove the folder."
         )
     return files

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.data.decoding import SUFFIXES, ImageFormat, mask_of, open_image, read_file, size_of
 from tersor.data.image_sets import THREADS, Decoded, LazyTargets, Splits
 from tersor.data.set_folders import set_folders
@@ -67,14 +67,14 @@ def _pairs(folder: Path) -> list[tuple[str, str]]:
     if missing:
         raise InputError(
             f"'{missing[0]}'"
-            + (f" and {len(missing) - 1} other images have no mask" if len(missing) > 1 else " has no mask")
+            + (f" and {counted(len(missing) - 1, 'other image')} have no mask" if len(missing) > 1 else " has no mask")
             + f". Add '{folder / 'masks' / missing[0].stem}.png', or remove the image."
         )
     alone = sorted(masks.keys() - {path.stem for path in files})
     if alone:
         raise InputError(
             f"'{masks[alone[0]]}'"
-            + (f" and {len(alone) - 1} other masks have no image" if len(alone) > 1 else " has no image")
+            + (f" and {counted(len(alone) - 1, 'other mask')} have no image" if len(alone) > 1 else " has no image")
             + ". Add the images, or remove the masks."
         )
     return [(str(path), str(masks[path.stem])) for path in files]

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tersor.core.errors import InputError, unknown
+from tersor.core.errors import InputError, counted, unknown
 from tersor.core.inputs import Inputs
 from tersor.core.machine import default_threads
 from tersor.core.target import Runtime
@@ -276,7 +276,9 @@ def _openvino_precision(model: Any) -> str:
 
 def _require_inputs(path: Path, inputs: int, outputs: int) -> None:
     if not inputs or not outputs:
-        raise InputError(f"{path} is not a network: it has {inputs} inputs and {outputs} outputs.")
+        raise InputError(
+            f"{path} is not a network: it has {counted(inputs, 'input')} and {counted(outputs, 'output')}."
+        )
 
 
 def _unreadable(path: Path, runtime: str, error: Exception) -> InputError:

@@ -30,7 +30,7 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
     if switching:
         notes.append(
             f"the captured network does not use the custom train() of {_all(switching)}: layers that train() would "
-            "keep in eval mode, such as BatchNorm, are trained"
+            "keep in eval mode, such as BatchNorm, run in training mode"
         )
     return notes
 

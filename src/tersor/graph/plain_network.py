@@ -90,9 +90,7 @@ def refuse_without_weights(model: nn.Module, name: str = "the network") -> None:
         InputError: it has none.
     """
     if next(model.parameters(), None) is None:
-        raise InputError(
-            f"{name} has no parameters: a {type(model).__name__} without weights. Pass a network with layers."
-        )
+        raise InputError(f"{name} (a {type(model).__name__}) has no parameters. Pass a network with layers.")
 
 
 def masked_by_torch(model: nn.Module) -> list[str]:

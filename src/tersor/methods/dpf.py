@@ -2,18 +2,19 @@
 
 Lin, Stich, Barba, Dmitriev and Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020 (arXiv 2006.07253).
 
-    w_hat = m * w                       w (C_out, ...) a dense weight, m in {0, 1} of its shape
-    w    <- w - lr * dL/dw_hat          the gradient at w_hat and weight decay update all of w, also masked weights
-    m     = |w| among the largest       of all convolutions together, every 16 steps
-    s_t   = s + (s_0 - s) * (1 - t / t_n)^3    until t_n, then s; s_0 is the sparsity before the stage, usually 0
+    w_hat = m * w                       w (C_out, ...) a dense weight, m in {0, 1} of its shape w    <- w - lr *
+    dL/dw_hat          the gradient at w_hat and weight decay update all of w, including masked weights m     = |w|
+    among the largest       of all convolutions together, every 16 steps s_t   = s + (s_0 - s) * (1 - t / t_n)^3
+    until t_n, then s; s_0 is the sparsity before the stage, usually 0
 
 A weight that was masked by mistake grows and comes back: the difference between w and w_hat is the error that is fed
 back. t_n is the second drop of the learning rate, at 0.75 of the paper's 300 epochs. The final network is m * w.
 
 The authors' code was not found. Two reimplementations disagree after t_n: INCHEON-CHO keeps the masks constant, Kim et
 al. (DCIL) renew them. The paper's algorithm renews the mask to the end at constant sparsity; so does this file.
-INCHEON-CHO's code squares weights, which gives the same order, and masks up to a threshold; here the sparsity is exact,
-with ties by index. The first mask is set after `every` steps, and the last layer is dense, as in both codes.
+INCHEON-CHO's code compares squared weights, which gives the same order, and masks every weight up to a threshold; here
+the sparsity is exact, with ties broken by index. The first mask is set after `every` steps, and the last layer is
+dense, as in both implementations.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tersor.training.method import PLAIN_VALUES
 
 @plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class DPF:
-    """Train dense weights under magnitude masks that are renewed every few steps, so that weights can come back."""
+    """Train dense weights under magnitude masks that are updated every few steps, so that weights can come back."""
 
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"sparsity": 0.6, "every": 2, "end": 0.5, "floor": 0.1}

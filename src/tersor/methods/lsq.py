@@ -11,10 +11,10 @@ learnable offsets and better initialization", CVPR Workshops 2020.
 
 The paper has one step per weight tensor, and uses the point -2^(b-1) too. Here each channel has a step by default
 (`per_channel: false` is the paper's), and learning starts from the grids of an earlier stage if there is one. In the
-paper activations are positive and their steps start like those of weights. Here they may be negative, have a zero
-point, and start from the range with the smallest squared error, as in LSQ+. `offset: true` learns that zero point. As
-in the paper, N is the number of weights that share a step or, for activations, the number of values in one image;
-common reimplementations count the values of the whole batch.
+paper activations are positive and their steps start like those of weights. Here activations may be negative and have a
+zero point, and their steps start from the range with the smallest squared error, as in LSQ+. `offset: true` learns that
+zero point. As in the paper, N is the number of weights that share a step or, for activations, the number of values in
+one image; common reimplementations count the values of the whole batch.
 
 As in the paper, the first and last layer have 8 bits. At the end the steps become constants, which are exported.
 """
@@ -124,7 +124,7 @@ class LSQAttachment(Attachment):
         """Makes the steps constants.
 
         Warns:
-            CompressionWarning: no step was done.
+            CompressionWarning: no optimizer step was taken.
         """
         super().finish()
         for each in self.quantizers.all():

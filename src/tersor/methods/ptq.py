@@ -10,8 +10,8 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
 The papers differ on symmetric activations. Here activations are unsigned with a zero point, because ONNX Runtime fuses
 only half of a residual network otherwise. BatchNorm stays in the graph: folding multiplies a channel's scale and leaves
 its integers unchanged (a negative gamma flips their sign), so export folds exactly. The paper's grid includes -128;
-without it, a flipped sign stays on the grid. As in every later paper, the first and last layer and their inputs have 8
-bits.
+without it, an integer stays on the grid when its sign is flipped. As in every later paper, the first and last layer and
+their inputs have 8 bits.
 
 The defaults come from `bench/ptq_defaults.py`. Biases are corrected (Nagel et al., ICCV 2019:
 `quantization/bias_correction.py`). At 8 bits an activation's range ends at the largest values, and a weight's range

@@ -121,7 +121,7 @@ class QATAttachment(Attachment):
         """Freezes all ranges.
 
         Warns:
-            CompressionWarning: no step was done.
+            CompressionWarning: no optimizer step was taken.
         """
         super().finish()
         self._follow_weights(self.quantizers.rounding)  # which may have been replaced by their running mean

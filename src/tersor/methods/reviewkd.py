@@ -98,17 +98,17 @@ def _batch_norm(norm: nn.Module, values: Tensor) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """A layer's features, the fused ones of later layers -> features with the teacher's channels, the new fused ones.
+    """A layer's features and the fused features of later layers -> the teacher's channels, new fused features.
 
     Everything but the sigmoid is linear, and most of the time goes into writing maps of `width` channels. So the 1x1
-    convolution and its BatchNorm become one matrix, applied after the product with a_i (which has fewer channels); at
-    the first layer it is merged into the kernel of the 3x3 convolution.
+    convolution and its BatchNorm become one matrix, applied after the multiplication by a_i, which thus has the fewer
+    channels of the layer; at the first layer the matrix is merged into the kernel of the 3x3 convolution.
 
     Args:
         channels: channels of the student's layer.
         width: m.
         teacher_channels: channels of the teacher's layer.
-        place: 0 for the last layer, counting backwards.
+        place: 0 for the pooled output of the last layer, 1 for the last layer, and so on backwards.
         last: place of the first layer, whose fused features are not needed.
     """
 

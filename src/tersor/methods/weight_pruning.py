@@ -233,7 +233,7 @@ class WeightPruningAttachment(MaskedAttachment):
             self._mask(max(self.sparsity, reached), done, 0 if last else done // every)
 
     def finish(self) -> None:
-        """Reach the exact sparsity, however few the steps were."""
+        """Reach the exact sparsity, no matter how few steps there were."""
         if round(self.sparsity * self.total) < round(self.method.target * self.total):
             self._mask(self.method.target, self.steps)
         super().finish()

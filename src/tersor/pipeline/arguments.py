@@ -47,7 +47,7 @@ def warn_of_another_runtime(model: object, runtime: str) -> None:
     if before != runtime:
         warnings.warn(
             f"the network was quantized for {before} and is exported for {runtime}, where fewer operators may be "
-            f"computed in integers. Pass runtime='{runtime}' to quantize as well.",
+            f"computed in integers. Pass runtime='{runtime}' to tersor.quantize, too.",
             CompressionWarning,
             stacklevel=3,
         )

@@ -15,7 +15,7 @@ from typing import cast
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.data.batch import images_of
 from tersor.data.network_inputs import NetworkInput
 from tersor.graph.aten import operator_name, place_of
@@ -87,7 +87,7 @@ class IntegerCoverage:
         for each in self.operators:
             shares[each.reason] += each.macs
         largest = [f"{reason} ({percent(macs / self.macs)})" for reason, macs in shares.most_common(_REASONS)]
-        more = f", and {len(shares) - _REASONS} other reasons" if len(shares) > _REASONS else ""
+        more = f", and {counted(len(shares) - _REASONS, 'other reason')}" if len(shares) > _REASONS else ""
         warning = (
             f"only {percent(self.share)} of the MACs are computed in integers. Operators stay in float for these "
             f"reasons (with the share of the MACs): {'; '.join(largest)}{more}"

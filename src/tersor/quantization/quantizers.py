@@ -34,7 +34,7 @@ from tersor.quantization.runtime_defects import correct_in_integers
 
 SATURATION = (
     "the processor accumulates 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if "
-    "two of its weights would saturate; write target: {cpu: vnni} for a processor that accumulates in 32 bits"
+    "the sum of two products could saturate; write target: {cpu: vnni} for a processor that accumulates in 32 bits"
 )
 
 

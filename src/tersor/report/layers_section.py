@@ -20,7 +20,17 @@ def operator_times(profile: Mapping[str, Any]) -> Iterator[tuple[str, int, float
     """Operator, nodes, milliseconds and share of the slowest operators, and of all others together."""
     times = [(each["kind"], each["nodes"], each["ms"]) for each in profile["kinds"]]
     rest = times[_OPERATORS:]
-    others = [(f"{len(rest)} others", sum(nodes for _, nodes, _ in rest), sum(ms for *_, ms in rest))] if rest else []
+    others = (
+        [
+            (
+                f"{len(rest)} other{'s' if len(rest) > 1 else ''}",
+                sum(nodes for _, nodes, _ in rest),
+                sum(ms for *_, ms in rest),
+            )
+        ]
+        if rest
+        else []
+    )
     for operator, nodes, ms in times[:_OPERATORS] + others:
         share = "<1 %" if 100 * ms < profile["ms"] else f"{100 * ms / profile['ms']:.0f} %"
         yield operator, nodes, ms, share

@@ -86,7 +86,7 @@ def compress(
         runtime: the runtime that files are measured in.
         students: other networks to try, as NAME or NAME=WEIGHTS.
         pixels: further resolutions to try.
-        augment: augmentation of the training images; crop_flip by default, none for grayscale images.
+        augment: augmentation of the training images; crop_flip by default, flip for boxes, none for grayscale images.
         limit: number of training images; all by default.
         seed: random seed.
         task: what the network is for: classification, segmentation, ..., package.module:Task.

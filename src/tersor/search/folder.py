@@ -135,7 +135,7 @@ class SearchFolder:
         if self.changed:
             raise InputError(
                 f"{self.path} belongs to a search {'; '.join(self.changed)}. Use the same arguments to resume it, or "
-                "choose another folder with out (`--out`)."
+                "choose another folder with out=... (`--out`)."
             )
 
     @contextmanager

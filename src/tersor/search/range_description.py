@@ -17,7 +17,7 @@ def describe_range(search: Search) -> list[str]:
     state = search.folder.state
     lines = [
         *_validation(search),
-        "free baselines: the original, with no further training; ± is half the width of the 95 % interval of a latency",
+        "free baselines: the original in float and 8 bits, not trained further; ±: half of a latency's 95 % interval",
     ]
     for point in state.baselines:
         lacking = shortfall(point, search.budget, search.reference)

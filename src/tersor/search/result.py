@@ -95,7 +95,7 @@ class Result:
             limits: limits as keywords instead of a `Budget`: `max_drop`, `latency_ms`, `megabytes`.
 
         Raises:
-            InputError: there is no such limit, point or batch size; the budget is not possible; or more than one of
+            InputError: there is no such limit, point or batch size; a limit has an invalid value; or more than one of
                 a budget, a point and limits are given.
         """
         own = Budget.of_numbers(self.numbers.limits)

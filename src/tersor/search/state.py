@@ -73,7 +73,7 @@ def read_state(file: Path) -> State:
     Raises:
         InputError: it is damaged, or was written by another version.
     """
-    advice = "Choose another folder with out (`--out`)."
+    advice = "Choose another folder with out=... (`--out`)."
     try:
         return State.model_validate(read_json(file, advice))
     except ValidationError as error:

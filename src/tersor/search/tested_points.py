@@ -103,7 +103,7 @@ def _read(folder: Path) -> dict[str, Tested]:
     """The points that earlier ends of the search have tested."""
     if not (folder / TESTED).is_file():
         return {}
-    kept: dict[str, Any] = read_json(folder / TESTED, "Choose another folder with out (`--out`).")
+    kept: dict[str, Any] = read_json(folder / TESTED, "Choose another folder with out=... (`--out`).")
     return {
         name: Tested(metric, with_original, by_class, None if classes is None else torch.tensor(classes), drop_error)
         for name, (metric, with_original, by_class, classes, drop_error) in kept.items()

@@ -108,7 +108,7 @@ def match_layers(
             raise InputError(
                 f"{method} pairs layers one to one, but the patterns match {len(student_paths)} layers of the student "
                 f"({', '.join(student_paths)}) and {len(teacher_paths)} of the teacher ({', '.join(teacher_paths)}). "
-                "Write patterns that match equally many layers."
+                "Write patterns that match the same number of layers."
             )
     else:
         ours, theirs = last_feature_maps(student, images), last_feature_maps(teacher, images)

@@ -136,7 +136,7 @@ def _restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
         if value.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         elif value.ndim:
-            raise ValueError(f"{key} of parameter {index} has another shape than the parameter")
+            raise ValueError(f"{key} of parameter {index} has a different shape from the parameter")
         states.setdefault(int(index), {})[key] = value
     expected = _ADAMW_STATE if isinstance(optimizer, AdamW) else _SGD_STATE
     if any(set(state) != expected for state in states.values()):
