@@ -66,7 +66,7 @@ def test_several_classes(table):
         (
             "path,class",
             ["cat", "cat;dog"],
-            "line 3: class is 'cat;dog'. Write one class, or rename the column 'classes'",
+            "line 3: class is 'cat;dog'. Write one class, or rename the column 'class' to 'classes'",
         ),
         ("path,class", ["cat", ""], "line 3: class is ''"),
         ("path,split,x", ["training,1"], "split is 'training'. Possible: train, val, test"),

@@ -127,10 +127,10 @@ def begun(recipe, tmp_path, monkeypatch):
     ("change", "images", "message"),
     [
         (("trained.safetensors", "other.safetensors"), 50, "was measured with SHA-256 of model.weights: "),
-        (("name: digits", "name: digits, validation: 0.2"), 50, "data.validation: 0.1; the recipe has 0.2"),
-        (("stages:", "seed: 3\nstages:"), 50, "was measured with seed: 0; the recipe has 3"),
-        (("stages:", "target: {cpu: arm64}\nstages:"), 50, "the recipe has arm64"),
-        (("", ""), 60, "was measured with images: 50; the recipe has 60"),
+        (("name: digits", "name: digits, validation: 0.2"), 50, "data.validation: 0.1, but now it is 0.2"),
+        (("stages:", "seed: 3\nstages:"), 50, "was measured with seed: 0, but now it is 3"),
+        (("stages:", "target: {cpu: arm64}\nstages:"), 50, "but now it is arm64"),
+        (("", ""), 60, "was measured with images: 50, but now it is 60"),
     ],
 )
 def test_a_file_of_something_else_is_refused(begun, weights, change, images, message):

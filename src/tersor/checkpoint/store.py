@@ -160,9 +160,9 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise InputError(
-                f"cannot write a checkpoint to {self.folder}: {error}. The last checkpoint is "
-                f"{self.last or 'none'}. Free disk space, then repeat the call. A run also needs resume=True "
-                "(`--resume`)."
+                f"cannot write a checkpoint to {self.folder}: {error}. Last checkpoint: "
+                f"{self.last or 'none was written'}. Free disk space, then repeat the call. A run also needs "
+                "resume=True (`--resume`)."
             ) from error
         self.last = str(path)
         replaced = [old for old in self._folders(f"{unit:02d}-{name}-{place}-{_ANY_HASH}") if old != path]

@@ -66,8 +66,8 @@ def others_alive() -> Generator[None]:
         if count() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
         raise ProcessLost(
-            f"another of the {count()} processes has died or cannot be reached, so process {rank()} ends. The "
-            "message of that process gives the reason. Restart all of them with --resume to continue from the last "
+            f"another of the {count()} processes has died or cannot be reached, so process {rank()} ends too. The "
+            "process that failed first prints the reason. Restart all of them with --resume to continue from the last "
             "checkpoint."
         ) from error
 

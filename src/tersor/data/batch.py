@@ -36,7 +36,7 @@ class Batch:
 
     @property
     def only_images(self) -> Tensor:
-        """The images of a batch without other inputs. Every batch of a recipe is of this kind."""
+        """The images of a batch that has no other inputs, such as every batch of a recipe."""
         assert isinstance(self.images, Tensor)
         return self.images
 

@@ -202,7 +202,10 @@ def last_feature_maps(model: nn.Module, images: NetworkInput) -> tuple[str, ...]
         if len(of_size) > len(found):
             found = of_size
     if not found:
-        raise InputError(f"{type(model).__name__} has no module whose output is a feature map. Name its layers.")
+        raise InputError(
+            f"no module of {type(model).__name__} returns a feature map. Write the paths of the layers to compare as "
+            "the method's layers and teacher_layers (or layer and teacher_layer)."
+        )
     return tuple(found.values())
 
 

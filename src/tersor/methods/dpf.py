@@ -2,10 +2,10 @@
 
 Lin, Stich, Barba, Dmitriev and Jaggi, "Dynamic Model Pruning with Feedback", ICLR 2020 (arXiv 2006.07253).
 
-    w_hat = m * w                       w (C_out, ...) a dense weight, m in {0, 1} of its shape w    <- w - lr *
-    dL/dw_hat          the gradient at w_hat and weight decay update all of w, including masked weights m     = |w|
-    among the largest       of all convolutions together, every 16 steps s_t   = s + (s_0 - s) * (1 - t / t_n)^3
-    until t_n, then s; s_0 is the sparsity before the stage, usually 0
+    w_hat = m * w                       w (C_out, ...) a dense weight, m in {0, 1} of its shape
+    w    <- w - lr * dL/dw_hat          the gradient at w_hat and weight decay update all of w, including masked weights
+    m     = |w| among the largest       of all convolutions together, every 16 steps
+    s_t   = s + (s_0 - s) * (1 - t / t_n)^3    until t_n, then s; s_0 is the sparsity before the stage, usually 0
 
 A weight that was masked by mistake grows and comes back: the difference between w and w_hat is the error that is fed
 back. t_n is the second drop of the learning rate, at 0.75 of the paper's 300 epochs. The final network is m * w.

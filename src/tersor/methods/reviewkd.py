@@ -101,8 +101,9 @@ class Fusion(nn.Module):
     """A layer's features and the fused features of later layers -> the teacher's channels, new fused features.
 
     Everything but the sigmoid is linear, and most of the time goes into writing maps of `width` channels. So the 1x1
-    convolution and its BatchNorm become one matrix, applied after the multiplication by a_i, which thus has the fewer
-    channels of the layer; at the first layer the matrix is merged into the kernel of the 3x3 convolution.
+    convolution and its BatchNorm become one matrix, applied after the multiplication by a_i, which then has the
+    channels of the layer, fewer than `width`; at the first layer the matrix is merged into the kernel of the 3x3
+    convolution.
 
     Args:
         channels: channels of the student's layer.

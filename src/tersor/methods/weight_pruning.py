@@ -16,7 +16,8 @@ any of the arguments `weight` (C_out, C_in, ...), `name` and `layer`, and return
 progress from 0 to 1 and returns the fraction of the rise.
 
 Masked weights have no gradient, are not moved by momentum or weight decay, and stay masked: the masks are nested. Where
-masks of an earlier stage have another granularity, or are sparser, the sparsity is higher than requested.
+masks of an earlier stage have another granularity, or a layer is already sparser, the sparsity is higher than
+requested; if the whole network is already sparser, the stage is rejected (except for N:M).
 
 In Zhu and Gupta's method the gradient of a masked weight is zero too, so that it cannot come back; `dpf` lets weights
 come back. With N:M, N of every M consecutive weights along the input channels remain (NVIDIA's sparse tensor cores use

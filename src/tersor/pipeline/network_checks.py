@@ -24,8 +24,8 @@ from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
 from tersor.training.teacher_check import level_warning, teacher_warnings
 
 _WRITE_MEAN = (
-    "They were computed from the training images: write data.mean and data.std in a recipe, or --mean and --std of "
-    "`tersor compress`."
+    "The mean and std used here were computed from the training images, because none were given: write data.mean and "
+    "data.std in a recipe, or --mean and --std of `tersor compress`."
 )
 
 

@@ -157,7 +157,7 @@ def _begun(out: Path, fresh: BitCosts) -> BitCosts:
     for key in fresh.measured_with:
         before, now = found.measured_with.get(key), fresh.measured_with[key]
         if before != now:
-            raise InputError(f"{out} was measured with {key}: {before}; the recipe has {now}. {remedy}")
+            raise InputError(f"{out} was measured with {key}: {before}, but now it is {now}. {remedy}")
     if found.weights != fresh.weights:
         raise InputError(f"{out} was measured on a model with other layers. {remedy}")
     return found.model_copy(update={"first_and_last": fresh.first_and_last})

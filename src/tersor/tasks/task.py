@@ -18,7 +18,7 @@ from tersor.data.batch import Batch
 from tersor.tasks.network_outputs import described, relative_errors
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
-"""The pydantic configuration of every task: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
+"""The pydantic configuration of every task: `@plain_dataclass(frozen=True, config=PLAIN_VALUES)`."""
 
 Pairs = Iterable[tuple[Any, Any]]
 """For each batch: predictions, and the targets."""
@@ -49,7 +49,7 @@ class Task:
     independent_classes: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        """Make an error inside a user's task one message with its file and line."""
+        """Turn an exception in a user's task into one message with its file and line."""
         super().__init_subclass__()
         if cls.__module__.startswith("tersor."):
             return

@@ -23,7 +23,7 @@ from tersor.training.mask_attachment import FrozenMaskedWeights, MaskedAttachmen
 from tersor.training.objective import check_terms, without_init, without_teacher
 
 PLAIN_VALUES = ConfigDict(extra="forbid")
-"""The pydantic configuration of every method: `@dataclass(frozen=True, config=PLAIN_VALUES)`."""
+"""The pydantic configuration of every method: `@plain_dataclass(frozen=True, config=PLAIN_VALUES)`."""
 
 _OF_ATTACHMENT = ("model", "terms", "label_weight", "notes", "layers")
 """What `Attachment.__init__` sets."""

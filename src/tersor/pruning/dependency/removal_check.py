@@ -57,7 +57,7 @@ class RemovalCheck:
             else:
                 before[node] = _zero_removed(run_node(self.graph, node, before), remaining[node])
             if not _allclose(_select(before[node], remaining[node]), after[other]):
-                return node, f"removing some of them and setting those to zero give different outputs of {node.name}"
+                return node, f"the output of {node.name} without some of them is not the output with these set to zero"
             for read in last_uses.get(node, ()):
                 del before[read]
                 after.pop(partner[read], None)
