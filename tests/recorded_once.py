@@ -8,14 +8,12 @@ the tests of capture itself. All else that capture does (layers, keys, compariso
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Hashable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._export import utils as _export_utils
 from torch.export import ExportedProgram
 
 from tersor.data.network_inputs import NetworkInput, tensors_of
@@ -40,8 +38,6 @@ class _OtherError(Exception):
 
 def pytest_configure() -> None:
     """Begin; a process that a test starts calls it itself."""
-    # registers operators of C++ in torch.ops, 60 times for every ONNX file; no test adds one
-    _export_utils._materialize_cpp_cia_ops = functools.cache(_export_utils._materialize_cpp_cia_ops)
     export_program._exported = _recorded_once
 
 

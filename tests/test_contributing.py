@@ -28,6 +28,7 @@ NEEDED = (
     "recipes",
     "pyproject.toml",
     "tests/conftest.py",
+    "tests/decomposed_once.py",
     "tests/onnx_files.py",
     "tests/recorded_once.py",
     "tests/recorded_progress.py",
