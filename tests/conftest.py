@@ -16,7 +16,7 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 # torch.export keeps the shapes of an operator's output for the next one with equal inputs; small networks have none
 os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 
-PLUGINS = ("decomposed_once", "onnx_files", "recorded_once")
+PLUGINS = ("decomposed_once", "onnx_files", "recorded_once", "captured_once")  # the last one imports the others
 
 # how long one example takes says nothing on a busy machine
 settings.register_profile("tersor", deadline=None)
@@ -51,3 +51,10 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """Collect garbage once: pytest does so ten times at the end, which takes seconds with all that is cached."""
+    gc.collect()
+    gc.freeze()

@@ -55,9 +55,7 @@ def _decomposed_once(program: ExportedProgram, registry: Any) -> ExportedProgram
         if not _depends_on_the_graph_alone(program, known):
             return known
         _decomposed[key] = known
-    graph = fx.GraphModule(known.graph_module, copy.deepcopy(known.graph))  # the exporter changes it
-    for node, copied in zip(known.graph.nodes, graph.graph.nodes, strict=True):
-        copied.name = node.name  # a copy avoids names of Python's functions, such as input
+    graph = copied_graph(known)
     return ExportedProgram(
         root=graph,
         graph=graph.graph,
@@ -68,6 +66,14 @@ def _decomposed_once(program: ExportedProgram, registry: Any) -> ExportedProgram
         example_inputs=program.example_inputs,
         constants=program.constants,
     )
+
+
+def copied_graph(program: ExportedProgram) -> fx.GraphModule:
+    """A copy of the graph of a program, since the exporter changes it."""
+    graph = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    for node, copied in zip(program.graph.nodes, graph.graph.nodes, strict=True):
+        copied.name = node.name  # a copy avoids names of Python's functions, such as input
+    return graph
 
 
 def _depends_on_the_graph_alone(program: ExportedProgram, decomposed: ExportedProgram) -> bool:

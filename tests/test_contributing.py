@@ -27,6 +27,7 @@ NEEDED = (
     "tests/methods",
     "recipes",
     "pyproject.toml",
+    "tests/captured_once.py",
     "tests/conftest.py",
     "tests/decomposed_once.py",
     "tests/onnx_files.py",
