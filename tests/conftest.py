@@ -13,17 +13,25 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     # before torch is imported: where workers fill the cores, a second thread in each makes tiny operations ten times
     # slower, as every one of them waits for a core to become free
     os.environ["OMP_NUM_THREADS"] = "1"
+# torch.export keeps the shapes of an operator's output for the next one with equal inputs; small networks have none
+os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 
-# imported after the threads are set, since it imports torch
-pytest_plugins = ["onnx_files", "recorded_once"]
+PLUGINS = ("decomposed_once", "onnx_files", "recorded_once", "captured_once")  # the last one imports the others
 
 # how long one example takes says nothing on a busy machine
 settings.register_profile("tersor", deadline=None)
 settings.load_profile("tersor")
 
 
-def pytest_configure() -> None:
-    """Measure the peak throughput with one run: no test needs its value."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin where tests run: the process that starts the workers would only import torch, which takes seconds.
+
+    The peak throughput is measured with one run: no test needs its value.
+    """
+    if getattr(config.option, "numprocesses", None):
+        return
+    for name in PLUGINS:
+        config.pluginmanager.import_plugin(name)
     from tersor.evaluation import multiply_peak
 
     multiply_peak._LEAST_RUNS, multiply_peak._SECONDS = 1, 0.0
@@ -42,4 +50,11 @@ def pytest_collection_finish() -> None:
     channel_groups._existing_objects_not_collected = nullcontext
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """Collect garbage once: pytest does so ten times at the end, which takes seconds with all that is cached."""
+    gc.collect()
+    gc.freeze()

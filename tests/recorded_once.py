@@ -8,14 +8,12 @@ the tests of capture itself. All else that capture does (layers, keys, compariso
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Hashable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._export import utils as _export_utils
 from torch.export import ExportedProgram
 
 from tersor.data.network_inputs import NetworkInput, tensors_of
@@ -31,6 +29,7 @@ _USES_OF_CAPTURE = {"test_batchnorm_behind", "test_feature_extraction", "test_fu
 """Files of tests/graph/ that test what is done with captured networks, not capture itself."""
 
 _APART = {"training", "_parameters", "_buffers", "_modules"}
+_OF_A_GRAPH = {"_graph", "_code", "_tracer_cls", "meta"}
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, type, type(_record))
 
 
@@ -40,8 +39,6 @@ class _OtherError(Exception):
 
 def pytest_configure() -> None:
     """Begin; a process that a test starts calls it itself."""
-    # registers operators of C++ in torch.ops, 60 times for every ONNX file; no test adds one
-    _export_utils._materialize_cpp_cia_ops = functools.cache(_export_utils._materialize_cpp_cia_ops)
     export_program._exported = _recorded_once
 
 
@@ -59,7 +56,7 @@ def _recorded_once(network: nn.Module, images: NetworkInput, batch: Any) -> Expo
     known = _records.get(key)
     if known is None:
         known = _record(network, images, batch)
-        if not known.constants and sum(each.numel() for each in network.parameters()) <= LARGEST:
+        if not known.constants and is_small(network):
             _copy_the_module(known)
             _records[key] = known
     return known
@@ -74,16 +71,36 @@ def _copy_the_module(program: ExportedProgram) -> None:
 
 
 def _key(network: nn.Module, images: NetworkInput, batch: Any) -> Hashable:
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    return str(batch), specs_of(images), *map(_described, tensors_of(images)), *_parts(network)
+
+
+def described_call(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: str) -> Hashable:
+    """All that an export of a network depends on besides the values of its tensors."""
+    return shapes, *map(_described, args), *kwargs, *map(_described, kwargs.values()), *_parts(network)
+
+
+def is_small(network: nn.Module) -> bool:
+    """Whether to keep what was recorded of a network."""
+    return sum(each.numel() for each in network.parameters()) <= LARGEST
+
+
+def _parts(network: nn.Module) -> list[Hashable]:
     number: dict[int, int] = {}  # equal for modules and tensors that are shared
-    parts: list[Hashable] = [str(batch), modes, specs_of(images), *map(_described, tensors_of(images))]
+    parts: list[Hashable] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
     for path, module in network.named_modules(remove_duplicate=False):
-        values = {key: value for key, value in vars(module).items() if key not in _APART}
-        kind = type(module)
-        parts.append((path, number.setdefault(id(module), len(number)), kind, kind.forward, _plain(values)))
+        parts.append((path, number.setdefault(id(module), len(number)), *_settings(module)))
         for name, tensor in [*vars(module)["_parameters"].items(), *vars(module)["_buffers"].items()]:
             parts.append((name, number.setdefault(id(tensor), len(number)), _described(tensor)))
-    return tuple(parts)
+    return parts
+
+
+def _settings(module: nn.Module) -> tuple[Hashable, ...]:
+    apart = _APART | _OF_A_GRAPH if isinstance(module, fx.GraphModule) else _APART
+    values = _plain({key: value for key, value in vars(module).items() if key not in apart})
+    if isinstance(module, fx.GraphModule):  # each has a class of its own
+        nodes = [(node.target, str(node.meta.get("nn_module_stack"))) for node in module.graph.nodes]
+        return fx.GraphModule, type(module).__name__, str(module.code), values, *nodes
+    return type(module), type(module).forward, values
 
 
 def _described(tensor: Tensor | None) -> Hashable:

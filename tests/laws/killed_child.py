@@ -20,6 +20,7 @@ import sklearn.datasets  # noqa: F401
 import torch
 from torch import nn
 
+import decomposed_once
 import tersor.pipeline.run  # noqa: F401
 from tersor.checkpoint import store
 from tersor.core.errors import InputError
@@ -27,6 +28,7 @@ from tersor.deploy.onnx import export
 from tersor.evaluation.process_footprint import Footprint
 from tersor.pipeline import stages
 
+decomposed_once.pytest_configure()
 torch.set_num_threads(1)  # sums in one order, and no thread when the process forks
 with tempfile.TemporaryDirectory() as _folder:  # torch imports most of its exporter on the first export
     export(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval(), torch.zeros(1, 3, 1, 1), Path(_folder) / "a.onnx")

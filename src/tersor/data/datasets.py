@@ -17,7 +17,7 @@ from tersor.core.errors import InputError, unknown, without_function
 from tersor.core.import_path import call_with, import_function, is_function_path
 from tersor.data.dataset_items import ItemSet, class_names, described
 from tersor.data.decoding import ImageFormat, pixels_of
-from tersor.data.image_sets import THREADS, Decoded, LazyTargets, Splits, View
+from tersor.data.image_sets import THREADS, Decoded, LazyTargets, Pixels, Splits, View
 from tersor.data.scenes import CLASSES, SIDE, TEST, TRAIN, Scenes
 from tersor.data.splitting import none_of
 from tersor.data.stratified import generator, stratified
@@ -79,11 +79,23 @@ def from_name(name: str, root: Path | None, form: ImageFormat, targets: SceneTar
 
 def _digits(form: ImageFormat) -> Splits:
     """1,797 handwritten digits of 8x8 pixels; the test set is a fifth, always the same."""
-    ink, labels, test, train = _divided_digits()
-    gray: NDArray[np.uint8] = np.round(ink * 255).astype(np.uint8)
-    everything = Decoded(labels, lambda number: pixels_of(Image.fromarray(gray[number]), form, "a digit"))
+    _, labels, test, train = _divided_digits()
+    small = form.size is None
+    everything = Pixels(_digit_pixels(form), labels) if small else Decoded(labels, lambda number: _digit(number, form))
     classes = tuple(str(digit) for digit in range(10))
     return Splits(View(everything, train), none_of(everything), View(everything, test), classes)
+
+
+@functools.cache
+def _digit_pixels(form: ImageFormat) -> Tensor:
+    """All digits (N, H, W, C): in 8x8 pixels they fit in memory."""
+    count = len(_divided_digits()[1])
+    return torch.from_numpy(np.stack([_digit(number, form) for number in range(count)]))
+
+
+def _digit(number: int, form: ImageFormat) -> NDArray[np.uint8]:
+    ink = _divided_digits()[0][number]
+    return pixels_of(Image.fromarray(np.round(ink * 255).astype(np.uint8)), form, "a digit")
 
 
 @functools.cache
