@@ -13,8 +13,6 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     # before torch is imported: where workers fill the cores, a second thread in each makes tiny operations ten times
     # slower, as every one of them waits for a core to become free
     os.environ["OMP_NUM_THREADS"] = "1"
-# torch.export keeps the shapes of an operator's output for the next one with equal inputs; small networks have none
-os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 
 PLUGINS = ("decomposed_once", "onnx_files", "recorded_once", "captured_once")  # the last one imports the others
 

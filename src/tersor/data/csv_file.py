@@ -92,8 +92,8 @@ def _labels(path: Path, rows: Sequence[Row], column: str) -> tuple[Tensor, tuple
         for (line, row), each in zip(rows, given, strict=True):
             if len(each) != 1:
                 raise InputError(
-                    f"'{path}', line {line}: class is '{row[column]}'. Write one class, or rename the column 'class' to "
-                    "'classes'."
+                    f"'{path}', line {line}: class is '{row[column]}'. Write one class, or rename the column 'class' "
+                    "to 'classes'."
                 )
         return torch.tensor([number_of[each[0]] for each in given]), tuple(names)
     present = torch.zeros(len(rows), len(names))
