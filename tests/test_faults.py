@@ -88,7 +88,7 @@ def test_no_memory_left_names_the_batch_size_and_goes_on_with_resume(tersor, tmp
         counted_steps(during, 3, error)
         code, errors = tersor()
     assert code == 2
-    assert "The batch_size is 20. Write a smaller one: batch_size: 10 and accumulate: 2" in one_message(errors)
+    assert "write batch_size: 10 and accumulate: 2." in one_message(errors)
     assert left(tmp_path) == ["out.checkpoints"]
     steps = counted_steps(monkeypatch)
     monkeypatch.setattr(

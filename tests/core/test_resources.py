@@ -24,7 +24,7 @@ from tersor.core.resources import enough_memory, smaller_batch, writable
     ],
 )
 def test_out_of_memory_errors_suggest_a_batch_size(error):
-    words = r"not enough memory .*batch_size is 128. Write a smaller one: batch_size: 64 and accumulate: 6 keep"
+    words = r"not enough memory .*batch_size is 128. Write a smaller one. .*write batch_size: 64 and accumulate: 6"
     with pytest.raises(InputError, match=words) as told, enough_memory(smaller_batch(128, 3)):
         raise error
     assert "\n" not in str(told.value)

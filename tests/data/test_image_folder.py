@@ -126,7 +126,7 @@ def _empty(*places):
         (_empty("test"), "test' holds no class folders"),
         (_empty("train/cat"), r"no image in class folder '.*cat'\."),
         (_empty("test/dog"), r"no image in class folder '.*test.dog'"),
-        (_empty("train/dog", "train/cat", "train/emu"), r"cat' and 2 others \(dog, emu\)"),
+        (_empty("train/dog", "train/cat", "train/emu"), r"cat' and in 2 others \(dog, emu\)"),
         (_remove("test/cat"), "lacks 1 of the 2 classes: cat"),
         (_remove("train/cat"), "classes that 'train' lacks: cat. Possible: dog"),
     ],

@@ -75,7 +75,9 @@ def test_the_augmentation_is_named_where_something_is_trained():
     data = DataSource(name="digits", augment="crop_flip")
     progress = RecordedProgress()
     prepare(recipe(data=data), model=network(), data=splits(), progress=progress)
-    line = "augmentation of the training images: crop_flip (half of the images are mirrored, each is shifted by"
+    line = (
+        "augmentation of the training images: crop_flip (half of the images are mirrored, and every image is shifted by"
+    )
     assert any(each.startswith(line) for each in progress.lines)
     without = (Stage(name="convert", steps=0, epochs=0),)
     assert not any("augmentation" in each for each in prepared(network(), stages=without)[1])

@@ -49,7 +49,7 @@ def test_the_state_is_read_again_and_belongs_to_its_arguments(tmp_path):
 @pytest.mark.parametrize("text", ["{}", "damaged", '{"arguments": {}, "study": "a", "more": 1}'])
 def test_a_state_of_another_version_is_refused(tmp_path, text):
     (tmp_path / "search.json").write_text(text)
-    with pytest.raises(InputError, match=r"Choose another folder with out \(`--out`\)\."):
+    with pytest.raises(InputError, match=r"Choose another folder with out=... \(`--out`\)\."):
         SearchFolder(tmp_path, {})
 
 

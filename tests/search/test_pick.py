@@ -218,7 +218,7 @@ def test_the_printed_front_has_the_error_of_each_latency():
     below = text.splitlines()[text.splitlines().index(row) + 1]
     assert [cell.strip() for cell in row.split("│")[4:6]] == ["0.600", "47.3"]
     assert [cell.strip() for cell in below.split("│")[4:6]] == ["± 0.018", "± 1.0"]
-    assert "± is half the width of the 95 % interval of a latency" in " ".join(text.split())
+    assert "± is half the width of the 95 % interval of the latency" in " ".join(text.split())
 
 
 def test_names_in_the_printed_front_are_folded_after_hyphens():

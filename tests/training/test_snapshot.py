@@ -86,7 +86,7 @@ def test_the_state_of_another_optimizer_or_shape_is_refused(name, other):
     with pytest.raises(ValueError, match="belongs to another optimizer"):
         restore(state, *trained(other), None)
     shaped = {"sgd": "optimizer.0.momentum_buffer", "adamw": "optimizer.0.exp_avg"}[name]
-    with pytest.raises(ValueError, match="of parameter 0 has another shape"):
+    with pytest.raises(ValueError, match="of parameter 0 has a different shape"):
         restore(state | {shaped: torch.zeros(3)}, again, fresh, None)
     with pytest.raises(InputError, match="started with 2 processes, but is resumed with 1"):
         restore(state | {"random.cpu1": state["random.cpu0"]}, again, fresh, None)

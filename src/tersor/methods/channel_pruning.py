@@ -12,10 +12,9 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
     W[c]           the rows that write channel c, the columns that read it
 
 `pruning/channel_importance.py` cites the papers; `importance` can also be your own function. Channels are removed in
-blocks that leave a multiple of `round_to`, since runtimes are slow at other widths (bench/pruning_rounding.py measures
-1, 4, 8 and 16). Until the budget is met, scope `layer` takes the next block from the group that has lost the smallest
-fraction, and `global` takes the block with the lowest importance (for `obs`, per saved cost). No group falls below
-`floor`.
+blocks that leave a multiple of `round_to`, since runtimes are slow at other widths (bench/pruning_rounding.py). Until
+the budget is met, scope `layer` takes the next block from the group that has lost the smallest fraction, and `global`
+takes the block with the lowest importance (for `obs`, per saved cost). No group falls below `floor`.
 
 `keep_latency` is a fraction of the latency that the network had before the stage, at batch size 1 in the target's
 runtime. Pruned copies with different fractions of the MACs are timed against that network in interleaved rounds.
@@ -24,9 +23,8 @@ With `branches`, that number of residual branches is removed first (`pruning/res
 smallest change of the outputs per saved MAC (or parameter). With `obs` and `global`, that made a ResNet-56 with half of
 its MACs 6 % faster (ONNX Runtime, AVX2, batch 32).
 
-The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`). The BatchNorm
-statistics are then adjusted so that the mean and standard deviation of the BatchNorm outputs on training images stay
-the same (`graph/batchnorm_statistics.py`).
+The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`). BatchNorm statistics
+are then adjusted so that its outputs on training images keep mean and deviation (`graph/batchnorm_statistics.py`).
 
 DepGraph's code also weights the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
 """
