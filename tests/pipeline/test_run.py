@@ -152,6 +152,7 @@ def test_only_the_first_process_writes(tmp_path, faked, monkeypatch):
     ("given", "message"),
     [
         ({"model": 1}, "model is a int"),
+        ({"teacher": 1}, "teacher is a int"),
         ({"data": 1}, "data is a int"),
         ({"recipe": 1}, "recipe is a int"),
     ],

@@ -71,6 +71,21 @@ def test_a_network_that_is_given_is_trained_and_copied():
     assert made.data.mean == (0.5,) * 3
 
 
+def test_a_teacher_that_is_passed_replaces_that_of_the_recipe():
+    given, better = network(), network()
+    with torch.no_grad():
+        next(better.parameters()).add_(1.0)
+    for named in ("original", Teacher(name="resnet56", epochs=1)):
+        made = prepare(recipe(teacher=named), model=given, teacher=better, data=splits(), progress=RecordedProgress())
+        assert made.teacher_is_trained
+        assert made.teacher is not better
+        assert all(torch.equal(*pair) for pair in zip(better.parameters(), made.teacher.parameters(), strict=True))
+    with pytest.raises(
+        InputError, match="a teacher was passed, but the recipe has none"
+    ):
+        prepare(recipe(), model=given, teacher=better, data=splits(), progress=RecordedProgress())
+
+
 def test_the_augmentation_is_named_where_something_is_trained():
     data = DataSource(name="digits", augment="crop_flip")
     progress = RecordedProgress()

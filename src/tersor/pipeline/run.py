@@ -50,6 +50,7 @@ def run(
     recipe: Recipe | Path | str,
     *,
     model: nn.Module | None = None,
+    teacher: nn.Module | None = None,
     data: Splits | None = None,
     out: Path | str | None = None,
     resume: bool = False,
@@ -61,10 +62,11 @@ def run(
     Args:
         recipe: a recipe, or the path of one.
         model: a trained network, instead of the one in the recipe; it is not changed.
+        teacher: a trained network, instead of the teacher in the recipe, which must have one; it is not changed.
         data: images, instead of those in the recipe.
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
-        resume: resume the interrupted run in `out`, with the same `model` and `data`; if there is none, start a
-            new run.
+        resume: resume the interrupted run in `out`, with the same `model`, `teacher` and `data`; if there is none,
+            start a new run.
         latency: whether to measure the latency of the files at the end. Without it, the results have no speedup;
             `tersor bench` can measure it later. Methods that need a latency measure it all the same.
         progress: receives the progress; `tersor.progress_bars.Bars` draws it. Without it, only warnings are issued.
@@ -77,16 +79,7 @@ def run(
     """
     distributed.init_process_group()
     progress = NullProgress() if distributed.rank() else progress or WarningProgress()
-    if not isinstance(model, nn.Module | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(
-            f"model is a {type(model).__name__}. Pass a torch.nn.Module, or write the model in the recipe."
-        )
-    if not isinstance(data, Splits | None):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"data is a {type(data).__name__}. Pass the tersor.data.Splits returned by tersor.data.load.")
-    if not isinstance(recipe, Recipe | Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(
-            f"recipe is a {type(recipe).__name__}. Pass a path, or a Recipe returned by tersor.recipe.parse."
-        )
+    _check_types(recipe, model, teacher, data)
     name = "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     out = Path(out) if out is not None else Path("runs") / name
@@ -102,7 +95,9 @@ def run(
     require_free(out)
     held = checkpoints.held(text, resume=resume, changes=lambda before: recipes.changes(before, recipe))
     with enough_memory(_MEMORY), writable(out), held:
-        experiment = prepare(recipe, model=model, data=data, progress=progress, own_mean=data is not None)
+        experiment = prepare(
+            recipe, model=model, teacher=teacher, data=data, progress=progress, own_mean=data is not None
+        )
         if not (resume or distributed.rank()):
             # left by a run that was killed before its first checkpoint
             (checkpoints.folder / latency_cache.FILE).unlink(missing_ok=True)
@@ -122,6 +117,20 @@ def run(
             checkpoints.remove()
     distributed.barrier()
     return out
+
+
+def _check_types(recipe: object, model: object, teacher: object, data: object) -> None:
+    for name, network in (("model", model), ("teacher", teacher)):
+        if not isinstance(network, nn.Module | None):
+            raise InputError(
+                f"{name} is a {type(network).__name__}. Pass a torch.nn.Module, or write the {name} in the recipe."
+            )
+    if not isinstance(data, Splits | None):
+        raise InputError(f"data is a {type(data).__name__}. Pass the tersor.data.Splits returned by tersor.data.load.")
+    if not isinstance(recipe, Recipe | Path | str):
+        raise InputError(
+            f"recipe is a {type(recipe).__name__}. Pass a path, or a Recipe returned by tersor.recipe.parse."
+        )
 
 
 def _ended(out: Path, recipe: str) -> bool:

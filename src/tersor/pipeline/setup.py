@@ -42,6 +42,7 @@ def prepare(
     model: nn.Module | None,
     data: Splits | None,
     progress: ProgressReporter,
+    teacher: nn.Module | None = None,
     own_mean: bool = False,
 ) -> Experiment:
     """Load the networks and images of a recipe and check them against each other.
@@ -51,6 +52,7 @@ def prepare(
         model: replaces its model.
         data: replaces its data.
         progress: receives the progress.
+        teacher: replaces its teacher.
         own_mean: whether `data` may have a mean that was not computed from its training images.
 
     Raises:
@@ -87,8 +89,9 @@ def prepare(
             "weights"
         )
     network = plain_copy(network, "model" if model else recipe.model.name)
-    teacher, of_teacher = _teacher(recipe, network, splits)
-    for whose, named in (("the model", None if model else recipe.model), ("the teacher", recipe.teacher)):
+    given, (teacher, of_teacher) = teacher, _teacher(recipe, network, splits, teacher)
+    named_teacher = None if given else recipe.teacher
+    for whose, named in (("the model", None if model else recipe.model), ("the teacher", named_teacher)):
         _say_unused_classes(whose, named, progress)
     splits, computed = _normalised(splits, recipe, (metadata, of_teacher), progress, own_mean=own_mean)
     experiment = Experiment(
@@ -98,7 +101,7 @@ def prepare(
         teacher,
         splits,
         model_is_trained=model is not None or recipe.model.weights is not None,
-        teacher_is_trained=not isinstance(recipe.teacher, Teacher) or recipe.teacher.weights is not None,
+        teacher_is_trained=not isinstance(named_teacher, Teacher) or named_teacher.weights is not None,
     )
     for whose, of_file in ((recipe.model.name, metadata), ("the teacher", of_teacher)):
         if "taken" in of_file:
@@ -187,9 +190,16 @@ def _build(network: Network, splits: Splits | None, seed: int, channels: int) ->
         raise
 
 
-def _teacher(recipe: Recipe, model: nn.Module, splits: Splits) -> tuple[nn.Module | None, dict[str, str]]:
+def _teacher(
+    recipe: Recipe, model: nn.Module, splits: Splits, given: nn.Module | None
+) -> tuple[nn.Module | None, dict[str, str]]:
+    """The teacher, and the metadata of its weights file."""
+    if recipe.teacher is None and given is not None:
+        raise InputError("a teacher was passed, but the recipe has none. Write teacher: original in it.")
     if recipe.teacher is None:
         return None, {}
+    if given is not None:
+        return plain_copy(given, "the teacher"), {}
     if isinstance(recipe.teacher, str):
         return copy.deepcopy(model).eval(), {}
     built, metadata = _build(recipe.teacher, splits, recipe.seed, splits.train.channels)
