@@ -180,15 +180,17 @@ def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_p
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_the_expected_improvement_by_hand(tmp_path, power):
     search = searching(tmp_path / "out")
-    made = add(search, Candidate(branches=3), 1, 88.0, 0.5, drop_error=0.3)
-    # 89.5 is half a point above 89; the errors 0.3 of the images and 0.2 * 1.5 of the gain are independent
-    probability = NormalDist(0, math.hypot(0.3, 0.3)).cdf(0.5)
-    assert improvement(search, made, 89.5, power) == pytest.approx(math.log(1.0 / 0.5) * probability**power)
+    made = add(search, Candidate(branches=3), 1, 88.0, 0.5, drop_error=0.3, seconds=10.0)
+    # 16 times the time: the drop falls from 2 to 0.5, and a point is allowed; the error 0.3 of the images and that of
+    # the exponent, 0.15, are independent
+    of_exponent = 0.15 * math.log(16) * (1 - 0.5) / math.log(1 / 0.5)
+    probability = NormalDist(0, math.hypot(0.3, of_exponent)).cdf(0.5)
+    assert improvement(search, made, 160.0, power) == pytest.approx(math.log(1.0 / 0.5) * probability**power)
     slow = add(search, Candidate(branches=1), 1, 88.0, 1.1)
-    assert improvement(search, slow, 89.5, power) == 0
+    assert improvement(search, slow, 160.0, power) == 0
     search.points = [search.original.model_copy(update={"validation": 50.0, "name": "lost"})]
     gain = math.log(2.0 / 0.5)  # nothing is within the budget: relative to the slowest point
-    assert improvement(search, made, 89.5, power) == pytest.approx(gain * probability**power)
+    assert improvement(search, made, 160.0, power) == pytest.approx(gain * probability**power)
 
 
 def test_the_line_about_a_training_has_the_errors_of_its_drop_and_its_latencies(tmp_path):
@@ -212,7 +214,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     search.points = [search.original, first.point, worse.point]
     after = 90 - expected(search, first, 150.0)
     assert 0 < after < 2
-    error = math.hypot(first.point.drop_error, 0.2 * (2 - after))
+    error = math.hypot(first.point.drop_error, 0.15 * math.log(150 / 40) * after)
     assert finish.advice(search, first.point) == [
         (
             f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "

@@ -217,6 +217,7 @@ def test_a_candidate_starts_from_the_checkpoints_of_the_one_before_its_last_remo
     train = [Stage(name=f"train-{number}", steps=1, batch_size=4) for number in (1, 2)]
     trained, _ = of.train(parent, train[:1], 60.0)
     assert of.branches(parent, train[:1]) == 2
+    assert of.branches(Candidate(pixels=4)) == 3
     of.start_from(child, parent)
     before = (*train[:1], *child.last_removal)
     assert of.branches(child, before) == 1

@@ -19,9 +19,9 @@ from tersor.search.dropped import dropped
 from tersor.search.folder import Front
 from tersor.search.front import BaselineSpeedup, Point, front, pick, shortfall, violations
 from tersor.search.front_page import write_front_page
-from tersor.search.learning_curves import expected
+from tersor.search.learning_curves import error_of_expected, expected
 from tersor.search.plan import AGAIN, speedup_seconds
-from tersor.search.promotion import DOUBT, improvable
+from tersor.search.promotion import improvable
 from tersor.search.search_context import Search
 
 _LONGEST = 30.0
@@ -203,7 +203,7 @@ def _more_time(search: Search, best: Point) -> list[str]:
     drop, after = search.reference - point.validation, search.reference - expected(search, record, seconds)
     minutes = f"a total time of {_MORE_TIME * search.clock.total / 60:.0f} minutes"
     network = "the same network" if of_best else point.description
-    error = math.hypot(point.drop_error, DOUBT * (drop - after))
+    error = error_of_expected(search, record, seconds)
     lost = f"about {after:.2f} points (standard error {error:.2f}) instead of {drop:.2f}"
     enough = "" if after <= (search.budget.points or 0.0) else ", which is still more than allowed"
     return [f"More time: with {minutes}, {network} is expected to lose {lost}{enough}."]

@@ -29,18 +29,45 @@ def expected(search: Search, record: Record, seconds: float) -> float:
     drop = search.reference - record.point.validation
     if drop <= 0 or record.point.seconds <= 0:
         return record.point.validation
-    return search.reference - drop * max(1.0, seconds / record.point.seconds) ** -exponent(search, record)
+    return search.reference - drop * max(1.0, seconds / record.point.seconds) ** -exponent(search, record)[0]
 
 
-def exponent(search: Search, record: Record) -> float:
-    """The exponent of the power law."""
+def error_of_expected(search: Search, record: Record, seconds: float, allowed: float | None = None) -> float:
+    """One standard error of `expected`, in points: of the measured drop, and of the exponent.
+
+    The exponent's error is one of the logarithm of the drop. In points it is larger for larger drops, so its mean from
+    the expected drop to the `allowed` one is used.
+
+    Args:
+        search: the search.
+        record: a trial of a trained candidate.
+        seconds: training time in total.
+        allowed: the allowed drop; by default, the error is that at the expected drop.
+    """
+    drop = search.reference - expected(search, record, seconds)
+    if drop <= 0 or record.point.seconds <= 0:
+        return record.point.drop_error
+    of_logarithm = exponent(search, record)[1] * math.log(max(1.0, seconds / record.point.seconds))
+    return math.hypot(
+        record.point.drop_error, of_logarithm * _logarithmic_mean(drop, drop if allowed is None else allowed)
+    )
+
+
+def _logarithmic_mean(first: float, second: float) -> float:
+    if first <= 0 or second <= 0:
+        return 0.0
+    return first if math.isclose(first, second) else (first - second) / math.log(first / second)
+
+
+def exponent(search: Search, record: Record) -> tuple[float, float]:
+    """The exponent of the power law, and one standard error of it."""
     usual = INHERITED if search.is_trained(record.of) else FRESH
     before = search.study.find(record.of, record.rung - 1) if record.rung > 1 else None
     if before is None or not 0 < before.point.seconds < record.point.seconds:
-        return usual
+        return usual, _USUAL_ERROR
     lost = [max(search.reference - each.point.validation, _LEAST_DROP) for each in (before, record)]
     slope = _FLATTER * math.log(lost[0] / lost[1]) / math.log(record.point.seconds / before.point.seconds)
     errors = [each.point.drop_error / drop for each, drop in zip((before, record), lost, strict=True)]
     error = max(0.05, math.hypot(*errors) / math.log(record.point.seconds / before.point.seconds))
     weight = _USUAL_ERROR**2 / (_USUAL_ERROR**2 + error**2)
-    return weight * min(_FASTEST, max(_SLOWEST, slope)) + (1 - weight) * usual
+    return weight * min(_FASTEST, max(_SLOWEST, slope)) + (1 - weight) * usual, _USUAL_ERROR * math.sqrt(1 - weight)

@@ -10,12 +10,12 @@ candidates with the same expected improvement, the safer one is trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from tersor.core.errors import counted
 from tersor.search.candidate import Candidate
 from tersor.search.front import CEILING, Point, distance, front, rank, violations
-from tersor.search.learning_curves import expected
+from tersor.search.learning_curves import error_of_expected, expected
 from tersor.search.search_context import Search
 from tersor.search.study import Record
 
@@ -25,8 +25,6 @@ _STUDENTS = 3
 """One in so many of the first candidates is a student, if there are enough changes of the original."""
 _PROMISING = 0.4
 """A change of the original is worth training from this share of the original's metric on, if there are such."""
-DOUBT = 0.2
-"""One standard error of the expected gain by training, relative to that gain."""
 _CAUTION = {False: 1.5, True: 2.0}
 """Exponent of the probability in the expected improvement, before the last training run and for it."""
 _LEAST_GAIN = 0.01
@@ -126,8 +124,7 @@ def promoted(
         last: whether it is the last training run.
     """
     trained = [record for record in trained if improvable(search, record)]
-    metrics = {record.point.name: expected(search, record, record.point.seconds + seconds) for record in trained}
-    ordered = sorted(trained, key=lambda record: _key(search, record, metrics, last=last))
+    ordered = sorted(trained, key=lambda record: _key(search, record, record.point.seconds + seconds, last=last))
     if count > 1:
         firsts = [next((each for each in ordered if each.of.inherits is kind), None) for kind in (True, False)]
         kept = [each for each in ordered if each in firsts]
@@ -135,13 +132,13 @@ def promoted(
     return ordered[:count]
 
 
-def _key(search: Search, record: Record, metrics: Mapping[str, float], *, last: bool) -> tuple[float, ...]:
-    """A sort key, smaller for better candidates; `metrics` are the expected ones, by the name of the point."""
-    metric = metrics[record.point.name]
+def _key(search: Search, record: Record, seconds: float, *, last: bool) -> tuple[float, ...]:
+    """A sort key, smaller for candidates that are expected to be better after `seconds` of training in total."""
+    metric = expected(search, record, seconds)
     order = rank(record.point.model_copy(update={"validation": metric}), search.budget, search.reference)
     if search.budget.points is None:
         return order
-    gained = improvement(search, record, metric, power=_CAUTION[last])
+    gained = improvement(search, record, seconds, power=_CAUTION[last])
     return distance(_fixed(search, record.point)), -gained if gained > _LEAST_GAIN else 0.0, *order
 
 
@@ -149,30 +146,25 @@ def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[R
     """The trained candidates that may end within the allowed drop after another `seconds` of training."""
     if search.budget.points is None:
         return list(trained)
-    metrics = [expected(search, record, record.point.seconds + seconds) for record in trained]
-    return [
-        record
-        for record, metric in zip(trained, metrics, strict=True)
-        if _probability(search, record, metric) >= _HOPELESS
-    ]
+    return [record for record in trained if _probability(search, record, record.point.seconds + seconds) >= _HOPELESS]
 
 
 def gain(search: Search, record: Record, seconds: float) -> float:
     """The expected improvement by another `seconds` of training, as in the choice of the last training run."""
-    return improvement(search, record, expected(search, record, record.point.seconds + seconds), power=_CAUTION[True])
+    return improvement(search, record, record.point.seconds + seconds, power=_CAUTION[True])
 
 
-def improvement(search: Search, record: Record, metric: float, power: float = 1.0) -> float:
-    """P^power * gain: P is the probability that a candidate with this expected metric is within the allowed drop."""
+def improvement(search: Search, record: Record, seconds: float, power: float = 1.0) -> float:
+    """P^power * gain: P is the probability that the candidate is within the allowed drop after `seconds` in total."""
     within = [point for point in search.points if not violations(point, search.budget, search.reference)]
     before = min((point.mean_ms for point in within), default=max(point.mean_ms for point in search.points))
     gained = math.log(before / record.point.mean_ms)
-    return max(0.0, gained) * _probability(search, record, metric) ** power
+    return max(0.0, gained) * _probability(search, record, seconds) ** power
 
 
-def _probability(search: Search, record: Record, metric: float) -> float:
-    """The probability that a candidate with this expected metric ends within the allowed drop."""
+def _probability(search: Search, record: Record, seconds: float) -> float:
+    """The probability that a candidate ends within the allowed drop after `seconds` of training in total."""
     assert search.budget.points is not None
-    error = math.hypot(record.point.drop_error, DOUBT * (metric - record.point.validation))
-    margin = metric - (search.reference - search.budget.points)
+    error = error_of_expected(search, record, seconds, search.budget.points)
+    margin = expected(search, record, seconds) - (search.reference - search.budget.points)
     return (1 + math.erf(margin / (math.sqrt(2) * max(error, 1e-9)))) / 2

@@ -153,7 +153,7 @@ class Workbench:
         Raises:
             InputError: the network cannot be captured.
         """
-        images = next(iter(self.validation)).images[:2]
+        images = next(iter(self.validation_of(self.experiment_of(candidate, trained)))).images[:2]
         return len(find_branches(capture(self.build(candidate, trained), images), images))
 
     def start_from(self, candidate: Candidate, parent: Candidate) -> None:
