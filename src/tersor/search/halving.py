@@ -28,8 +28,8 @@ from tersor.search.study import Record
 from tersor.search.workers import Workers
 
 _LEAST_SHARE = 0.03
-_FURTHER_SHARE = 0.5
-"""Share of the training time that is left, for the training after a further removal."""
+_FURTHER_SHARE = 0.3
+"""Share of the training time that is left, for the training after a further removal; there can be several."""
 _LEAST_OVERHEADS = 10
 """A training run is divided if its second part has at least so many times the seconds of attaching and exporting."""
 
