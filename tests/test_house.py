@@ -118,6 +118,7 @@ LEVELS = [
         "graph.inlined_regions",
         "graph.layer_restoration",
         "graph.plain_attention",
+        "graph.plain_checkpointing",
         "graph.plain_network",
     ),
     ("graph.computed_weights",),

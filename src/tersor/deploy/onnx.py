@@ -107,7 +107,7 @@ def export(
     network = to_integer_graph(model) if isinstance(model, fx.GraphModule) else strip(model)
     network = network.cpu().float().eval()
     _replace_global_pooling(network)
-    inputs = example[:1].cpu().float()
+    inputs = example[:1].cpu().float().contiguous()
     if pixels is not None:
         assert isinstance(inputs, Tensor)
         network = PixelInput(network, *pixels, rank=inputs.ndim).eval()

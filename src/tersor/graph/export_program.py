@@ -29,6 +29,7 @@ from tersor.graph.forward_call import input_names, input_nodes
 from tersor.graph.inlined_regions import inline_regions
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_attention import with_plain_attention
+from tersor.graph.plain_checkpointing import without_checkpointing
 
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n\s+(.+)')
 _OTHER_BATCH = 5
@@ -101,7 +102,7 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _exported(network: nn.Module, images: NetworkInput, batch: Any) -> ExportedProgram:
     try:
-        with without_exporter_output():
+        with without_exporter_output(), without_checkpointing():
             if isinstance(images, Tensor):
                 return torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
             args, kwargs = images.args, images.kwargs

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from tersor.data.network_inputs import NetworkInput, TensorInputs, by_name, tensors_of
 
@@ -49,11 +51,26 @@ def zeros(specs: Sequence[InputSpec], count: int, device: torch.device | None = 
     return TensorInputs.of([each.name for each in specs if each.name is not None], tensors)
 
 
+class _ViewOrCopy(TorchFunctionMode):
+    """`view` fails for some tensors in channels_last, the layout of images and of training: then a copy is viewed."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if func not in (Tensor.view, Tensor.view_as) or "view size is not compatible" not in str(error):
+                raise
+            return func(args[0].contiguous(), *args[1:], **(kwargs or {}))
+
+
 def run(network: Any, inputs: NetworkInput, *others: Any) -> Any:
     """The outputs of a network for images, or several tensors; `others` are further positional arguments."""
-    if isinstance(inputs, TensorInputs):
-        return network(*inputs.args, *others, **inputs.kwargs)
-    return network(inputs, *others)
+    with nullcontext() if isinstance(network, fx.GraphModule) else _ViewOrCopy():
+        if isinstance(inputs, TensorInputs):
+            return network(*inputs.args, *others, **inputs.kwargs)
+        return network(inputs, *others)
 
 
 def input_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -234,7 +234,7 @@ class _LayerCost:
     """The cost of a layer while channels are removed: rows * columns of a matrix, plus parameters of each row."""
 
     def __init__(self, module: nn.Module, macs: int | None) -> None:
-        shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+        shapes = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.ndim]
         matrices = [shape for shape in shapes if len(shape) > 1]
         self.groups = module.groups if isinstance(module, Convolution) else 1
         self.rows = shapes[0][0] if shapes else 0

@@ -101,7 +101,7 @@ def _after_call(call: Call, shape: tuple[int, ...], axes: Axes, excluded: set[in
         return {axis: order.index(position) for axis, position in axes.items()}
     elif call.name in _MERGED:
         _find_shuffle(shape, tuple(call.output), axes, shuffled)
-    elif tuple(call.output) == shape and not (call.module and any(call.module.parameters())):
+    elif tuple(call.output) == shape and (call.module is None or next(call.module.parameters(), None) is None):
         return axes
     return {}
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from tersor.evaluation.costs import costs
 from tersor.graph.capture import layer_of
+from tersor.graph.forward_call import run
 from tersor.graph.layer_selection import Convolution, Layer, weighted_layers
 from tersor.graph.parametrization import parametrizations_of, parametrized
 from tersor.quantization.fake_quantize import FakeQuantize, weight_quantizer
@@ -109,7 +110,7 @@ def _clipping_and_errors(
     hooks += [layer.register_forward_hook(partial(add_squares, name=name)) for name, layer in quantized.items()]
     try:
         for batch in images.split(64):
-            model(batch)
+            run(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tersor.data import Batches, Images
 from tersor.data.image_sets import class_numbers
 from tersor.evaluation.session import Array
+from tersor.graph.forward_call import run
 
 TEMPERATURES = (1, 2, 4, 8, 16)
 
@@ -94,7 +95,7 @@ def soft_targets(network: nn.Module, test: Batches, index: Tensor) -> list[dict[
         Index, label, PNG, `classes` (all, or the 12 likeliest) and `rows` of each image; a row has the
         `temperature`, the `probabilities` of these classes, and the `entropy` over all classes.
     """
-    logits = network(test.take(index).images).double()
+    logits = run(network, test.take(index).images).double()
     order = _entropy(logits.softmax(1)).argsort(stable=True)
     count = logits.shape[1]
     targets: list[dict[str, Any]] = []
@@ -125,7 +126,7 @@ def class_similarity(network: nn.Module, test: Batches, temperature: float = 4.0
     """
     index = evenly_spaced(len(test.images), _SIMILARITY_IMAGES)
     batches = [test.take(part) for part in index.split(test.batch_size)]
-    softened = torch.cat([(network(batch.images).double() / temperature).softmax(1) for batch in batches])
+    softened = torch.cat([(run(network, batch.images).double() / temperature).softmax(1) for batch in batches])
     labels = test.images.targets[index]
     classes = labels.unique().tolist() if softened.shape[1] <= _MATRIX_CLASSES else []
     rows = [[label, [round(value, 5) for value in softened[labels == label].mean(0).tolist()]] for label in classes]
