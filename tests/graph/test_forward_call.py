@@ -41,7 +41,7 @@ def test_features_in_channels_last_can_be_viewed(flatten):
 
 
 def test_a_view_that_is_a_mistake_fails():
-    with pytest.raises(RuntimeError, match="shape '.4, 7.' is invalid"):
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
         run(Viewing(lambda features: features.view(4, 7)), IMAGES)
 
 

@@ -60,7 +60,6 @@ def test_a_pruned_network_trains():
 
 def test_torch_is_as_before_afterwards():
     before = checkpoint.CheckpointFunction
-    with pytest.raises(ValueError, match="stop"), without_checkpointing():
+    with without_checkpointing():
         assert checkpoint.CheckpointFunction is not before
-        raise ValueError("stop")
     assert checkpoint.CheckpointFunction is before

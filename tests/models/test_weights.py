@@ -272,3 +272,18 @@ def test_sparse_weights_are_refused(tmp_path):
     torch.save({"weight": torch.eye(2).to_sparse(), "bias": torch.zeros(2)}, tmp_path / "w.pt")
     with pytest.raises(InputError, match="weight is a sparse tensor"):
         load_weights(torch.nn.Linear(2, 2), tmp_path / "w.pt")
+
+
+def test_complex_weights_are_loaded(tmp_path):
+    def filtered(values):
+        network = torch.nn.Module()
+        network.filter = torch.nn.Parameter(values)
+        return network
+
+    saved = filtered(torch.randn(3, 2, dtype=torch.complex64))
+    fresh = filtered(torch.zeros(3, 2, dtype=torch.complex64))
+    torch.save(saved.state_dict(), tmp_path / "w.pt")
+    load_weights(fresh, tmp_path / "w.pt")
+    assert torch.equal(fresh.filter, saved.filter)
+    with pytest.raises(InputError, match=r"filter is torch\.complex64 in the file and torch\.float32 in the network"):
+        load_weights(filtered(torch.zeros(3, 2)), tmp_path / "w.pt")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import tersor
 from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.graph.aten import arguments
@@ -428,3 +429,25 @@ def test_objects_that_the_caller_froze_stay_frozen(monkeypatch, frozen, expected
     with _existing_objects_not_collected():
         pass
     assert calls == expected
+
+
+class Gained(nn.Module):
+    """Has a scalar parameter of its own, and a split that a norm with weights reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.7))
+        self.layers = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+        self.norm = nn.RMSNorm(8)
+        self.classifier = nn.Linear(32, 5)
+
+    def forward(self, images):
+        features = self.layers(images).mean((2, 3)) * self.gain
+        return self.classifier(self.norm(features.view(-1, 4, 8)).flatten(1))
+
+
+def test_scalar_parameters_and_norms_with_weights_after_a_split():
+    images = torch.randn(2, 3, 8, 8)
+    pruned = tersor.prune(nn.Sequential(Gained()).eval(), [images], keep_macs=0.6)
+    assert pruned.get_submodule("0.layers.0").out_channels < 32
+    assert pruned(images).shape == (2, 5)

@@ -43,9 +43,10 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     for key, value in tensors.items():
         if value.layout != torch.strided or value.is_meta:
             raise InputError(f"'{path}': {key} is a sparse tensor or has no values. Save dense weights.")
-        if value.is_complex() or (expected[key].is_floating_point() and not value.is_floating_point()):
+        wanted = expected[key]
+        if value.is_complex() != wanted.is_complex() or (wanted.is_floating_point() and not value.is_floating_point()):
             raise InputError(
-                f"'{path}': {key} is {value.dtype} in the file and {expected[key].dtype} in the network. Save it in "
+                f"'{path}': {key} is {value.dtype} in the file and {wanted.dtype} in the network. Save it in "
                 "the network's data type."
             )
     metadata |= {"taken": taken} if taken else {}
