@@ -73,7 +73,7 @@ def _run(
     from tersor.pipeline.run import run as walk
 
     keep_freed_memory()
-    with Bars(console) as bars, tracked(bars, track, out.with_name(f"{out.name}.tracking")) as progress:
+    with Bars(console) as bars, tracked(bars, track, out.parent / f"{out.name}.tracking") as progress:
         walk(recipe, out=out, resume=resume, latency=latency, progress=progress)
     return not distributed.rank()
 

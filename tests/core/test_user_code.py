@@ -1,4 +1,5 @@
 import functools
+import sys
 
 import pytest
 import torch
@@ -110,3 +111,11 @@ def test_errors_of_tersors_own_modules_stay():
     OfTorch.__module__ = "tersor.methods.crd"
     with pytest.raises(ZeroDivisionError), user_code("the loss", own):
         own(0)
+
+
+def test_a_function_that_ends_the_program_is_one_message():
+    def script():
+        sys.exit(3)
+
+    with pytest.raises(InputError, match=r"it ended the program \(sys\.exit, or a parser"), user_code("it", script):
+        script()

@@ -132,3 +132,26 @@ def test_a_constant_that_is_linear_in_the_batch_size_is_computed():
 def test_graphs_that_differ_in_anything_else_are_refused(run):
     size = 6
     assert not compute_batch_sizes(recorded(4, run), recorded(size, run), [torch.zeros(4, 3)], size)
+
+
+class Windows(nn.Module):
+    """The windows of the original Swin code: the batch size is computed back from their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, images):
+        batch, channels, height, width = images.shape
+        windows = images.view(batch, channels, height // 4, 4, width // 4, 4).permute(0, 2, 4, 3, 5, 1)
+        windows = self.linear(windows.reshape(-1, 16, channels))
+        count = int(windows.shape[0] / (height * width / 4 / 4))
+        return windows.view(count, height // 4, width // 4, 4, 4, -1).flatten(1, 4).mean(1)
+
+
+def test_a_batch_size_that_is_computed_from_the_number_of_windows():
+    network, images = Windows().eval(), torch.randn(2, 4, 8, 8)
+    graph = capture(network, images)
+    for count in (1, 3, 8):
+        more = torch.randn(count, 4, 8, 8)
+        assert torch.allclose(graph(more), network(more), atol=1e-6)

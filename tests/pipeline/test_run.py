@@ -155,6 +155,9 @@ def test_only_the_first_process_writes(tmp_path, faked, monkeypatch):
         ({"teacher": 1}, "teacher is a int"),
         ({"data": 1}, "data is a int"),
         ({"recipe": 1}, "recipe is a int"),
+        ({"out": "."}, "out is '.', which exists. Write the name of a new folder, such as runs/recipe"),
+        ({"out": ""}, "out is '.', which exists"),
+        ({"out": "/"}, "out is '/', which exists"),
     ],
 )
 def test_arguments_of_another_type_are_refused(tmp_path, given, message):

@@ -1,9 +1,12 @@
 """`tersor pick` without limits, and by the name of a point."""
 
+import errno
 import io
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from tersor.core.errors import InputError
 from tersor.deploy.onnx import export
 from tersor.search.compression_budget import Budget
 from tersor.search.front import front
-from tersor.search.result import Result
+from tersor.search.result import Choice, Result
 from tersor.search.verdict_line import verdict_lines
 
 
@@ -246,3 +249,22 @@ def test_all_columns_of_the_printed_front_fit_80_columns(sizes):
     printed = "\n".join(lines)
     for text in (*(f"batch {size} " for size in sizes), *(f" {size / 7:.3g} " for size in sizes), "93.00", " MB "):
         assert printed.count(text) == 1, text
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file, out = tmp_path / "model.onnx", tmp_path / "copy.onnx"
+    choice = Choice(front_of(1).points[0], file, "")
+    with pytest.raises(InputError, match="is missing: the folder of the search is not complete"):
+        choice.export(out)
+    file.write_bytes(b"network")
+
+    def full(_source, target):
+        Path(target).write_bytes(b"net")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(InputError, match=r"cannot write .*copy\.onnx: No space left"):
+            choice.export(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert choice.export(out).read_bytes() == b"network"

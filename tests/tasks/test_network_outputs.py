@@ -9,7 +9,12 @@ from tersor import tasks
 from tersor.core.errors import InputError
 from tersor.data.batch import Batch
 from tersor.tasks.calibration_batch import read_batch
-from tersor.tasks.network_outputs import relative_squared_error, relative_squared_error_of_all, relative_values
+from tersor.tasks.network_outputs import (
+    relative_errors,
+    relative_squared_error,
+    relative_squared_error_of_all,
+    relative_values,
+)
 
 
 def outputs(seed, images=4):
@@ -74,3 +79,7 @@ def test_a_task_reads_the_targets_of_the_first_images(task, targets, expected):
     else:
         assert found.targets == expected
     assert len(read_batch(Batch(IMAGES, targets), tasks.build(task)).images) == 3
+
+
+def test_the_errors_of_one_number_for_each_image():
+    assert relative_errors(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0])).tolist() == [0.5, 0.0]

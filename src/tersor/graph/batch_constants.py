@@ -73,6 +73,10 @@ def _merged(
         if isinstance(leaf, fx.Node):
             if partner.get(twin) is not leaf:
                 return None
+        elif isinstance(twin, fx.Node):  # a number in one recording, because it equals another number there
+            if twin not in partner or not isinstance(leaf, int):
+                return None
+            leaves[place] = partner[twin]
         elif leaf != twin:
             if not (type(leaf) is type(twin) is int):
                 return None

@@ -83,6 +83,8 @@ def run(
     name = "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem
     recipe = recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     out = Path(out) if out is not None else Path("runs") / name
+    if not out.name:
+        raise InputError(f"out is '{out}', which exists. Write the name of a new folder, such as runs/{name}.")
     checkpoints = Checkpoints(checkpoints_of(out))
     text = recipes.write(recipe)
     if resume and _ended(out, text):

@@ -21,6 +21,7 @@ was seen after further training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -118,13 +119,17 @@ def _fit(layer: nn.Module, moments: InputMoments, removed_in: list[int], removed
 
 @torch.no_grad()
 def apply_fits(graph: fx.GraphModule, fits: Mapping[str, Fit]) -> None:
-    """Set the fitted weights and biases; the BatchNorm after a layer takes the bias of a layer without one."""
+    """Set the fitted weights and biases; the BatchNorm after a layer takes the bias of a layer without one.
+
+    A bias that several layers share takes the mean of what each of them would take.
+    """
+    owners = Counter(id(parameter) for each in graph.modules() for parameter in each.parameters(recurse=False))
     nodes = {node.target: node for node in reversed(graph.graph.nodes) if node.op == "call_module"}
     for name, fit in fits.items():
         layer, norm = graph.get_submodule(name), norm_behind(nodes[name]) if name in nodes else None
         assert isinstance(layer.weight, Tensor)
         layer.weight.copy_(fit.weight)
         if isinstance(layer.bias, Tensor):
-            layer.bias += fit.bias
+            layer.bias += fit.bias / owners[id(layer.bias)]
         elif norm is not None and norm.module.running_mean is not None:
             norm.module.running_mean -= fit.bias

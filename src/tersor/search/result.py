@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from tersor.core.errors import InputError, nearest, unknown
+from tersor.core.files import replacing
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, Front
 from tersor.search.front import Point, pick, shortfall, violations
@@ -34,12 +35,19 @@ class Choice:
         """Copy the ONNX file.
 
         Raises:
-            InputError: `path` is not an .onnx file in an existing folder.
+            InputError: `path` is not an .onnx file in an existing folder, or cannot be written; the file of the point
+                is missing.
         """
         path = Path(path)
         if path.suffix != ".onnx" or not path.parent.is_dir():
             raise InputError(f"cannot write {path}. Possible: an .onnx file in an existing folder.")
-        shutil.copyfile(self.file, path)
+        if not self.file.is_file():
+            raise InputError(f"{self.file} is missing: the folder of the search is not complete.")
+        try:
+            with replacing(path) as partial:
+                shutil.copyfile(self.file, partial)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}.") from error
         return path
 
 

@@ -87,7 +87,7 @@ def relative_errors(outputs: Any, reference: Any) -> Tensor:
     Raises:
         InputError: the two differ in number or shapes of tensors.
     """
-    pairs = [(one.double().flatten(1), other.double().flatten(1)) for one, other in floats_of_both(outputs, reference)]
+    pairs = [[each.double().reshape(len(each), -1) for each in both] for both in floats_of_both(outputs, reference)]
     errors = [_ratio((one - other).square().sum(1), other.square().sum(1)) for one, other in pairs]
     return torch.stack(errors).mean(0).sqrt()
 
