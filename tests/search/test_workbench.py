@@ -219,6 +219,8 @@ def test_a_candidate_starts_from_the_checkpoints_of_the_one_before_its_last_remo
     assert of.branches(parent, train[:1]) == 2
     assert of.branches(Candidate(pixels=4)) == 3
     of.start_from(child, parent)
+    kept = [sorted(path.name for path in (tmp_path / each.name).glob("0*")) for each in (parent, child)]
+    assert kept[0] == kept[1] != [], "so no training is repeated"
     before = (*train[:1], *child.last_removal)
     assert of.branches(child, before) == 1
     made, record = of.train(child, (*before, train[1]), 60.0)
