@@ -12,6 +12,8 @@ from torch.autograd.functional import jacobian
 from torchvision.ops import deform_conv2d
 
 from tersor.graph.multiplications import FORMULAS
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.grid import Grid
 from tersor.quantization.operators import run_through
 
 
@@ -245,3 +247,24 @@ def test_the_network_is_left_as_it_was():
     with pytest.raises(RuntimeError):
         run_through(network, torch.randn(1, 2, 5, 5))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+class WritesBehindQuantizer(nn.Module):
+    """A convolution of rounded images; a channel of them is written in place, or not."""
+
+    def __init__(self, *, writes):
+        super().__init__()
+        self.quantizer, self.layer, self.writes = FakeQuantize(Grid.unsigned(8)), nn.Conv2d(3, 4, 1), writes
+
+    def forward(self, images):
+        rounded = self.quantizer(images.clone())
+        if self.writes:
+            rounded[:, 0].mul_(0.3)
+        return self.layer(rounded)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_value_that_is_changed_in_place_after_rounding_is_in_float(writes):
+    network = WritesBehindQuantizer(writes=writes)
+    (product,) = run_through(network, torch.rand(1, 3, 4, 4), planned=True).products
+    assert product.operands[0].bits == (None if writes else 8)

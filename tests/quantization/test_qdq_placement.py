@@ -104,11 +104,11 @@ def test_a_shortcut_without_parameters_keeps_the_grid():
 
 
 class Answers(nn.Module):
-    """The answer comes from a convolution, behind which values only move (SqueezeNet)."""
+    """The logits (N, 5, 1, 1) come from a convolution, after which values only move."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 5, 1)
+        self.conv = nn.Conv2d(3, 5, 4)
 
     def forward(self, x):
         return torch.flatten(F.dropout(self.conv(x), training=self.training), 1)
@@ -279,7 +279,7 @@ class Mixed(nn.Module):
 def test_only_sums_of_quantized_tensors_are_integer_operators():
     _, behind = placed(Mixed())
     # `mul` (by a parameter), `add` (of a number) and `sigmoid` are computed in float; `c` reads what they give
-    assert list(behind) == ["x", "a", "b", "mul_1"]
+    assert list(behind) == ["x", "a", "b", "mul_1", "c"]
 
 
 def test_a_name_that_is_taken_is_an_error():
@@ -318,7 +318,7 @@ class Casts(nn.Module):
 
 def test_no_quantizer_is_named_like_an_attribute_of_a_module():
     graph = capture(Casts().eval(), IMAGES)
-    expected = ["quantizers.to__", "quantizers.to_"]
+    expected = ["quantizers.to__", "quantizers.to_", "quantizers.conv"]
     assert activation_quantizers(graph, ["to_", "conv"], "onnxruntime") == set(expected)
     assert insert_activation_quantizers(graph, ["to_", "conv"], Grid.unsigned(8), "onnxruntime") == expected
     fresh = rebuild(Casts().eval(), structure(graph))

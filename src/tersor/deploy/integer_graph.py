@@ -9,7 +9,6 @@ first batch unless all channels share one.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Container
 from typing import cast
 
@@ -91,6 +90,8 @@ class IntegerLayer(nn.Module):
         super().__init__()
         self.layer = copy.copy(layer)
         self.layer._parameters = {"weight": None, "bias": None}
+        if _pads_with_values(layer):  # `_pad_before` does that
+            self.layer.padding_mode, self.layer.padding = "zeros", (0,) * (layer.weight.ndim - 2)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         if zero_point is None and isinstance(layer, nn.Linear):
@@ -112,7 +113,7 @@ class IntegerLayer(nn.Module):
         if self.integer_bias is not None and self.bias_scale is not None and (convolution or inputs.ndim == 2):
             bias = _dequantize(self.integer_bias, self.bias_scale)
         if isinstance(self.layer, Convolution):
-            return self.layer._conv_forward(inputs, weight, bias)  # pyright: ignore[reportPrivateUsage]  # with its padding mode
+            return self.layer._conv_forward(inputs, weight, bias)  # pyright: ignore[reportPrivateUsage]
         return F.linear(inputs, weight, bias)
 
 
@@ -135,31 +136,66 @@ def to_integer_graph(model: fx.GraphModule) -> nn.Module:
     plain = strip(model)
     graph = copy.deepcopy(model.graph)
     graph.owning_module = model
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     modules: dict[str, nn.Module] = {}
+    targets: dict[fx.Node, str] = {}
     folded: list[fx.Node] = []
     for node in graph.nodes:
-        module = layer_of(node)
-        if module is None:
-            continue
-        name = cast("str", node.target)
+        module, name = layer_of(node), str(node.target)
         if isinstance(module, FakeQuantize):
             modules[name] = QuantizeDequantize(module) if module.enabled else nn.Identity()
             node.kwargs = {}
         elif isinstance(module, Layer) and is_plain(module) and weight_quantizer(module) is not None:
-            alone = calls[name] == 1  # a layer that is called twice may have several norms and inputs
-            norm = norm_behind(node) if alone else None
+            norm = norm_behind(node)
             if norm is not None:
                 folded.append(norm.node)
-            input_scale = _input_scale(node) if alone else None
-            modules[name] = _integer_layer(module, plain.get_submodule(name), norm and norm.module, input_scale)
+            layer = _integer_layer(module, plain.get_submodule(name), norm and norm.module, _input_scale(node))
+            targets[node] = _add_call(modules, name, layer)
+            if _pads_with_values(module):
+                _pad_before(node, module)
     for node in folded:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
+    for node, target in targets.items():
+        node.target = target
     _keep_read_tensors(plain, graph, modules)
     for name, module in modules.items():
         plain.set_submodule(name, module)
     return fx.GraphModule(plain, graph, class_name=type(model).__name__)
+
+
+def _add_call(modules: dict[str, nn.Module], name: str, layer: IntegerLayer) -> str:
+    """Add the integer layer of a further call of layer `name`, and return its name.
+
+    Each call has an input scale of its own, and may have a BatchNorm of its own. Equal weights are stored once.
+    """
+    number = 1 + sum(each == name or each.rpartition(".")[0] == name for each in modules)
+    first = modules.get(name)
+    if isinstance(first, IntegerLayer) and torch.equal(first.weight, layer.weight):
+        layer.weight = first.weight
+    target = name if number == 1 else f"{name}.{number}"
+    modules[target] = layer
+    return target
+
+
+def _pads_with_values(layer: nn.Module) -> bool:
+    """Whether `layer` is a convolution that pads with values of its input (`reflect`, `replicate`, `circular`)."""
+    return isinstance(layer, Convolution) and layer.padding_mode != "zeros"
+
+
+def _pad_before(node: fx.Node, layer: nn.Module) -> None:
+    """Pad in front of a convolution and quantize again, because runtimes look for Q/DQ directly before it.
+
+    Rounding to the same grid twice changes nothing.
+    """
+    assert isinstance(layer, Convolution)
+    value = values_into(node)[0]
+    sizes: list[int] = layer._reversed_padding_repeated_twice  # pyright: ignore[reportPrivateUsage]
+    quantizer = _input_quantizer(node)
+    with node.graph.inserting_before(node):
+        padded = node.graph.call_function(F.pad, (value, sizes), {"mode": layer.padding_mode})
+        if quantizer is not None:
+            padded = node.graph.call_module(cast("str", quantizer.target), (padded,))
+    node.replace_input_with(value, padded)
 
 
 def _keep_read_tensors(plain: nn.Module, graph: fx.Graph, replaced: Container[str]) -> None:
@@ -177,16 +213,22 @@ def _keep_read_tensors(plain: nn.Module, graph: fx.Graph, replaced: Container[st
             node.target = kept
 
 
-def _input_scale(node: fx.Node) -> Tensor | None:
+def _input_quantizer(node: fx.Node) -> fx.Node | None:
+    """The enabled quantizer in front of a layer."""
     value = values_into(node)[0]
     while is_nothing_in_eval(value):
         value = values_into(value)[0]
     quantizer = layer_of(value)
-    return quantizer.scale.detach() if isinstance(quantizer, FakeQuantize) and quantizer.enabled else None
+    return value if isinstance(quantizer, FakeQuantize) and quantizer.enabled else None
+
+
+def _input_scale(node: fx.Node) -> Tensor | None:
+    value = _input_quantizer(node)
+    return None if value is None else cast("FakeQuantize", layer_of(value)).scale.detach()
 
 
 @torch.no_grad()
-def _integer_layer(layer: Layer, plain: nn.Module, norm: Norm | None, input_scale: Tensor | None) -> nn.Module:
+def _integer_layer(layer: Layer, plain: nn.Module, norm: Norm | None, input_scale: Tensor | None) -> IntegerLayer:
     """The integer layer; `norm` is folded into scale, sign and bias, so that magnitudes of integers do not change."""
     quantizer = weight_quantizer(layer)
     assert quantizer is not None

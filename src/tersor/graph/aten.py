@@ -34,6 +34,31 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {**given, **node.kwargs}
 
 
+def last_write(value: fx.Node) -> fx.Node | None:
+    """The last node that writes into `value` or a view of it and whose result nobody reads, as in `value[:, 0] = x`.
+
+    From there on, the readers of `value` see what was written.
+    """
+    writes: list[fx.Node] = []
+    views = [value]
+    while views:
+        view = views.pop()
+        for user in view.users:
+            if not isinstance(user.target, OpOverload) or not user.args or user.args[0] is not view:
+                continue
+            if user.target.is_view:
+                views.append(user)
+            elif writes_into_input(user.target) and not user.users:
+                writes.append(user)
+    return max(writes, default=None)
+
+
+def writes_into_input(operator: OpOverload) -> bool:
+    """Whether an operator changes its first argument in place, as `copy_` does."""
+    first = next(iter(operator._schema.arguments), None)  # pyright: ignore[reportPrivateUsage]
+    return first is not None and first.alias_info is not None and first.alias_info.is_write
+
+
 def place_of(node: fx.Node | None) -> str:
     """The path of the module in which a node of a captured graph was traced; empty if unknown."""
     stack = node.meta.get("nn_module_stack") if node is not None else None

@@ -22,13 +22,13 @@ from tersor.graph.aten import operator_name, place_of
 from tersor.graph.capture import INPUTS, layer_of, values_into
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.forward_call import zeros
-from tersor.graph.layer_selection import Layer
+from tersor.graph.layer_selection import Convolution, Layer
 from tersor.graph.parametrization import in_float32, parametrizations_of
 from tersor.graph.plain_modules import has_plain_forward, is_hooked
 from tersor.graph.plain_network import require_network
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.operators import Operand, Product, run_through
-from tersor.quantization.qdq_placement import computed
+from tersor.quantization.qdq_placement import RUNTIME, computed, fused_end
 from tersor.quantization.runtime_defects import before_concatenated_constants
 
 ENOUGH = 0.95
@@ -128,8 +128,9 @@ def integer_coverage(model: nn.Module, example: NetworkInput, *, planned: bool =
     macs, left = 0, Counter[tuple[str, str, str]]()
     for product in ran.products:
         macs += product.macs
-        if not _in_integers(model, product):
-            name, kind, reason = _description(model, product)
+        reason = _reason_for_float(model, product, planned=planned)
+        if reason is not None:
+            name, kind, reason = reason
             left[name, kind, reason if quantized else "the network is not quantized"] += product.macs
     operators = [FloatOperator(*key, spent, spent / macs if macs else 0.0) for key, spent in left.most_common()]
     share = 1 - left.total() / macs if macs else 1.0
@@ -157,6 +158,30 @@ def _listed(members: Sequence[FloatOperator]) -> str:
     return ", ".join(shown)
 
 
+def _reason_for_float(model: nn.Module, product: Product, *, planned: bool) -> tuple[str, str, str] | None:
+    """Name, kind and reason of a product in float; None if it is in integers."""
+    if not _in_integers(model, product):
+        return _description(model, product)
+    if _returns_float(model, product, planned=planned):
+        kind = parametrize.type_before_parametrizations(model.get_submodule(product.module)).__name__
+        return product.module, kind, "ONNX Runtime has no integer convolution that returns float values"
+    return None
+
+
+def _returns_float(model: nn.Module, product: Product, *, planned: bool) -> bool:
+    """Whether this is a convolution for ONNX Runtime whose output is not quantized."""
+    layer = model.get_submodule(product.module)
+    graph = model if product.node is not None else model.get_submodule(product.parent)
+    if not (isinstance(layer, Convolution) and isinstance(graph, fx.GraphModule)):
+        return False
+    if graph.meta.get(RUNTIME) != "onnxruntime":
+        return False
+    all_calls = [each for each in graph.graph.nodes if layer_of(each) is layer]
+    calls = all_calls if product.node is None else [product.node]
+    readers = [layer_of(user) for call in calls for user in fused_end(call).users]
+    return not all(isinstance(each, FakeQuantize) and (each.enabled or planned) for each in readers)
+
+
 def _in_integers(model: nn.Module, product: Product) -> bool:
     """Whether a runtime has an integer operator for it: a layer, or a matrix product, between quantized tensors."""
     module = model.get_submodule(product.module)
@@ -181,7 +206,7 @@ def _on_grid(operand: Operand) -> bool:
 
 
 def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
-    """Name, kind and reason of a product in float."""
+    """Name, kind and reason of a product that has no integer operator or whose operands are in float."""
     module = model.get_submodule(product.module)
     kind = parametrize.type_before_parametrizations(module).__name__
     function = _function(product.node)

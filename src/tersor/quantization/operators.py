@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tersor.data.network_inputs import NetworkInput, tensors_of
-from tersor.graph.aten import place_of
+from tersor.graph.aten import place_of, writes_into_input
 from tersor.graph.eval_mode import evaluating
 from tersor.graph.forward_call import in_order, run
 from tersor.graph.layer_selection import Layer
@@ -159,9 +159,18 @@ class _Recorder(TorchDispatchMode):
             if not isinstance(func, OpOverload) or multiplies_uncounted(func, with_weight=with_weight):
                 self.uncounted.append(f"{packet} in {place_of(self.node) or self.running[-1].name or 'the network'}")
         bits = inputs[0].bits if inputs and _only_moves(func) else None
+        if isinstance(func, OpOverload) and writes_into_input(func):
+            self._forget_grids(tensors[0])
         for each in results:
             self.origins[each] = Operand(activation, None if activation else parameter, bits)
         return output
+
+    def _forget_grids(self, written: Tensor) -> None:
+        """`written` was changed in place, so that neither it nor its views are on a grid any more."""
+        storage = written.untyped_storage().data_ptr()
+        for each, origin in list(self.origins.items()):
+            if origin.bits is not None and each.untyped_storage().data_ptr() == storage:
+                self.origins[each] = replace(origin, bits=None)
 
     def _count(self, packet: Any, args: tuple[Any, ...], macs: int) -> None:
         multiplicands = [args[place] for place in MULTIPLICANDS.get(packet, (0, 1)) if place < len(args)]

@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
-from tersor.graph.aten import arguments, operator_name
+from tersor.graph.aten import arguments, last_write, operator_name
 from tersor.graph.batchnorm_behind import norm_behind
 from tersor.graph.capture import layer_of, sole_user, values_into
 from tersor.graph.layer_selection import Layer
@@ -32,6 +32,7 @@ from tersor.graph.plain_modules import is_plain
 from tersor.quantization.activation_products import matrix_products
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
+from tersor.quantization.output_rounding import rounds_its_output
 
 RUNTIME = "runtime"
 """Key of the `meta` of a quantized graph: the runtime that its quantizers are placed for."""
@@ -113,16 +114,28 @@ def _name(source: fx.Node) -> str:
 
 
 def read_through(graph: fx.GraphModule, value: fx.Node, name: str, *, moved: bool) -> None:
-    """Inserts a call of the quantizer `name` between `value` and its readers, except for the network's output.
+    """Inserts a call of the quantizer `name` between `value` and its readers.
 
-    `moved` marks values that the quantizer has seen before in another place or shape, so that its observer skips them.
+    The network's output reads it only if nothing else does or a layer does: a layer whose output is read in float too
+    would be computed in float. If the network writes into `value` in place, the call comes after that. `moved` marks
+    values that the quantizer has seen before in another place or shape, so that its observer skips them.
     """
-    readers = [user for user in value.users if user.op != "output"]
-    with graph.graph.inserting_after(value):
+    written = last_write(value)
+    rounded = value.op != "placeholder" and (_enters_layer(value) or all(each.op == "output" for each in value.users))
+    readers = [user for user in value.users if user.op != "output" or rounded]
+    if written is not None:
+        readers = [user for user in readers if user > written]
+    with graph.graph.inserting_after(written or value):
         quantized = graph.graph.call_module(name, (value,), {"moved": True} if moved else {})
     quantized.meta = dict(value.meta)  # the shape
     for reader in readers:
         reader.replace_input_with(value, quantized)
+
+
+def _enters_layer(value: fx.Node) -> bool:
+    """Whether a layer reads `value`, directly or through nodes that only move it."""
+    users = value.users
+    return any(isinstance(layer_of(each), Layer) or (_only_moves(each) and _enters_layer(each)) for each in users)
 
 
 def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtime) -> dict[fx.Node, fx.Node]:
@@ -136,7 +149,7 @@ def _values_to_quantize(graph: fx.GraphModule, layers: set[str], runtime: Runtim
             for value in values_into(node):
                 quantized.setdefault(source_of(value), source_of(value))
             end = fused_end(node)
-            if node not in products and not _is_output(end):
+            if node not in products and (not _is_output(end) or rounds_its_output(node, runtime)):
                 quantized[end] = end
     if runtime == "openvino":
         for node in integer:

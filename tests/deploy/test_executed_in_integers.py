@@ -1,0 +1,139 @@
+"""The layers that ONNX Runtime computes in integers are those that `integer_coverage` claims."""
+
+from __future__ import annotations
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tersor
+
+IMAGES = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+
+
+class Network(nn.Module):
+    """Two layers and a classifier; `middle` is what is between the layers and around the second one."""
+
+    def __init__(self, second, middle, *norms):
+        super().__init__()
+        self.first, self.second, self.classifier = nn.Conv2d(3, 16, 3, padding=1), second, nn.Linear(16, 10)
+        self.norms = nn.ModuleList(norms)
+        self.middle = middle
+
+    def forward(self, images):
+        features = self.middle(self, F.relu(self.first(images)))
+        return self.classifier(features.mean((2, 3)))
+
+
+def directly(network, features):
+    return F.relu(network.second(features))
+
+
+def called_twice(network, features):
+    features = F.relu(network.norms[0](network.second(features)))
+    return F.relu(network.norms[-1](network.second(F.max_pool2d(features, 2))))
+
+
+def shifted(network, features):
+    """Writes slices in place."""
+    out = torch.zeros_like(features)
+    out[:, :8, 1:], out[:, 8:, :-1] = features[:, :8, :-1], features[:, 8:, 1:]
+    return F.relu(network.second(out))
+
+
+def filled(network, features):
+    out = features.new_zeros(features.shape)
+    out.copy_(features)
+    out[:, 0] = 1.0
+    return F.relu(network.second(out))
+
+
+def padded_conv(mode, **options):
+    return nn.Conv2d(16, 16, 3, padding_mode=mode, **{"padding": 1, **options})
+
+
+def norm(sign=1.0):
+    made = nn.BatchNorm2d(16)
+    with torch.no_grad():
+        made.running_mean.uniform_(-0.5, 0.5)
+        made.running_var.uniform_(0.5, 2)
+        made.weight.uniform_(0.5, 2).mul_(sign)
+        made.bias.uniform_(-0.5, 0.5)
+    return made
+
+
+def without_bias():
+    return nn.Conv2d(16, 16, 3, padding=1, bias=False)
+
+
+NETWORKS = {
+    "reflect": lambda: Network(padded_conv("reflect"), directly),
+    "replicate": lambda: Network(padded_conv("replicate"), directly),
+    "circular": lambda: Network(padded_conv("circular"), directly),
+    "uneven reflect": lambda: Network(nn.Conv2d(16, 16, 4, padding="same", padding_mode="reflect"), directly),
+    "reflect, called twice": lambda: Network(padded_conv("reflect"), called_twice, norm()),
+    "one norm, called twice": lambda: Network(without_bias(), called_twice, norm()),
+    "two norms": lambda: Network(without_bias(), called_twice, norm(), norm()),
+    "two norms, one negative": lambda: Network(without_bias(), called_twice, norm(), norm(-1.0)),
+    "slices written in place": lambda: Network(nn.Conv2d(16, 16, 3, padding=1), shifted),
+    "filled in place": lambda: Network(nn.Conv2d(16, 16, 3, padding=1), filled),
+}
+
+
+class Features(nn.Module):
+    """Returns an inner feature map and the output of a convolution with `channels` channels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, channels, 1)
+
+    def forward(self, images):
+        features = F.relu(self.second(F.relu(self.first(images))))
+        return features, self.last(features)
+
+
+def in_float(path, folder):
+    """Names of the products that ONNX Runtime computes in float."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return {node.name for node in onnx.load(folder / "optimized.onnx").graph.node if node.op_type in FLOAT}
+
+
+def exported(network, folder):
+    torch.manual_seed(0)
+    quantized = tersor.quantize(network.eval(), IMAGES)
+    return quantized, tersor.export(quantized, IMAGES, folder / "m.onnx")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_is_computed_in_integers(name, tmp_path):
+    quantized, path = exported(NETWORKS[name](), tmp_path)
+    assert tersor.integer_coverage(quantized, IMAGES).share == 1
+    assert in_float(path, tmp_path) == set()
+
+
+def test_a_small_convolution_that_is_an_output_stays_in_float_and_is_listed(tmp_path):
+    quantized, path = exported(Features(5), tmp_path)
+    (listed,) = tersor.integer_coverage(quantized, IMAGES).operators
+    assert in_float(path, tmp_path) == {listed.name} == {"last"}
+    assert listed.reason == "ONNX Runtime has no integer convolution that returns float values"
+
+
+def test_a_large_convolution_that_is_an_output_is_rounded(tmp_path):
+    quantized, path = exported(Features(32), tmp_path)
+    assert tersor.integer_coverage(quantized, IMAGES).share == 1
+    assert in_float(path, tmp_path) == set()
+    assert len(quantized(IMAGES)[1].unique()) <= 256
+
+
+def test_equal_weights_of_several_calls_are_stored_once(tmp_path):
+    _, path = exported(NETWORKS["two norms"](), tmp_path)
+    weights = [each for each in onnx.load(path).graph.initializer if list(each.dims) == [16, 16, 3, 3]]
+    assert len(weights) == 1
