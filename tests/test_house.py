@@ -94,7 +94,7 @@ LEVELS = [
     ),
     ("quantization.operators", "quantization.runtime_defects"),
     ("quantization.qdq_placement",),
-    ("quantization.fake_quantize", "quantization.quantizer_options"),
+    ("quantization.fake_quantize", "quantization.output_rounding", "quantization.quantizer_options"),
     (
         "quantization.activation_products",
         "quantization.grid_distance",
@@ -114,7 +114,9 @@ LEVELS = [
         "graph.batch_constants",
         "graph.batchnorm_statistics",
         "graph.comparison",
+        "graph.custom_gradients",
         "graph.feature_extraction",
+        "graph.fingerprint",
         "graph.inlined_regions",
         "graph.layer_restoration",
         "graph.plain_attention",

@@ -38,7 +38,7 @@ from tersor.pipeline.arguments import (
 from tersor.pipeline.distillation import train_on_outputs
 from tersor.pipeline.file_comparison import compare_files
 from tersor.pipeline.normalization import NORMALIZATION, check_values, known_normalization
-from tersor.pipeline.outcome_warnings import warn_of_quantized
+from tersor.pipeline.outcome_warnings import warn_of_quantized, warn_of_training
 from tersor.pipeline.task_arguments import Loss, check_targets, task_of
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
@@ -103,6 +103,9 @@ def prune(
 ) -> nn.Module:
     """Remove channels from a copy of a trained network; the remaining weights and BatchNorm statistics are refitted.
 
+    A `CompressionWarning` is issued if the result would train otherwise than the network: without stochastic depth,
+    without a custom `train()`, or with other gradients than those of a custom `backward()`.
+
     Args:
         model: a trained network; it is not changed.
         example: normalized images (N, C, H, W), or batches of them. A few hundred are enough; at most 1,024 are used.
@@ -135,6 +138,7 @@ def prune(
         check_targets(goal, network, data, method.importance_images)
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target, latency=latency_ratio))
     attached.begin()
+    warn_of_training(attached.model)
     return attached.model
 
 

@@ -74,6 +74,24 @@ def test_the_runtime_and_the_normalization_of_a_quantized_network_last():
     assert "runtime" not in rebuild(build("resnet20", 10), older).meta
 
 
+class Scaled(nn.Module):
+    """A convolution, and a constant that is no Parameter."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.conv, self.factor = nn.Conv2d(3, 4, 1), factor
+
+    def forward(self, images):
+        return self.conv(images * self.factor).mean((2, 3))
+
+
+def test_a_network_with_another_constant_is_refused():
+    found = structure(tersor.quantize(Scaled(2.0).eval(), IMAGES))
+    rebuild(Scaled(2.0).eval(), found)
+    with pytest.raises(InputError, match="its operators or the settings of its layers differ"):
+        rebuild(Scaled(3.0).eval(), found)
+
+
 def test_norms_of_other_classes_are_frozen_and_rebuilt():
     attached = QAT(freeze_norm_at=0.5).attach(with_other_norms(), AttachContext(data=[IMAGES], steps=2))
     attached.begin()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import tersor
 from tersor.checkpoint.structure import structure
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.evaluation.costs import costs
@@ -74,6 +75,76 @@ def test_a_train_of_its_own_is_noted():
     (note,) = training_notes(capture(network, IMAGES))
     assert note.startswith("the captured network does not use the custom train() of 1:")
     assert training_notes(capture(nn.Sequential(*layers), IMAGES)) == ()
+
+
+class FunctionalNorm(nn.Module):
+    """F.batch_norm over buffers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, images):
+        return F.batch_norm(self.conv(images), self.mean, self.var, training=self.training)
+
+
+class FrozenNorm(FunctionalNorm):
+    def forward(self, images):
+        return F.batch_norm(self.conv(images), self.mean, self.var)
+
+
+def test_a_functional_batch_norm_that_trains_is_noted():
+    (note,) = training_notes(capture(nn.Sequential(nn.Identity(), FunctionalNorm()), IMAGES))
+    assert note.startswith("the captured network keeps F.batch_norm of 1 in eval mode")
+    assert training_notes(capture(nn.Sequential(nn.Identity(), FrozenNorm()), IMAGES)) == ()
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(_context, values):
+        return values.round()
+
+    @staticmethod
+    def backward(_context, gradient):
+        return gradient
+
+
+class SavesMemory(torch.autograd.Function):
+    """SiLU, with the gradient that autograd would compute."""
+
+    @staticmethod
+    def forward(context, values):
+        context.save_for_backward(values)
+        return values * values.sigmoid()
+
+    @staticmethod
+    def backward(context, gradient):
+        (values,) = context.saved_tensors
+        gate = values.sigmoid()
+        return gradient * gate * (1 + values * (1 - gate))
+
+
+def detached(values):
+    return values + (values.round() - values).detach()
+
+
+def test_a_custom_backward_with_other_gradients_is_noted():
+    (note,) = training_notes(capture(Applied(StraightThrough.apply).eval(), IMAGES))
+    assert note.startswith("the captured network does not use the custom backward() of StraightThrough")
+
+
+@pytest.mark.parametrize("function", [SavesMemory.apply, detached, F.silu])
+def test_a_gradient_that_autograd_computes_is_not_noted(function):
+    assert training_notes(capture(Applied(function).eval(), IMAGES)) == ()
+
+
+def test_prune_warns_of_a_custom_backward():
+    layers = nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU(), Applied(StraightThrough.apply)
+    layers[-1].conv = nn.Conv2d(32, 4, 1)
+    with pytest.warns(CompressionWarning, match=r"custom backward\(\) of StraightThrough"):
+        tersor.prune(nn.Sequential(*layers).eval(), torch.rand(8, 3, 4, 4), keep_macs=0.7)
 
 
 class Assigns(nn.Module):

@@ -20,8 +20,9 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError
 from tersor.core.target import Runtime
 from tersor.graph.batchnorm import Freezable, Norm, freezable
-from tersor.graph.capture import FINGERPRINT, INPUTS, capture_again, is_captured, layer_of
+from tersor.graph.capture import INPUTS, capture_again, is_captured, layer_of
 from tersor.graph.eval_mode import evaluating
+from tersor.graph.fingerprint import FINGERPRINT
 from tersor.graph.forward_call import InputSpec, run, zeros
 from tersor.graph.layer_selection import weighted_layers
 from tersor.graph.matrix_products import write_as_matrix_products

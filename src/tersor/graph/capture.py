@@ -8,7 +8,6 @@ auxiliary heads.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import warnings
 from collections import Counter, defaultdict
@@ -18,15 +17,15 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.data.network_inputs import NetworkInput
-from tersor.graph.aten import IS_BOOLEAN, SHAPE, operator_name
-from tersor.graph.batchnorm import Freezable
+from tersor.graph.aten import IS_BOOLEAN, SHAPE
 from tersor.graph.comparison import outputs_of, require_same
+from tersor.graph.custom_gradients import lost_gradients
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.export_program import exported
+from tersor.graph.fingerprint import FINGERPRINT, fingerprint
 from tersor.graph.forward_call import InputSpec, specs_of, zeros
 from tersor.graph.layer_restoration import calls_of, restore_layers
 from tersor.graph.modes import LOST, RANDOM, lost_in_training, random_numbers
@@ -38,9 +37,6 @@ INPUTS = "inputs"
 """Key in a captured network's `meta`: the `InputSpec` of each input."""
 
 _NAMES_OF_A_GRAPH = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
-FINGERPRINT = "fingerprint"
-"""Key in a captured network's `meta`: a hash of its operators and of the settings of its layers when captured."""
-
 _IS_SIZE = "is_size"
 
 
@@ -71,6 +67,7 @@ def capture(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     with checked_forward(type(model).__name__, images, captured=True):
         for each, outputs in zip(several, expected, strict=True):
             require_same(captured, outputs, each)
+    captured.meta[LOST] += lost_gradients(model, captured, images)
     if (place := captured.meta[RANDOM]) is not None:
         warnings.warn(
             f"the forward method of {type(model).__name__} draws random numbers in eval mode{place}: its outputs "
@@ -103,7 +100,7 @@ def _recorded(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     captured = _assembled(model, graph, modules)
     captured.meta[INPUTS] = specs_of(images)
     captured.meta["layers"] = _layer_outputs(captured)
-    captured.meta[FINGERPRINT] = _fingerprint(captured)
+    captured.meta[FINGERPRINT] = fingerprint(captured)
     captured.meta[LOST] = lost_in_training(model, graph.graph)
     captured.meta[RANDOM] = random_numbers(graph.graph)
     _keep_shapes(captured)
@@ -229,22 +226,6 @@ def _keep_shapes(captured: fx.GraphModule) -> None:
             node.meta[IS_BOOLEAN] = value.dtype == torch.bool
         elif isinstance(value, torch.SymInt):
             node.meta[_IS_SIZE] = True
-
-
-def _fingerprint(captured: fx.GraphModule) -> str:
-    """Equal for networks of one class and size; another stride, activation or order of operators changes it."""
-    parts: list[str] = []
-    for node in captured.graph.nodes:
-        layer = captured.get_submodule(str(node.target)) if node.op == "call_module" else None
-        settings = "" if layer is None else f"{_kind(layer)}({layer.extra_repr()})"
-        parts.append(f"{node.op} {operator_name(node)} {settings}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _kind(layer: nn.Module) -> str:
-    """The class of a layer without what masks, quantizers and freezing add to it."""
-    kind = parametrize.type_before_parametrizations(layer)
-    return next(each.__name__ for each in kind.__mro__ if not issubclass(each, Freezable))
 
 
 def rank_of(node: fx.Node) -> int | None:

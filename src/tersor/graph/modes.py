@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from tersor.graph.aten import arguments
+from tersor.graph.aten import arguments, operator_name, place_of
 from tersor.graph.export_program import place_in
 from tersor.graph.layer_restoration import calls_of
 
@@ -32,7 +34,21 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
             f"the captured network does not use the custom train() of {_all(switching)}: layers that train() would "
             "keep in eval mode, such as BatchNorm, run in training mode"
         )
+    if functional := [path for node in graph.nodes if (path := _switched_batch_norm(node, own)) is not None]:
+        notes.append(
+            f"the captured network keeps F.batch_norm of {_all(functional)} in eval mode: in training it uses the "
+            "running statistics and does not update them. Use a BatchNorm module"
+        )
     return notes
+
+
+def _switched_batch_norm(node: fx.Node, own: Mapping[str, nn.Module]) -> str | None:
+    """The path of the module whose code calls this F.batch_norm and reads `self.training`; None for other nodes."""
+    path = place_of(node)
+    if operator_name(node) != "batch_norm" or path not in own:
+        return None
+    code = getattr(type(own[path]).forward, "__code__", None)
+    return (path or type(own[path]).__name__) if code is None or "training" in code.co_names else None
 
 
 def _drops(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import CompressionWarning
 from tersor.data.batch import Batch, images_of, parts_of
+from tersor.graph.modes import training_notes
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
@@ -26,6 +27,12 @@ def warn_of_quantized(model: fx.GraphModule | nn.Module, batches: Iterable[Any],
     )
     for sentence in filter(None, found):
         warnings.warn(sentence, CompressionWarning, stacklevel=3)
+
+
+def warn_of_training(model: nn.Module) -> None:
+    """Warn of what a captured network no longer does in training; called by `prune`, before fine-tuning."""
+    for note in training_notes(model):
+        warnings.warn(note, CompressionWarning, stacklevel=3)
 
 
 def warn_of_chance(task: Task, predictions: Mapping[str, Any], targets: Any, outputs: Any) -> None:
