@@ -47,6 +47,38 @@ def test_val_beside_test_is_for_validation(two_classes, draw_images):
     assert len(splits.test) == 4
 
 
+@pytest.mark.parametrize("name", ["valid", "Validation", "VAL"])
+def test_set_folders_have_several_names(two_classes, draw_images, name):
+    (two_classes / "train").rename(two_classes / "Train")
+    (two_classes / "test").rename(two_classes / "Testing")
+    draw_images(f"{name}/dog", 3)
+    splits = from_folder(two_classes, ImageFormat())
+    assert splits.classes == ("cat", "dog")
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (16, 3, 4)
+
+
+def test_two_folders_of_one_set_are_refused(two_classes, draw_images):
+    draw_images("val/dog", 3)
+    draw_images("valid/dog", 3)
+    with pytest.raises(InputError, match="holds 'val' and 'valid', which are names of the same set"):
+        from_folder(two_classes, ImageFormat())
+
+
+def test_a_train_of_images_is_a_class_in_any_case(draw_images):
+    for name in ("Bus", "Car", "Train"):
+        folder = draw_images(name, 10)
+    assert from_folder(folder, ImageFormat()).classes == ("Bus", "Car", "Train")
+
+
+def test_a_link_to_a_folder_above_does_not_repeat_images(draw_images):
+    draw_images("cat/near", 10)
+    folder = draw_images("dog", 10)
+    (folder / "cat" / "near" / "back").symlink_to(folder / "cat", target_is_directory=True)
+    (folder / "cat" / "again").symlink_to(folder / "cat" / "near", target_is_directory=True)
+    splits = from_folder(folder, ImageFormat())
+    assert len(splits.train) + len(splits.test) == 20
+
+
 def test_class_folders_alone_get_a_test_set(draw_images):
     draw_images("cat", 20)
     draw_images("dog", 10)

@@ -98,9 +98,13 @@ def _class_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _image_files(folder: Path) -> list[str]:
-    return sorted(
-        str(Path(parent, name))
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    )
+    """Image files at any depth, sorted. Links to folders are followed, but no folder is read twice."""
+    files: list[str] = []
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        places = {os.path.realpath(Path(parent, each)): each for each in sorted(folders, reverse=True)}
+        folders[:] = sorted(each for place, each in places.items() if place not in seen)
+        seen.update(places)
+        images = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        files += [str(Path(parent, name)) for name in images]
+    return sorted(files)

@@ -6,28 +6,53 @@ from pathlib import Path
 
 from tersor.core.errors import InputError
 
+_SETS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Names of set folders, in lower case, and which set they hold."""
+
 
 def set_folders(folder: Path) -> dict[str, Path] | None:
-    """The folders "train", "test" and, if there is one, "val" of `folder`; None if it is not divided.
+    """The folders of the "train", "test" and, if there is one, "val" set of `folder`; None if it is not divided.
 
-    `val` is the test set if there is no `test`.
+    `val` is the test set if there is no `test`. `training`, `valid`, `validation`, `testing` and
+    upper case are accepted.
 
     Raises:
-        InputError: a set is missing.
+        InputError: a set is missing, or two folders hold the same set.
     """
-    names = {child.name for child in folder.iterdir() if child.is_dir()} & {"train", "val", "test"}
+    found = _found(folder)
     # a "train" folder that holds images may be a class, beside "bus" and "car"
-    if not names or (names == {"train"} and not subfolders(folder / "train")):
+    if not found or (found.keys() == {"train"} and not subfolders(found["train"])):
         return None
-    if "train" not in names:
+    names = [path.name for path in found.values()]
+    if "train" not in found:
         raise InputError(f"'{folder}' holds {' and '.join(sorted(names))}, but no 'train'. Add it.")
-    if names == {"train"}:
+    if found.keys() == {"train"}:
         raise InputError(
-            f"'{folder}' holds 'train', but neither 'test' nor 'val'. Add 'test' with the same folders inside, or "
-            f"write '{folder}/train' as the folder, and it will be split."
+            f"'{folder}' holds '{names[0]}', but neither 'test' nor 'val'. Add 'test' with the same folders inside, or "
+            f"write '{folder}/{names[0]}' as the folder, and it will be split."
         )
-    sets = {name: folder / name for name in ("train", "val", "test") if name in names}
-    return sets if "test" in names else {"train": sets["train"], "test": sets["val"]}
+    sets = {name: found[name] for name in ("train", "val", "test") if name in found}
+    return sets if "test" in sets else {"train": sets["train"], "test": sets["val"]}
+
+
+def _found(folder: Path) -> dict[str, Path]:
+    """Set -> its folder."""
+    found: dict[str, Path] = {}
+    for child in sorted(folder.iterdir()):
+        name = _SETS.get(child.name.lower()) if child.is_dir() else None
+        if name is None:
+            continue
+        if name in found:
+            raise InputError(
+                f"'{folder}' holds '{found[name].name}' and '{child.name}', which are names of the same set. Rename or "
+                "remove one of them."
+            )
+        found[name] = child
+    return found
 
 
 def subfolders(folder: Path) -> list[str]:
