@@ -92,6 +92,24 @@ def tersor(monkeypatch, *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
+def test_a_file_without_permission_is_one_line(monkeypatch, capsys, tmp_path):
+    def app():
+        raise PermissionError(13, "Permission denied", str(tmp_path / "cat.png"))
+
+    monkeypatch.setattr(cli, "app", app)
+    assert tersor(monkeypatch, "methods") == 2
+    assert capsys.readouterr().err.strip() == (
+        f"error: {tmp_path / 'cat.png'}: Permission denied. Check the path and the permissions."
+    )
+
+
+def test_an_error_of_the_operating_system_without_a_file_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(sys, "argv", ["tersor", "methods"])
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main()
+
+
 def document(text, name):
     """The JSON document, checked against its schema: its keys are the properties of the schema."""
     value, schema = json.loads(text), schema_of(name)

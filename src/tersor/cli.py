@@ -233,3 +233,8 @@ def main() -> None:
         # a lost process is reported by every remaining one
         say(f"error: {error}", style="red", everyone=isinstance(error, ProcessLost))
         sys.exit(2)
+    except OSError as error:  # of a file that the user named, such as one without permission to read
+        if error.filename is None:
+            raise
+        say(f"error: {error.filename}: {error.strerror}. Check the path and the permissions.", style="red")
+        sys.exit(2)

@@ -67,6 +67,15 @@ def test_the_same_classes_are_not(images, tmp_path):
     assert str(dataclasses.replace(found, metric="mIoU", shown="50.00 %")).startswith("mIoU 50.00 % on 6 test images")
 
 
+@pytest.mark.parametrize(("logits", "warned"), [(5, True), (2, False)])
+def test_more_logits_than_classes_are_a_warning(images, tmp_path, logits, warned):
+    export(network(logits), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx")
+    progress = RecordedProgress()
+    evaluate(tmp_path / "model.onnx", str(images), None, progress=progress)
+    expected = f"warning: the file returns {logits} logits, but the data has 2 classes."
+    assert any(line.startswith(expected) for line in progress.lines) == warned
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_have_the_channels_of_the_file_and_their_normalization_is_said(images, tmp_path, channels):
     progress = RecordedProgress()

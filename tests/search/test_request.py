@@ -68,6 +68,43 @@ def test_every_argument_is_compared_when_a_search_is_resumed():
     assert text["model"].startswith("Sequential ")
 
 
+def test_another_weights_file_of_the_same_name_is_noticed(tmp_path):
+    weights, student = tmp_path / "w.pt", tmp_path / "s.pt"
+    given = {"model": "resnet20", "weights": weights, "students": (f"resnet8={student}",)}
+    for file in (weights, student):
+        file.write_bytes(b"before")
+    before = request(**given).arguments
+    assert before == request(**given).arguments
+    for name, file in (("weights", weights), ("students", student)):
+        file.write_bytes(b"later")
+        after = request(**given).arguments
+        assert {key for key in after if after[key] != before[key]} == {name}
+        before = after
+
+
+def test_a_folder_may_end_in_a_slash(tmp_path):
+    assert request(data=f"{tmp_path}/").arguments == request(data=tmp_path).arguments
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda outputs, targets: nn.functional.cross_entropy(outputs, targets, reduction="none"), "the loss returned"),
+        (lambda outputs, _: outputs.detach().mean(), "the loss has no gradient"),
+        (lambda outputs, _: outputs.mean() / missing, "missing"),  # noqa: F821
+    ],
+)
+def test_a_loss_is_tried_before_the_search(monkeypatch, loss, message):
+    monkeypatch.setattr(requests, "prepare", prepared)
+    with pytest.raises(InputError, match=message):
+        experiment_of(request(loss=loss), NO_PROGRESS)
+    experiment_of(request(loss=nn.functional.cross_entropy), NO_PROGRESS)
+
+
+def prepared(recipe, *, model, data, progress, own_mean):
+    return Experiment(recipe, recipe.task.build(), model, model, data, True, True)
+
+
 def test_students_have_the_weights_files_that_were_given(tmp_path):
     file = tmp_path / "w=1.safetensors"
     file.write_text("")

@@ -29,6 +29,7 @@ from tersor.pipeline.artifact_settings import (
 
 if TYPE_CHECKING:  # they import torch
     from tersor.data import Batches
+    from tersor.evaluation.file_inputs import FileArrays
     from tersor.tasks.task import Task
 
 _CHANNELS = (1, 3, 4)
@@ -111,7 +112,9 @@ def evaluate(
         progress.say(f"warning: {same}{_CHOSEN}")
     progress.say("reading the images")
     asked = task_of_artifact(found, task)
-    batches, kind = _test_images(found, data, asked, session, options, told, progress)
+    batches, kind, classes = _test_images(found, data, asked, session, options, told, progress)
+    if doubt := _more_logits(asked, session, next(iter(arrays(batches, kind))), classes):
+        progress.say(f"warning: {doubt}")
     progress.start("test set", 1)
     predictions = file_predictions(session, arrays(batches, kind), asked)
     targets = targets_of(batches)
@@ -134,8 +137,8 @@ def _test_images(
     options: ImageOptions,
     told: Mapping[str, Any],
     progress: ProgressReporter,
-) -> tuple[Batches, str]:
-    """The test images, read as the file takes them, and the kind of its input: "normalized" or "uint8"."""
+) -> tuple[Batches, str, int]:
+    """The test images as the file takes them, the kind of its input ("normalized" or "uint8"), number of classes."""
     from tersor.data import Batches, load
     from tersor.data.splitting import drawn_test_set, undivided
     from tersor.evaluation.scoring import images_at_once
@@ -166,4 +169,18 @@ def _test_images(
         doubt = "warning: " * (origin == _COMPUTED)
         progress.say(doubt + normalization_line(splits.mean, splits.std, origin))
     at_once = images_at_once(task, images.size)
-    return Batches(images, at_once, mean=splits.mean, std=splits.std), kind
+    return Batches(images, at_once, mean=splits.mean, std=splits.std), kind, len(splits.classes)
+
+
+def _more_logits(task: Task, session: Session, images: FileArrays, classes: int) -> str | None:
+    """A doubt about the order of the classes, if a classifier has more logits than the data has classes."""
+    from tersor.evaluation.scoring import file_outputs
+    from tersor.tasks.classification import Classification
+
+    logits = task.logits(file_outputs(session, images[:1])) if isinstance(task, Classification) else None
+    if logits is None or logits.ndim != 2 or not 1 < classes < logits.shape[1]:
+        return None
+    return (
+        f"the file returns {logits.shape[1]} logits, but the data has {classes} classes. The accuracy is correct only "
+        f"if these are the first {classes} classes of the network, in the same order."
+    )

@@ -11,23 +11,30 @@ import torch
 from torch import nn
 
 from tersor.core.errors import InputError
+from tersor.core.files import sha256
 from tersor.core.progress import ProgressReporter
 from tersor.core.target import Runtime, Target
 from tersor.data import Images, Splits, load
 from tersor.data.augmentation import resolve
 from tersor.evaluation.session import load_runtime
+from tersor.graph.eval_mode import evaluating
+from tersor.graph.forward_call import run
 from tersor.pipeline.experiment import Experiment
+from tersor.pipeline.network_checks import few_of
 from tersor.pipeline.setup import prepare
 from tersor.pipeline.task_arguments import Loss, task_of
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.recipe.data_source import YOUR_DATA
 from tersor.search.search_metric import refuse_other_metrics
 from tersor.search.space import SMALLEST_IMAGE
+from tersor.tasks.network_outputs import in_float32
+from tersor.tasks.task import loss_of
 
 _FEW = 2000
 """With fewer training images, a larger share is held out by default."""
 _VALIDATION, _VALIDATION_OF_FEW = 0.1, 0.25
 _GRAY_SAMPLE = 64
+_FEW_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -82,13 +89,13 @@ class Request:
     def arguments(self) -> dict[str, str]:
         """All arguments as text, to check that a resumed search has the same ones."""
         model = self.model if isinstance(self.model, str) else _fingerprint(self.model)
-        data = f"{len(self.data.train)} images" if isinstance(self.data, Splits) else str(self.data)
+        data = f"{len(self.data.train)} images" if isinstance(self.data, Splits) else _place(self.data)
         return {
             "model": model,
             "data": data,
-            "weights": str(self.weights),
+            "weights": _with_hash(self.weights),
             "runtime": self.runtime,
-            "students": ", ".join(self.students),
+            "students": ", ".join(map(_student, self.students)),
             "pixels": ", ".join(map(str, self.pixels)),
             "augment": str(self.augment),
             "limit": str(self.limit),
@@ -156,7 +163,20 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
     task = task_of(experiment.task, request.loss, request.metric) or experiment.task
     experiment = replace(experiment, task=task)
     refuse_other_metrics(experiment.task)
+    if request.loss is not None:
+        _check_loss(experiment)
     return experiment
+
+
+def _check_loss(experiment: Experiment) -> None:
+    """Compute the user's loss once, because the first training starts minutes later.
+
+    Raises:
+        InputError: it fails, or is not a scalar tensor with a gradient.
+    """
+    batch = next(iter(experiment.batches(few_of(experiment, _FEW_IMAGES), _FEW_IMAGES)))
+    with evaluating(experiment.model), torch.enable_grad():
+        loss_of(experiment.task, in_float32(run(experiment.model, batch.images)), batch.targets)
 
 
 def _recipe(request: Request, data: DataSource) -> Recipe:
@@ -217,6 +237,21 @@ def _gray(images: Images) -> bool:
 def _name(function: Any) -> str:
     """The name of a user-defined loss or metric."""
     return "None" if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _place(data: Path | str) -> str:
+    """Equal for `cars` and `cars/`."""
+    return str(Path(data)) if Path(data).exists() else str(data)
+
+
+def _with_hash(file: Path | None) -> str:
+    """The path of a file and a part of its hash, so that another file of the same name is noticed."""
+    return f"{file} (sha256 {sha256(file)[:12]})" if file is not None and file.is_file() else str(file)
+
+
+def _student(student: str) -> str:
+    name, equals, file = student.partition("=")
+    return f"{name}={_with_hash(Path(file))}" if equals else name
 
 
 def _fingerprint(model: nn.Module) -> str:
