@@ -36,6 +36,7 @@ LEVELS = [
         "training.normalization_check",
         "training.optimizer",
         "training.output_distance",
+        "training.precision",
         "training.schedule",
         "training.snapshot",
         "training.teacher_cache",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.options import Training
 from tersor.training.output_distance import OutputDistance
+from tersor.training.precision import with_usable_precision
 from tersor.training.schedule import steps_per_epoch
 from tersor.training.teacher_check import IMAGES as TEACHER_IMAGES
 from tersor.training.teacher_check import teacher_warnings
@@ -45,6 +47,9 @@ def train_on_outputs(
 
     Raises:
         InputError: student, teacher, task and batches do not match, or a loss is not finite.
+
+    Warns:
+        CompressionWarning: the teacher is doubtful, or a network does not run in bfloat16.
     """
     loader, first = batches_of(loader)
     few = first[:_FEW].to(next(teacher.parameters()).device)
@@ -53,13 +58,15 @@ def train_on_outputs(
     batches = Loader(loader, classes if with_targets else None, targets=with_targets)
     if classes is not None:
         for doubt in teacher_warnings("the teacher", teacher, labelled(loader, classes, TEACHER_IMAGES)):
-            warnings.warn(doubt, CompressionWarning, stacklevel=3)
+            _warn(doubt, stacklevel=4)
     with evaluating(teacher), torch.no_grad():
         soft = task.logits(run(teacher, few.clone())) is not None
     if soft:
         attached = method.attach(student, AttachContext(teacher=teacher, task=task))
     else:
         attached = Attachment(student, [OutputDistance(method.loss_weight)], method.label_weight * with_targets)
+    networks = {"the student": student, "the teacher": teacher}
+    training = with_usable_precision(training, networks, few, partial(_warn, stacklevel=5))
     steps = epochs * steps_per_epoch(batches, training)
     learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     try:
@@ -77,3 +84,7 @@ def train_on_outputs(
         for parameter in learning:
             parameter.requires_grad = True
     return attached.model
+
+
+def _warn(message: str, stacklevel: int) -> None:
+    warnings.warn(message, CompressionWarning, stacklevel=stacklevel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.core import distributed
 from tersor.data import Batches, Images, Splits
@@ -18,6 +18,7 @@ from tersor.training.options import Training
 from tersor.training.schedule import steps_per_epoch
 
 EVALUATION_BATCH = 500
+_EXAMPLE_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Experiment:
     def original(self) -> nn.Module:
         """The network that the artifact is compared with: the model, or the teacher if the model has no weights."""
         return self.model if self.model_is_trained or self.teacher is None else self.teacher
+
+    @property
+    def example(self) -> Tensor:
+        """A few training images (N, C, H, W), normalized."""
+        return next(iter(self.batches(self.data.train, _EXAMPLE_IMAGES))).only_images.contiguous()
 
     @property
     def evaluation_batch(self) -> int:

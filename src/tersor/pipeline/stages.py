@@ -27,12 +27,12 @@ from tersor.training.attachment import Attachment, Chain
 from tersor.training.context import AttachContext
 from tersor.training.loop import fit
 from tersor.training.method import chain
+from tersor.training.precision import with_usable_precision
 from tersor.training.schedule import steps_per_epoch
 from tersor.training.snapshot import restoring
 from tersor.training.validation_curve import ValidationCurve
 
 _CALIBRATION_BATCH = 64
-_EXAMPLE_IMAGES = 8
 _TEACHER = 0
 """Checkpoint unit of the teacher; the stages are units 1, 2, ..."""
 
@@ -210,6 +210,8 @@ def _train(
     seconds: float | None,
 ) -> tuple[int, dict[str, Any], float]:
     """The number of steps, the record of the training, and the seconds that earlier processes spent on it."""
+    networks = {"the network": attachment.model, "the teacher": experiment.teacher}
+    stage = with_usable_precision(stage, networks, experiment.example, StageProgress(stage.name, progress).say)
     batches = experiment.training_batches(stage)
     curve = _validation_curve(experiment, stage)
     fitted = fit(
@@ -243,9 +245,8 @@ def _fast_teacher(experiment: Experiment, stage: Stage, attachment: Attachment) 
         teacher = copy.deepcopy(experiment.original).eval()
     if teacher is None or not (attachment.terms or from_original):
         return teacher
-    example = next(iter(experiment.batches(experiment.data.train, _EXAMPLE_IMAGES))).images.contiguous()
-    precision = precision_for(example.device, stage.precision)
-    return fused(teacher, example, [path for _, path in attachment.layers], precision)
+    precision = precision_for(experiment.example.device, stage.precision)
+    return fused(teacher, experiment.example, [path for _, path in attachment.layers], precision)
 
 
 def _validation_curve(experiment: Experiment, stage: Stage) -> ValidationCurve | None:
