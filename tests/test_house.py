@@ -143,7 +143,7 @@ LEVELS = [
 ]
 """From the top down. A module imports only what is on a lower level; `docs/architecture.md` shows this list.
 
-Four folders are divided into several levels. The modules of any other folder may import each other.
+Four folders are divided into several levels. The modules of any other folder except `methods` may import each other.
 """
 
 
