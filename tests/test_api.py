@@ -79,6 +79,20 @@ def test_prune_goes_by_labels_and_by_a_latency(model, loader, monkeypatch):
     assert 0.6 < costs(pruned, IMAGES[:1]).macs / costs(model, IMAGES[:1]).macs <= 0.7
 
 
+def test_quantize_and_prune_exclude_layers(model):
+    quantized = tersor.quantize(model, IMAGES, exclude=["conv1"])
+    (left,) = tersor.integer_coverage(quantized, IMAGES).operators
+    assert (left.name, left.reason) == ("conv1", "it was excluded")
+    pruned = tersor.prune(model, IMAGES, keep_macs=0.8, exclude=["layer3.*"])
+    widths = {
+        name: len(each.weight) for name, each in model.named_modules() if name.startswith("layer3") and ".conv" in name
+    }
+    assert widths
+    assert {name: len(pruned.get_submodule(name).weight) for name in widths} == widths
+    with pytest.raises(InputError, match="exclude should be a list"):
+        tersor.quantize(model, IMAGES, exclude="conv1")
+
+
 def test_quantize_leaves_the_network_also_when_it_fails(model, loader):
     keys = list(model.state_dict())
     with pytest.raises(InputError, match="loader is empty"):

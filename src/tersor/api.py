@@ -51,20 +51,21 @@ def quantize(
     loader: Iterable[Any],
     *,
     bits: int = 8,
+    exclude: Sequence[str] = (),
     runtime: Runtime = "onnxruntime",
     task: str | Task | None = None,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> nn.Module:
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
-    A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers
-    (`integer_coverage(quantized, images)` lists the operators in float, each with its share of the MACs), and if a
-    classifier is at chance level.
+    A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers (`integer_coverage` lists
+    the operators in float, each with its share of the MACs), and if a classifier is at chance level.
 
     Args:
         model: a trained network; it is not changed.
         loader: batches of images (N, C, H, W), with or without labels; a few hundred images are enough.
         bits: bits per weight, 2 to 8.
+        exclude: patterns of layers that stay in float, such as "head.*".
         runtime: the runtime to quantize for.
         task: the task of the network, such as "segmentation"; classification by default.
         normalization: mean and standard deviation of the images. The calibration images are checked against them, and
@@ -75,7 +76,7 @@ def quantize(
             no images.
     """
     refuse_quantized(model)
-    method, target = PTQ(bits=bits), Target(runtime=runtime)
+    method, target = PTQ(bits=bits, exclude=cast("tuple[str, ...]", exclude)), Target(runtime=runtime)
     network, data = to_compress(model, loader, method.calibration_images)
     told = None if normalization is None else check_values(data, normalization)
     goal = task_of(task) or Classification()
@@ -97,6 +98,7 @@ def prune(
     scope: str = "layer",
     branches: int = 0,
     round_to: int = 8,
+    exclude: Sequence[str] = (),
     runtime: Runtime = "onnxruntime",
     task: str | Task | None = None,
     loss: Loss | None = None,
@@ -116,6 +118,7 @@ def prune(
         scope: `layer` removes the same fraction in every layer, `global` compares all layers (best with `obs`).
         branches: number of residual branches to remove first, those with the smallest effect on the outputs.
         round_to: keep a multiple of this many channels.
+        exclude: patterns of layers whose channels are not removed, such as "layer1.*".
         runtime: the runtime in which latency is measured.
         task: the task of the network, such as "segmentation", for `taylor`; classification by default.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
@@ -124,13 +127,9 @@ def prune(
         InputError: no channel can be removed, or too few (the message names the layers that limit it), or the
             forward pass fails on the images.
     """
-    options: dict[str, Any] = {
-        "keep_macs": keep_macs,
-        "keep_latency": keep_latency,
-        "importance": importance,
-        "scope": scope,
-    }
-    method = ChannelPruning(**options, branches=branches, round_to=round_to)
+    budget: dict[str, Any] = {"keep_macs": keep_macs, "keep_latency": keep_latency}
+    ranking: dict[str, Any] = {"importance": importance, "scope": scope, "exclude": exclude}
+    method = ChannelPruning(**budget, **ranking, branches=branches, round_to=round_to)
     target = Target(runtime=runtime)
     network, data = to_compress(model, example, max(method.estimation_images, method.importance_images))
     goal = task_of(task, loss) or Classification()
