@@ -70,7 +70,9 @@ def open_image(path: str, size: tuple[int, int] | None = None) -> Image.Image:
 @contextmanager
 def _open(path: str) -> Generator[Image.Image]:
     if not Path(path).is_file():  # opening a named pipe would wait forever
-        raise InputError(f"'{path}' does not exist or is not a regular file. Replace or remove it.")
+        raise InputError(
+            f"'{path}' does not exist or is not a regular file. Add the file, or remove the entry that refers to it."
+        )
     try:
         with Image.open(path, formats=_FORMATS) as image:
             yield image
