@@ -86,7 +86,7 @@ def _kept(out: Path) -> tuple[str, str]:
         return f"{out} is complete; its network is {out / MODEL}", "To print the results"
     if checkpoints_of(out).is_dir():
         return f"{checkpoints_of(out)} holds the progress; there is no {MODEL} yet", "To resume"
-    return "There is no checkpoint yet, so nothing is kept", "To start again"
+    return "There is no checkpoint yet, so nothing was saved", "To start again"
 
 
 def _print(numbers: str, folder: Path, console: Console) -> None:

@@ -266,7 +266,7 @@ def test_a_worker_fits_on_a_machine(ray, count, threads):
 
 
 def test_more_workers_than_cores_are_refused(ray):
-    with pytest.raises(InputError, match=r"workers is 8, but the cluster at auto has 7 cores. Write fewer workers"):
+    with pytest.raises(InputError, match=r"workers is 8, but the cluster at auto has 7 cores. Use fewer workers"):
         workers_of(ray, 8)
 
 

@@ -128,7 +128,7 @@ def _check_logits(experiment: Experiment, logits: Any, name: str) -> None:
     if not isinstance(logits, torch.Tensor):
         needed += "Write a function package.module:function that wraps the network and returns its logits alone."
     else:
-        needed += f"Write num_classes: {classes}, and weights of such a network."
+        needed += f"Write num_classes: {classes}, and give weights of a network with {classes} classes."
     raise InputError(f"for two images {name} returns {described(logits)}, but the data has {classes} classes: {needed}")
 
 

@@ -45,7 +45,10 @@ from tersor.tasks.multilabel import Multilabel
 
 _LARGE = 64
 """Image size from which latency is measured at batch 32 instead of 128."""
-_LONGER = "The minutes (`--time`) are the total time: to search longer, repeat the same call with more minutes."
+_LONGER = (
+    "`minutes` (`--time`) is the total search time, earlier runs included: to search longer, repeat the same call with "
+    "a larger value."
+)
 _MEMORY = "Close other programs, or use smaller images or a smaller network."
 
 
