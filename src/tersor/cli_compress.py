@@ -70,7 +70,7 @@ def compress(
     image_size: Annotated[str | None, typer.Option(help="size of the images: 224, or height,width")] = None,
     validation: Annotated[
         float | None,
-        typer.Option(help="fraction of the training images to hold out [default: 0.1; 0.25 for fewer than 2,000]"),
+        typer.Option(help="fraction of training images to hold out [default: 0.1; 0.25 for fewer than 2,000 images]"),
     ] = None,
     time: Annotated[str, typer.Option(help="search time: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,

@@ -33,7 +33,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="resume an interrupted run")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="describe the run without training")] = False,
     no_latency: Annotated[
-        bool, typer.Option("--no-latency", help="do not measure latency, which takes almost half of a short run")
+        bool, typer.Option("--no-latency", help="skip the latency measurement, which takes almost half of a short run")
     ] = False,
     track: Annotated[
         TrackerName | None, typer.Option(help="log losses and accuracy to tensorboard or mlflow", show_default=False)

@@ -264,7 +264,7 @@ ONE_FOR_EACH = "Write a list with one number for each channel, as in"
         ({"augment": "rotate"}, "augment"),
         ({"students": ["resnet2"]}, "the student resnet2 cannot be used: unknown model"),
         ({"students": [f"{__name__}:five"]}, "five cannot be used: for two images the student returns"),
-        ({"students": [nn.ReLU()]}, r"^students has a ReLU\. Pass names"),
+        ({"students": [nn.ReLU()]}, r"^students contains a ReLU\. Pass names"),
         ({"students": "resnet20"}, r"Pass a list of names: \['resnet20'\]"),
         ({"pixels": 24}, r"^pixels is 24\. Pass a list of numbers: \[24\]\.$"),
         ({"mean": 0.5, "std": 0.5}, rf"^mean is 0\.5\. {ONE_FOR_EACH} mean="),

@@ -78,7 +78,7 @@ class Batches:
         if not len(mean) == len(std) == images.channels:
             raise InputError(
                 f"mean has {len(mean)} and std {len(std)} numbers, and the images have "
-                f"{counted(images.channels, 'channel')}. Write one of each for each channel."
+                f"{counted(images.channels, 'channel')}. Both need one number per channel."
             )
         self.images = images
         self.batch_size = batch_size

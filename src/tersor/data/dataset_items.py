@@ -46,13 +46,13 @@ class ItemSet:
     def __post_init__(self) -> None:
         if isinstance(self.dataset, DataLoader):
             raise InputError(
-                f"{self.name}: a DataLoader is given. Return its data set (`loader.dataset`), whose items are single "
-                "images that are not normalized."
+                f"{self.name}: a DataLoader is given. Give its data set instead (`loader.dataset`). The items must be "
+                "single images that are not normalized."
             )
         if not hasattr(self.dataset, "__getitem__") or not hasattr(self.dataset, "__len__") or not len(self.dataset):
             raise InputError(
-                f"{self.name}: the {type(self.dataset).__name__} is empty or has no length. Return a torch Dataset "
-                "with a length."
+                f"{self.name}: the {type(self.dataset).__name__} is empty or has no length. Give a data set "
+                "that has items and a length."
             )
 
     def item(self, number: int) -> tuple[Any, Any]:

@@ -131,10 +131,9 @@ def channel_statistics(images: Images, seed: int) -> tuple[Channels, Channels]:
 def _source(given: Mapping[str, Any], root: str | Path | None, targets: SceneTargets, form: ImageFormat) -> Splits:
     named = [key for key, value in given.items() if value is not None]
     if len(named) != 1:
-        raise InputError(
-            f"data needs one of {', '.join(given)}, got {' and '.join(named) or 'none'}. Write folder: "
-            "path/to/images, or name: digits."
-        )
+        advice = "Keep one of them." if named else "Write one of them, such as name: digits."
+        found = " and ".join(named) or "none"
+        raise InputError(f"data needs exactly one of {', '.join(given)}, got {found}. {advice}")
     if root is not None and named != ["name"]:
         raise InputError(f"root is used only with name, not with {named[0]}. Leave root out.")
     if given["name"] is not None:

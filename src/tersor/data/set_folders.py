@@ -24,7 +24,7 @@ def set_folders(folder: Path) -> dict[str, Path] | None:
     if names == {"train"}:
         raise InputError(
             f"'{folder}' holds 'train', but neither 'test' nor 'val'. Add 'test' with the same folders inside, or "
-            f"write '{folder}/train' as the folder, and it will be split."
+            f"give '{folder}/train' as the folder: its images are then split into training and test images."
         )
     sets = {name: folder / name for name in ("train", "val", "test") if name in names}
     return sets if "test" in names else {"train": sets["train"], "test": sets["val"]}

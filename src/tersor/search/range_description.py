@@ -17,7 +17,8 @@ def describe_range(search: Search) -> list[str]:
     state = search.folder.state
     lines = [
         *_validation(search),
-        "free baselines: the original in float and 8 bits, not trained further; ±: half of a latency's 95 % interval",
+        "free baselines: the original in float and 8 bits, not trained further; ± is half the width of the 95 % "
+        "interval of a latency",
     ]
     for point in state.baselines:
         lacking = shortfall(point, search.budget, search.reference)
@@ -29,7 +30,7 @@ def describe_range(search: Search) -> list[str]:
     if noise > _NOISY:
         lines.append(
             f"warning: latencies are uncertain by up to {100 * noise:.0f} %, probably because other processes use the "
-            "processor. Stop them and start again with another folder: the search compares latencies."
+            "processor. Stop them, and start the search again in another folder: it chooses networks by latency."
         )
     step, left = state.costs.step, max(0.0, search.clock.left)
     reserve = min(left, search.reserve())

@@ -151,7 +151,7 @@ class Workers:
         except self._ray.exceptions.RayTaskError:  # an error in the code of a worker
             raise
         except self._ray.exceptions.RayError as error:
-            return LostWorkerError(f"the worker process died twice during its training: {_last_line(error)}")
+            return LostWorkerError(f"the worker process died twice while training this candidate: {_last_line(error)}")
         if outcome.error:
             return InputError(outcome.error)
         write_folder(self._folder / candidate.name, outcome.files)
