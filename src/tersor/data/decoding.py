@@ -135,8 +135,8 @@ def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[n
     if isinstance(image, Image.Image):
         if image.mode not in {"P", "L", "1", "I;16", "I"}:
             raise InputError(
-                f"{name} is a mask of Pillow mode '{image.mode}'. Possible: a palette or gray image whose values are "
-                "class indices. Convert colors to class indices."
+                f"{name} is a mask of Pillow mode '{image.mode}'. Possible: a palette or grayscale image whose values "
+                "are class indices. Convert colors to class indices."
             )
         image = np.asarray(image)
     values: NDArray[Any] = np.asarray(image)

@@ -175,7 +175,7 @@ class WeightPruning:
                 f"is {self.sparsity:g}. Leave out sparsity."
             )
         if self.floor and self.scope == "layer":
-            raise InputError("floor limits the sparsity of layers under a global threshold. Write scope: global.")
+            raise InputError("floor has an effect only with scope: global. Write scope: global, or leave out floor.")
         check_floor(self.floor, self.target)
 
     def _divided(self, layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:

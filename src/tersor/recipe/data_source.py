@@ -75,6 +75,6 @@ class DataSource(PlainRecord):
                 raise InputError(
                     f"data.{key} has {counted(len(values), 'number')}, and the images have "
                     f"{counted(self.channels, 'channel')}. Write {counted(self.channels, 'number')}"
-                    + (", or channels: 1 for gray images." if len(values) == 1 else ".")
+                    + (", or channels: 1 for grayscale images." if len(values) == 1 else ".")
                 )
         return self
