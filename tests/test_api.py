@@ -115,7 +115,7 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda model, loader: tersor.quantize(model, loader, bits=0), r"^bits is 0\. Possible: 2 to 8\.$"),
+        (lambda model, loader: tersor.quantize(model, loader, bits=0), r"^bits is 0\. It must be from 2 to 8\.$"),
         (
             lambda model, loader: tersor.quantize(model, loader, runtime="tflite"),
             "onnxruntime' or 'openvino', got",
@@ -123,7 +123,7 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
         (lambda _, loader: tersor.quantize("resnet20", loader), "is a str"),
         (lambda model, _: tersor.quantize(model, [IMAGES[:, :1]]), r"does not run on images \(1, 16, 16\)"),
         (lambda model, _: tersor.prune(model, IMAGES * torch.nan), "hold NaN"),
-        (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0), "keep_macs is 0. Possible: above 0 and at most 1"),
+        (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0), "keep_macs is 0. It must be above 0 and at most 1"),
         (lambda model, loader: tersor.distill(model, build("resnet20", 7), loader), r"\(2, 10\).*\(2, 7\)"),
         (lambda model, loader: tersor.distill(model, build("resnet20", 10), loader, temperature=0), "temperature is 0"),
         (lambda model, _: tersor.prune(model, IMAGES, keep_macs=0.5, keep_latency=0.5), "one target"),
@@ -304,7 +304,7 @@ def test_the_normalization_is_stored_in_the_file(tmp_path):
         tersor.export(quantized, images, path, normalization=((0.1, 0.4, 0.3), RGB[1]))
     with pytest.raises(InputError, match=r"normalization is \(\[0\.5\], \[0\.2\]\)\. Pass .* lists of 3 numbers"):
         tersor.export(network, images, path, normalization=([0.5], [0.2]))
-    with pytest.raises(InputError, match=r"the network is quantized already\. Pass it to tersor\.export"):
+    with pytest.raises(InputError, match=r"the network is already quantized\. Pass it to tersor\.export"):
         tersor.quantize(quantized, images)
 
 

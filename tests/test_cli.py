@@ -33,7 +33,7 @@ LATE = "  - {name: b, methods: [{ptq: {exclude: [nothing]}}]}"
 @pytest.mark.parametrize(
     ("written", "line"),
     [
-        ([], "There is no checkpoint yet, so nothing is kept. To start again: {} --resume"),
+        ([], "There is no checkpoint yet, so nothing was saved. To start again: {} --resume"),
         (
             ["out.checkpoints/a"],
             "out.checkpoints holds the progress; there is no model.onnx yet. To resume: {} --resume",
@@ -275,7 +275,7 @@ def test_the_sensitivity_table_is_sorted_by_the_drop_and_explains_its_8_bit_colu
         *(["2", "a", "20", "0.10"], ["", "", "(-1.0)", "(0.0)"]),
     ]
     text = " ".join(told.split())
-    assert "At 8 bits, (0.0) means that the metric on these images is the same as in float." in text
+    assert "(0.0) means that the metric on these images is the same as in float, which is common at 8 bits." in text
     assert "* The first and last layer: ptq keeps them at 8 bits" in text
 
 
@@ -296,7 +296,7 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     command = f"To resume: tersor sensitivity {recipe} --out a.json\n"
     assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
-    assert capfd.readouterr().err == f"interrupted. Nothing is measured yet. {command}"
+    assert capfd.readouterr().err == f"interrupted. Nothing has been measured yet. {command}"
     (tmp_path / "a.json").touch()
     assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
     assert capfd.readouterr().err == f"interrupted. a.json holds the measurements so far. {command}"

@@ -423,7 +423,7 @@ def test_batches_of_several_sizes_where_the_network_depends_on_the_size():
         return network.inner(images + nn.functional.interpolate(network.position, images.shape[2:]))
 
     network = Around(positions, position=nn.Parameter(torch.randn(1, 3, 8, 8))).eval()
-    with pytest.raises(InputError, match=r"captured graph of Around does not run on images \(3, 8, 12\).*in this size"):
+    with pytest.raises(InputError, match=r"captured graph of Around does not run on images \(3, 8, 12\).*that size"):
         tersor.quantize(network, [IMAGES[:8], torch.randn(8, 3, 8, 12)])
 
 

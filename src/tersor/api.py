@@ -72,7 +72,7 @@ def quantize(
             `export` stores them in the file.
 
     Raises:
-        InputError: the network is quantized already, cannot be captured, or its forward pass fails; or the batches have
+        InputError: the network is already quantized, cannot be captured, or its forward pass fails; or the batches have
             no images.
     """
     refuse_quantized(model)
@@ -163,8 +163,8 @@ def distill(
     Args:
         student: the network to train, in place.
         teacher: a trained network for the same images, with outputs of the same shapes.
-        loader: batches (images, targets), with a length; images alone if `label_weight` is 0, or if the outputs are not
-            logits (N, classes) and neither `task` nor `loss` is given.
+        loader: batches (images, targets); must have a length. Targets may be left out if `label_weight` is 0, or if the
+            outputs are not logits (N, classes) and neither `task` nor `loss` is given.
         epochs: passes over `loader`.
         temperature: temperature T of the softened outputs.
         loss_weight: weight of the loss between student and teacher.
@@ -272,7 +272,7 @@ def compare(
         loader: batches (images, targets) in the input format of the files; without targets, the metric is None. For
             files that take uint8 pixels, normalized images are converted to pixels.
         runtime: the runtime for both.
-        seconds: time limit for the latency of one batch size, measured in interleaved rounds.
+        seconds: time limit per batch size for measuring the latency, in interleaved rounds.
         task: the task of the network; by default classification if it returns logits (N, classes), else distance.
         metric: (outputs, targets) -> number, averaged over the images, or a torchmetrics Metric; by default the task's.
 
@@ -281,8 +281,8 @@ def compare(
         percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
         `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original;
         `difference_error`, one standard error of it in points (None unless the metric is the accuracy); and `speedup`
-        over the original by batch size: `value`, the 95 % interval `low` to `high`, the number of rounds `n`, and the
-        number of their groups, `groups`.
+        over the original by batch size: `value`, the 95 % interval `low` to `high`, the number of rounds, `n`, and the
+        number of groups that the rounds are divided into, `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.

@@ -89,7 +89,8 @@ def sensitivity(
         try:
             found, figure = measure(checked, out=out, images=images, progress=bars)
         except KeyboardInterrupt:
-            stop_interrupted(f"{out} holds the measurements so far" if out.is_file() else "Nothing is measured yet")
+            kept = f"{out} holds the measurements so far" if out.is_file() else "Nothing has been measured yet"
+            stop_interrupted(kept)
     show(console, sensitivity_table(found))
     console.print(f"written: {out} and {figure}", soft_wrap=True)
     if as_json:
@@ -194,8 +195,8 @@ def methods(
             exempt += [f"{each}, test '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
         show(console, table)
         console.print(
-            "tersor's tests check that a method with strength 0 leaves the training unchanged (test 'off'). Methods "
-            "that are exempt from this or another test:",
+            "tersor's own tests check that each method changes nothing when it is switched off, for example with "
+            "loss_weight: 0 or sparsity: 0 (test 'off'). Methods exempt from this or another test:",
             *exempt,
             sep="\n  ",
             soft_wrap=True,

@@ -70,7 +70,7 @@ def compress(
     image_size: Annotated[str | None, typer.Option(help="size of the images: 224, or height,width")] = None,
     validation: Annotated[
         float | None,
-        typer.Option(help="fraction of the training images to hold out [default: 0.1; 0.25 for fewer than 2,000]"),
+        typer.Option(help="fraction of training images to hold out [default: 0.1; 0.25 for fewer than 2,000 images]"),
     ] = None,
     time: Annotated[str, typer.Option(help="search time: 45m, 90s, 2h")] = "30m",
     student: Annotated[list[str] | None, typer.Option(help="another network to try, NAME or NAME=WEIGHTS")] = None,
@@ -146,7 +146,7 @@ def _kept(folder: Path) -> tuple[str, str]:
 
     file, original = folder / MODEL, folder / UNCHANGED
     if not (file.is_file() and (folder / STATE).is_file()):
-        return "No network is exported yet, so nothing is kept", "To start again"
+        return "No network has been exported yet, so nothing was saved", "To start again"
     if original.is_file() and filecmp.cmp(file, original, shallow=False):
         return f"{folder} holds the search; {file} is still the original in float32", "To resume"
     return f"{folder} holds the search; the best network so far is {file}", "To resume"
@@ -190,8 +190,8 @@ def front_tables(front: Front, best: str = "model.onnx") -> Iterator[Table]:
     threads = f"{front.machine.threads} thread{'' if front.machine.threads == 1 else 's'}"
     title = f"{front.machine.cpu}, {threads}, {front.minutes_used:.1f} minutes"
     caption = (
-        f"* = {best}. ± is half the width of the 95 % interval of the latency, from a comparison with the "
-        "original. All choices were made on validation images."
+        f"* = {best}. ± is half the width of the 95 % interval of the latency, derived from its ratio to "
+        "the original's latency. All choices were made on validation images."
     )
     free = {point.name for point in front.baselines}
     points = [*front.baselines, *(each for each in front.points if each.name not in free)]

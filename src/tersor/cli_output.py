@@ -207,7 +207,7 @@ def _latency_caption(results: Results) -> str:
 
     rounds = results.rounds
     if rounds is None:
-        return "Latency was not measured, so there is no speedup. tersor bench with this folder measures it."
+        return "Latency was not measured, so no speedup is shown. To measure it, run tersor bench on this folder."
     ended = by_batch_size({size: until(reason, rounds.time_limit_seconds) for size, reason in rounds.ended_by.items()})
     return f"95 % intervals are in parentheses. Rounds ran {ended}. {medians_note(results)}".rstrip()
 
@@ -229,8 +229,8 @@ def speedup_cell(ratio: Ratio | Speedup) -> str:
 
 _SENSITIVITY_CAPTION = (
     "Cells: error of the outputs in % (drop of the metric in points). Sorted by the largest drop, then by the largest "
-    "error; # is the place of the layer in the network. At 8 bits, (0.0) means that the metric on these images is the "
-    "same as in float."
+    "error; # is the position of the layer in the network. (0.0) means that the metric on these images is the same as "
+    "in float, which is common at 8 bits."
 )
 _ENDS_CAPTION = (
     " * The first and last layer: ptq keeps them at 8 bits, so only their 8-bit column applies, unless first_last_bits "

@@ -33,7 +33,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="resume an interrupted run")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="describe the run without training")] = False,
     no_latency: Annotated[
-        bool, typer.Option("--no-latency", help="do not measure latency, which takes almost half of a short run")
+        bool, typer.Option("--no-latency", help="skip the latency measurement, which takes almost half of a short run")
     ] = False,
     track: Annotated[
         TrackerName | None, typer.Option(help="log losses and accuracy to tensorboard or mlflow", show_default=False)
@@ -86,7 +86,7 @@ def _kept(out: Path) -> tuple[str, str]:
         return f"{out} is complete; its network is {out / MODEL}", "To print the results"
     if checkpoints_of(out).is_dir():
         return f"{checkpoints_of(out)} holds the progress; there is no {MODEL} yet", "To resume"
-    return "There is no checkpoint yet, so nothing is kept", "To start again"
+    return "There is no checkpoint yet, so nothing was saved", "To start again"
 
 
 def _print(numbers: str, folder: Path, console: Console) -> None:

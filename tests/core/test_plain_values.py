@@ -46,7 +46,10 @@ def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
             lambda: SoftTargets(1, 1, 1, False, 5),
             "SoftTargets takes 4 values: temperature, loss_weight, label_weight, standardize. More were given.",
         ),
-        (lambda: PTQ(bits=9, first_last_bits=2.5), "bits is 9. Possible: 2 to 8.\nfirst_last_bits should be a whole"),
+        (
+            lambda: PTQ(bits=9, first_last_bits=2.5),
+            "bits is 9. It must be from 2 to 8.\nfirst_last_bits should be a whole",
+        ),
         (lambda: ChannelPruning(scope="glob"), "scope should be 'layer' or 'global', got 'glob'. Did you"),
         (lambda: Training(optimizer={"nme": "sgd"}), "unknown parameter of Training.optimizer 'nme'. Did you mean"),
         (lambda: Training(optimizer={"name": "adamx"}), "optimizer.name should be 'sgd' or 'adamw', got 'adamx'."),
@@ -67,8 +70,8 @@ def test_an_invalid_value_is_one_line(make, message):
     assert str(caught.value).startswith(message)
 
 
-def test_records_take_values_by_name():
-    with pytest.raises(InputError, match=r"Target takes values by name, got 'openvino'. Names: runtime, "):
+def test_records_take_keyword_arguments_only():
+    with pytest.raises(InputError, match=r"Target takes keyword arguments only, got 'openvino'\. Arguments: runtime, "):
         Target("openvino")
 
 
@@ -120,7 +123,7 @@ def test_a_class_inside_a_function_may_use_the_names_there():
         share: Share = 0.5
 
     assert Local(0.25).share == 0.25
-    with pytest.raises(InputError, match=r"^share is 2\. Possible: below 1\.$"):
+    with pytest.raises(InputError, match=r"^share is 2\. It must be below 1\.$"):
         Local(2)
 
 

@@ -117,5 +117,5 @@ def test_a_function_that_ends_the_program_is_one_message():
     def script():
         sys.exit(3)
 
-    with pytest.raises(InputError, match=r"it ended the program \(sys\.exit, or a parser"), user_code("it", script):
+    with pytest.raises(InputError, match=r"it exited the program \(sys\.exit, or an"), user_code("it", script):
         script()

@@ -173,7 +173,7 @@ def make(): return made
         ("def make(): return [(image, 0)], iter([])", "test set: the list_iterator .* has no length"),
         (
             "from torch.utils.data import DataLoader\ndef make(): return DataLoader([(image, 0)]), [(image, 0)]",
-            "training set: a DataLoader is given. Return its data set",
+            "training set: a DataLoader is given. Give its data set",
         ),
         ("def make(): return [(image, 0)], [image]", "test set: item 0 is a Tensor"),
         ("def make(): return [(image, 0), (image, 0.5)], [(image, 0)]", "label of item 1 is a float"),

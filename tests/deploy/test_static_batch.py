@@ -120,7 +120,7 @@ def test_the_export_for_an_affected_runtime_warns(network, quantized, affected, 
 
 
 def test_a_batch_of_zero_is_refused(network, tmp_path):
-    with pytest.raises(InputError, match=r"batch is 0\. Possible: at least 1\."):
+    with pytest.raises(InputError, match=r"batch is 0\. It must be at least 1\."):
         tersor.export(network, IMAGES, tmp_path / "model.onnx", batch=0)
     assert not list(tmp_path.iterdir())
 

@@ -189,5 +189,5 @@ def test_what_cannot_be():
     with pytest.raises(InputError, match="no convolution and no fully connected layer"):
         PSGD().attach(nn.Sequential(nn.ReLU()), AttachContext(steps=1))
     parametrize.register_parametrization(model[0], "weight", FakeQuantize(Grid.signed(4), channels=6))
-    with pytest.raises(InputError, match="quantized already"):
+    with pytest.raises(InputError, match="already quantized"):
         PSGD().attach(model, AttachContext(steps=1))

@@ -587,11 +587,11 @@ def test_nothing_to_quantize():
 
 def test_quantized_already():
     graph = calibrated().model
-    with pytest.raises(InputError, match="quantized already"):
+    with pytest.raises(InputError, match="already quantized"):
         PTQ().attach(graph, AttachContext(data=[images()]))
     model = Small()
     PTQ().attach(model, AttachContext(data=[images()]))
-    with pytest.raises(InputError, match="quantized already"):  # the layers are shared with the graph
+    with pytest.raises(InputError, match="already quantized"):  # the layers are shared with the graph
         PTQ().attach(model, AttachContext(data=[images()]))
 
 

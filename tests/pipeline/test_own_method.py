@@ -138,10 +138,10 @@ def test_the_scales_of_the_documented_quantizer_are_powers_of_two(tmp_path, monk
 @pytest.mark.parametrize(
     ("block", "name", "values", "message"),
     [
-        (0, "Grow", {"rate": 3}, "rate is 3. Possible: above 0 and below 1."),
+        (0, "Grow", {"rate": 3}, "rate is 3. It must be above 0 and below 1."),
         (0, "Grow", {"rat": 0.1}, "unknown parameter of Grow 'rat'. Did you mean 'rate'? Possible: rate, sparsity."),
         (1, "Similarity", {"weight": "x"}, "weight should be a number, got 'x'."),
-        (2, "PowerOfTwo", {"bits": 9}, "bits is 9. Possible: 2 to 8."),
+        (2, "PowerOfTwo", {"bits": 9}, "bits is 9. It must be from 2 to 8."),
     ],
 )
 def test_a_wrong_parameter_of_a_documented_method_is_one_message(block, name, values, message, tmp_path):

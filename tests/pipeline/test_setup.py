@@ -288,7 +288,7 @@ def test_a_number_of_classes_that_the_function_does_not_take_is_told(function, c
 def test_random_weights_are_said():
     name = f"{__name__}:of_any_number"
     stages = {0: "quantize", 1: "train"}
-    for steps, ends in ((0, "no stage trains it. Write model.weights: all results are those of random weights."),
+    for steps, ends in ((0, "no stage trains it. All results are those of random weights. Write model.weights."),
                         (1, "because model.weights is missing; it is trained from scratch")):  # fmt: skip
         _, lines = prepared(model=Network(name=name), stages=(Stage(name=stages[steps], steps=steps),))
         (line,) = [line for line in lines if "random weights" in line]

@@ -106,7 +106,7 @@ def test_attaching_shows_how_far_it_is_and_its_rehearsal_looks_at_few_images(tmp
     run_stages(experiment, Checkpoints(tmp_path), bars)
     assert len(counted.looked_at) >= 3 * 64
     of_attaching = (
-        "change of the outputs without each branch",
+        "effect of removing each residual branch",
         "Hessian statistics",
         "loss increase of each channel group",
     )

@@ -13,7 +13,7 @@ from tersor.recipe import changes, parse, write
     [
         ("", "", ""),
         ("seed: 3\ncheckpoint_every: 10\n", "seed: 3\n", "checkpoint_every: 10, now the default 200"),
-        ("", "seed: 3\n", "seed: not written, now 3"),
+        ("", "seed: 3\n", "seed: not set, now 3"),
         ("epochs: 30", "epochs: 20", "stages.0.epochs: 30, now 20"),
         ("bits: 4", "bits: 6", "stages.1.methods.0.ptq.bits: 4, now 6"),
         ("name: resnet20", "name: resnet32", "model.name: 'resnet20', now 'resnet32'"),

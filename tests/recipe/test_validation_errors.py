@@ -65,7 +65,7 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
         ("epochs: 30", "epochs: true", "line 8: stages.0.epochs should be a whole number, got true."),
         ("epochs: 30", "epochs: -1", "line 8: stages.0.epochs should be greater than or equal to 0, got -1."),
         ("epochs: 30", "epochs: .inf", "line 8: a number should be finite, got .inf."),
-        ("epochs: 30", "epochs: !big 30", "line 8: the tag !big is unknown."),
+        ("epochs: 30", "epochs: !big 30", "line 8: the tag !big is not supported."),
         ("epochs: 30", "epochs: 30\n    epochs: 3", "line 9: the key 'epochs' is given twice, first on line 8."),
         (
             "epochs: 30",
@@ -83,8 +83,16 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
             "line 5: target should be a mapping of the keys runtime, cpu, input, batch, got",
         ),
         ("name: resnet20, ", "", "line 2: model needs 'name'."),
-        ("folder", "name: digits, folder", "line 4: data needs one of folder, csv, name, got folder and name."),
-        ("folder: data/cifar10", "limit: 5", "line 4: data needs one of folder, csv, name, got none."),
+        (
+            "folder",
+            "name: digits, folder",
+            "line 4: data needs exactly one of folder, csv, name, got folder and name. Keep one of them.",
+        ),
+        (
+            "folder: data/cifar10",
+            "limit: 5",
+            "line 4: data needs exactly one of folder, csv, name, got none. Write one of them.",
+        ),
         ("folder", "mean: [0, 0, 0], folder", "line 4: data has `mean` without `std`. Write both"),
         ("folder", "mean: [0, 0], std: [1, 1], folder", "line 4: data.mean has 2 numbers, and the images have 3"),
         ("folder", "image_size: [4], folder", "line 4: data.image_size"),
@@ -241,7 +249,7 @@ class WithoutChecks:
 @pytest.mark.parametrize("given", [WithoutChecks(2), SoftTargets])
 def test_an_object_that_no_recipe_can_contain_is_refused(given):
     with pytest.raises(
-        InputError, match=r"^(WithoutChecks|SoftTargets) is not an instance of a method. A method is a "
+        InputError, match=r"^(WithoutChecks|SoftTargets) is not an instance of a method. A compression method is a "
     ):
         Stage(name="a", steps=1, methods=[given])
 

@@ -100,6 +100,6 @@ def test_masks_are_said_not_to_be_faster_if_there_are_any(page, masked):
     sentence = "Dense runtimes are not faster with masks"
     assert (sentence in text) == (masked > 0)
     assert ("90.0 % of the prunable weights are masked, not removed" in text) == (masked > 0)
-    row = re.search(r'<th scope="row">deflated file size, MB</th>(.*?)</tr>', text)[1]
+    row = re.search(r'<th scope="row">file size after gzip, MB</th>(.*?)</tr>', text)[1]
     assert re.findall(r"<td>([\d.]+)</td>", row) == ["2.00", "2.00", "0.200"]
     assert "10.00x lower" in row

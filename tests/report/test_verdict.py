@@ -108,8 +108,11 @@ def test_medians_whose_ratio_is_outside_the_interval_have_a_sentence(original, r
     for name in ("original", "baseline"):
         numbers["speedup"][name] = {"1": ratio_of(1.0) | ratio, "32": ratio_of(original)}
     results = Results.model_validate(numbers)
-    reason = ": the speed of the machine changed between rounds. The speedup compares times of the same round."
-    told = f"The medians differ by {expected}{reason}" if expected else ""
+    reason = (
+        ", outside the interval of the speedup, because the speed of the machine changed between rounds. The speedup "
+        "compares only times of the same round."
+    )
+    told = f"The ratio of the medians is {expected}{reason}" if expected else ""
     assert module.medians_note(results) == told
     _, compared = results_tables(results)
     assert compared.caption.endswith(told or "at batch 32.")
@@ -120,7 +123,8 @@ def test_medians_are_also_compared_with_those_of_the_baseline():
     for of in numbers["speedup"].values():
         of["32"] = ratio_of(1.5)
     told = module.medians_note(Results.model_validate(numbers))
-    assert told.startswith("The medians differ by 4.0x (the original, batch 32) and 2.0x (the baseline, batch 32): ")
+    start = "The ratio of the medians is 4.0x (the original, batch 32) and 2.0x (the baseline, batch 32), outside "
+    assert told.startswith(start)
 
 
 def test_the_baseline_depends_on_the_batch_size():
@@ -304,5 +308,5 @@ def test_without_latency_no_speedup_is_claimed():
         ["4.00x lower", "2.00x lower", "32.00x lower"],
     ]
     assert compared.caption == (
-        "Latency was not measured, so there is no speedup. tersor bench with this folder measures it."
+        "Latency was not measured, so no speedup is shown. To measure it, run tersor bench on this folder."
     )

@@ -191,7 +191,7 @@ def test_messages_name_the_argument_in_python_beside_the_option():
         for line in file.read_text().splitlines():
             options = re.findall(r"(?<!`)--[a-z][a-z-]*", line)
             assert not options or "`ray start --head`" in line, f"{file.name}: {line.strip()}"
-    assert "minutes (`--time`)" in compress._LONGER
+    assert "`minutes` (`--time`)" in compress._LONGER
 
 
 def test_another_call_for_the_same_folder_is_refused(few, without_time):
@@ -225,8 +225,8 @@ def test_pick_on_the_command_line(without_time, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        ([], "No network is exported yet, so nothing is kept. To start again: "),
-        ([MODEL], "No network is exported yet, so nothing is kept. To start again: "),
+        ([], "No network has been exported yet, so nothing was saved. To start again: "),
+        ([MODEL], "No network has been exported yet, so nothing was saved. To start again: "),
         ([STATE, MODEL], "{0} holds the search; the best network so far is {0}/model.onnx. To resume: "),
         (
             [STATE, MODEL, UNCHANGED],
@@ -264,7 +264,7 @@ ONE_FOR_EACH = "Write a list with one number for each channel, as in"
         ({"augment": "rotate"}, "augment"),
         ({"students": ["resnet2"]}, "the student resnet2 cannot be used: unknown model"),
         ({"students": [f"{__name__}:five"]}, "five cannot be used: for two images the student returns"),
-        ({"students": [nn.ReLU()]}, r"^students has a ReLU\. Pass names"),
+        ({"students": [nn.ReLU()]}, r"^students contains a ReLU\. Pass names"),
         ({"students": "resnet20"}, r"Pass a list of names: \['resnet20'\]"),
         ({"pixels": 24}, r"^pixels is 24\. Pass a list of numbers: \[24\]\.$"),
         ({"mean": 0.5, "std": 0.5}, rf"^mean is 0\.5\. {ONE_FOR_EACH} mean="),

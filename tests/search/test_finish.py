@@ -86,7 +86,7 @@ def test_the_headline_names_the_baseline_and_has_intervals():
     headline = verdict_lines(made)[0]
     assert headline.startswith(
         "original, 9 branches removed, 8 bits: 1.7x faster (1.6 to 1.8) at batch 1 and 1.7x faster (1.6 to 1.8) at "
-        "batch 128 compared with original-8bit (OpenVINO, int8), the fastest free baseline, "
+        "batch 128 compared with original-8bit (OpenVINO, int8), the fastest baseline that needs no search, "
     )
 
 
@@ -137,7 +137,8 @@ def test_no_measured_network_is_not_called_no_faster_one(tmp_path):
     assert "No faster network was found within the budget among " in verdict_lines(made)[0]
     alone = made.model_copy(update={"points": [made.point("original-8bit")], "dominated": []})
     assert "No other network was measured in the given time." in verdict_lines(alone)[0]
-    assert "; a free baseline: no other network was measured in the given time. " in last_line(alone, tmp_path)
+    told = last_line(alone, tmp_path)
+    assert "; a baseline that needs no search, chosen because no other network was measured in the given time. " in told
 
 
 def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_path):
@@ -145,13 +146,15 @@ def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_pat
     files = f"Use {tmp_path / 'model.onnx'}; report.html and all networks (points/ and baselines/) are in {tmp_path}."
     assert last_line(made, tmp_path) == (
         "best: accuracy 93.00 %, -0.60 points on the test images; 1.7x faster (1.6 to 1.8) at batch 1 and 1.7x faster "
-        "(1.6 to 1.8) at batch 128 compared with original-8bit (OpenVINO, int8), the fastest free baseline. " + files
+        "(1.6 to 1.8) at batch 128 compared with original-8bit (OpenVINO, int8), the fastest baseline that needs no "
+        "search. " + files
     )
     unmeasured = last_line(made.model_copy(update={"speedup": {}}), tmp_path)
     assert "; the speedup was not measured. " in unmeasured
     free = last_line(made.model_copy(update={"best": "original-8bit", "speedup": {}}), tmp_path)
     assert free.startswith(
-        "original-8bit: accuracy 93.40 %, -0.20 points on the test images; a free baseline: no faster"
+        "original-8bit: accuracy 93.40 %, -0.20 points on the test images; a baseline that needs no search, chosen "
+        "because no faster"
     )
     missed = {"met": False, "shortfall": "it is 0.262 MB, 262.00 times the limit"}
     closest = made.model_copy(update={"best": "original-8bit", "speedup": {}, **missed})

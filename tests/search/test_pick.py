@@ -99,8 +99,8 @@ def test_a_wrong_name_of_a_point_gets_the_possible_ones_and_the_most_similar(tmp
     dominated = len(made.dominated)
     assert dominated
     message = (
-        f"{tmp_path} has no point 'orignal-8bit'. Did you mean original-8bit? Points of the front and free baselines: "
-        f"{', '.join(names)}. report.html has {dominated} more."
+        f"{tmp_path} has no point 'orignal-8bit'. Did you mean original-8bit? Points of the Pareto front, and "
+        f"baselines that need no search: {', '.join(names)}. report.html has {dominated} more."
     )
     with pytest.raises(InputError) as refused:
         Result(tmp_path, made).pick(point="orignal-8bit")
@@ -113,7 +113,7 @@ def test_a_wrong_name_of_a_point_gets_the_possible_ones_and_the_most_similar(tmp
     hidden = made.dominated[0].name
     with pytest.raises(InputError, match=f"Did you mean {hidden}"):
         Result(tmp_path, made).pick(point=f"{hidden}x")
-    with pytest.raises(InputError, match=r"has no point 'zzz'\. Points of the front"):
+    with pytest.raises(InputError, match=r"has no point 'zzz'\. Points of the Pareto front"):
         Result(tmp_path, made).pick(point="zzz")
 
 
@@ -254,7 +254,7 @@ def test_all_columns_of_the_printed_front_fit_80_columns(sizes):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     file, out = tmp_path / "model.onnx", tmp_path / "copy.onnx"
     choice = Choice(front_of(1).points[0], file, "")
-    with pytest.raises(InputError, match="is missing: the folder of the search is not complete"):
+    with pytest.raises(InputError, match="is missing from the folder of the search"):
         choice.export(out)
     file.write_bytes(b"network")
 

@@ -266,7 +266,7 @@ def test_a_worker_fits_on_a_machine(ray, count, threads):
 
 
 def test_more_workers_than_cores_are_refused(ray):
-    with pytest.raises(InputError, match=r"workers is 8, but the cluster at auto has 7 cores. Write fewer workers"):
+    with pytest.raises(InputError, match=r"workers is 8, but the cluster at auto has 7 cores. Use fewer workers"):
         workers_of(ray, 8)
 
 
@@ -296,7 +296,7 @@ def test_a_lost_worker_is_no_failure_of_its_candidate(ray, tmp_path):
     ray.broken = OSError("The node\ndied.")
     lost = workers._received(candidate, None)
     assert isinstance(lost, LostWorkerError)
-    assert str(lost) == "the worker process died twice during its training: died."
+    assert str(lost) == "the worker process died twice while training this candidate: died."
     ray.broken = ConnectionError("an error in the code")
     with pytest.raises(ConnectionError):
         workers._received(candidate, None)

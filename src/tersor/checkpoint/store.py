@@ -161,8 +161,8 @@ class Checkpoints:
             shutil.rmtree(scratch, ignore_errors=True)
             raise InputError(
                 f"cannot write a checkpoint to {self.folder}: {error}. Last checkpoint: "
-                f"{self.last or 'none was written'}. Free disk space, then repeat the call. A run also needs "
-                "resume=True (`--resume`)."
+                f"{self.last or 'none was written'}. Free disk space. To continue, repeat the same call; for "
+                "`tersor.run`, add resume=True (`--resume`)."
             ) from error
         self.last = str(path)
         replaced = [old for old in self._folders(f"{unit:02d}-{name}-{place}-{_ANY_HASH}") if old != path]

@@ -275,6 +275,7 @@ def _described(module: nn.Module) -> dict[str, Any]:
             "learned_step": step and {"offset": step.offset is not None, "of_images": step.of_images},
         }
     raise InputError(
-        f"a weight has the parametrization {type(module).__name__}, which tersor cannot save. Set weights to zero with "
-        "a mask of tersor (tersor.training.mask_attachment.insert_masks), or change the weights in after_step."
+        f"a weight has the parametrization {type(module).__name__}, which tersor cannot save. If it sets weights to "
+        "zero, use tersor's masks (tersor.training.mask_attachment.insert_masks) instead; if it modifies weights, do "
+        "that in after_step."
     )

@@ -51,7 +51,8 @@ class PlainRecord(BaseModel):
     def __init__(self, /, *unnamed: Any, **values: Any) -> None:
         if unnamed:
             names = ", ".join(type(self).model_fields)
-            raise InputError(f"{type(self).__name__} takes values by name, got {unnamed[0]!r}. Names: {names}.")
+            own = type(self).__name__
+            raise InputError(f"{own} takes keyword arguments only, got {unnamed[0]!r}. Arguments: {names}.")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -111,7 +112,7 @@ def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> In
         elif detail["type"] in RAISED:
             lines.append(raised(detail, kind.__name__))
         elif detail["type"] in _OUT_OF_RANGE and field is not None and possible_range(field):
-            lines.append(f"{name} is {value!r}. Possible: {possible_range(field)}.")
+            lines.append(f"{name} is {value!r}. It must be {possible_range(field)}.")
         else:
             context = detail.get("ctx", {})
             wish = WANTED.get(detail["type"]) or detail["msg"].removeprefix("Input should be ")
@@ -179,7 +180,7 @@ def _fields_in(annotation: Any) -> Mapping[str, FieldInfo]:
 
 
 def possible_range(field: FieldInfo) -> str:
-    """ "2 to 8", "at least 1", "above 0 and below 1": the bounds of a number; empty without any."""
+    """ "from 2 to 8", "at least 1", "above 0 and below 1": the bounds of a number; empty without any."""
     bounds: dict[type, Any] = {}
     for each in field.metadata:
         match each:
@@ -194,6 +195,6 @@ def possible_range(field: FieldInfo) -> str:
             case _:
                 pass
     if {Ge, Le} <= bounds.keys():
-        return f"{bounds[Ge]} to {bounds[Le]}"
+        return f"from {bounds[Ge]} to {bounds[Le]}"
     words = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
     return " and ".join(f"{word} {bounds[kind]}" for kind, word in words.items() if kind in bounds)

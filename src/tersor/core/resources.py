@@ -74,5 +74,5 @@ def writable(out: Path) -> Generator[None]:
             raise
         raise InputError(
             f"{out} could not be written: {error}. No incomplete output remains. Free disk space, or choose another "
-            "folder. To continue, repeat the call; a run also needs resume=True (`--resume`)."
+            "folder. To continue, repeat the same call; for `tersor.run`, add resume=True (`--resume`)."
         ) from error

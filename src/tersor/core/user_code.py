@@ -31,14 +31,14 @@ def user_code(name: str, function: object, *, if_none: str = "") -> Generator[No
         if_none: a hint that is appended if the exception was caused by a value of None.
 
     Raises:
-        InputError: the function raised an exception, or ended the program.
+        InputError: the function raised an exception, or exited the program.
     """
     try:
         yield
     except SystemExit as error:
         raise InputError(
-            f"{name} ended the program (sys.exit, or a parser of arguments). Put what a script does under "
-            "if __name__ == '__main__':."
+            f"{name} exited the program (sys.exit, or an argument parser). Move the script's code under "
+            "`if __name__ == '__main__':`."
         ) from error
     except Exception as error:
         place = None if _is_clear(error) or is_out_of_memory(error) else _place(error, function)

@@ -66,12 +66,14 @@ def labels_error(labels: Tensor, images: int, classes: int | None, least: int | 
             return InputError(f"{of}, like one-hot or soft labels. Possible: {numbers}. Write labels.argmax(1).")
         return InputError(f"{of}. Possible: {numbers}.")
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        return InputError(f"{of}, from {labels.min()} to {labels.max()}. Possible: {numbers}. Write labels.long().")
+        return InputError(
+            f"{of}, with values from {labels.min()} to {labels.max()}. Possible: {numbers}. Write labels.long()."
+        )
     if not images:
         return None
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
-        return InputError(f"{of}, from {low} to {high}. Possible: {numbers}. Leave out unlabeled images.")
+        return InputError(f"{of}, with values from {low} to {high}. Possible: {numbers}. Leave out unlabeled images.")
     least = low if least is None else min(least, low)
     if classes is not None and high == classes and least > 0:
         return InputError(
@@ -80,7 +82,7 @@ def labels_error(labels: Tensor, images: int, classes: int | None, least: int | 
         )
     if classes is not None and high >= classes:
         return InputError(
-            f"{of}, from {low} to {high}. Possible: {numbers}, because the network has {classes} classes."
+            f"{of}, with values from {low} to {high}. Possible: {numbers}, because the network has {classes} classes."
         )
     return None
 

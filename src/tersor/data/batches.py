@@ -22,7 +22,9 @@ _ORDER, _AUGMENTATION = 0, 1  # the streams of random numbers of an epoch
 
 
 class Batches:
-    """Batches of an epoch; each iteration repeats them, and `set_epoch` selects another order and augmentation.
+    """The batches of one epoch.
+
+    Iterating again yields the same batches; `set_epoch` selects another order and augmentation.
 
     Without `shuffle`, every image occurs once and the last batch may be smaller. With `shuffle`, an incomplete last
     batch is dropped unless it is the only one, so that BatchNorm never normalizes over a few images only. In a
@@ -39,7 +41,7 @@ class Batches:
             [{"RandomCrop": {"size": 32, "padding": 4}}, "RandomHorizontalFlip"]; a callable: uint8 images
             (B, C, H, W) -> the same shape and data type; or "package.module:function" that names one. Transforms of
             torchvision are called for each image with its mask or boxes. A callable gets (images, targets) and returns
-            both if the targets are masks or boxes. All are first called on a black image.
+            both if the targets are masks or boxes. Every augmentation is first tried on a black image.
         rank: number of this process.
         world: number of processes.
 
@@ -76,7 +78,7 @@ class Batches:
         if not len(mean) == len(std) == images.channels:
             raise InputError(
                 f"mean has {len(mean)} and std {len(std)} numbers, and the images have "
-                f"{counted(images.channels, 'channel')}. Write one of each for each channel."
+                f"{counted(images.channels, 'channel')}. Both need one number per channel."
             )
         self.images = images
         self.batch_size = batch_size

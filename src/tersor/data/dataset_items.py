@@ -25,9 +25,9 @@ Kind = Literal["class", "values", "mask", "boxes"]
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values")
 _TARGET_KEYS = ("label", "labels", "target", "targets", "mask", "annotation", "objects")
 _POSSIBLE = (
-    "Possible: a pair (image, target) or a dict with the image under image or img; the image is a PIL image or a uint8 "
-    "tensor (C, H, W), the target a class index, a number or several (values), a mask (H, W) of class indices, or a "
-    "dict of boxes (K, 4) and labels (K,)."
+    "Possible: a pair (image, target), or a dict with the image under image or img. The image is a PIL image or a "
+    "uint8 tensor (C, H, W); the target is a class index, one or more numbers (regression or multi-label), a mask "
+    "(H, W) of class indices, or a dict of boxes (K, 4) and labels (K,)."
 )
 
 
@@ -46,13 +46,13 @@ class ItemSet:
     def __post_init__(self) -> None:
         if isinstance(self.dataset, DataLoader):
             raise InputError(
-                f"{self.name}: a DataLoader is given. Return its data set (`loader.dataset`), whose items are single "
-                "images that are not normalized."
+                f"{self.name}: a DataLoader is given. Give its data set instead (`loader.dataset`). The items must be "
+                "single images that are not normalized."
             )
         if not hasattr(self.dataset, "__getitem__") or not hasattr(self.dataset, "__len__") or not len(self.dataset):
             raise InputError(
-                f"{self.name}: the {type(self.dataset).__name__} is empty or has no length. Return a torch Dataset "
-                "with a length."
+                f"{self.name}: the {type(self.dataset).__name__} is empty or has no length. Give a data set "
+                "that has items and a length."
             )
 
     def item(self, number: int) -> tuple[Any, Any]:
@@ -75,7 +75,8 @@ class ItemSet:
             return item[key], others[known[0]]
         raise InputError(
             f"{self.name}: item {number} is a dict with the keys {', '.join(map(repr, item))}, and it is unclear which "
-            f"one is the target. {_POSSIBLE} Write the name of a function, package.module:function, that returns pairs."
+            f"one is the target. {_POSSIBLE} Wrap the data set so that its items are pairs (image, target), for "
+            "example in a function that you give as data: package.module:function."
         )
 
     def kind(self) -> Kind:

@@ -70,7 +70,9 @@ def open_image(path: str, size: tuple[int, int] | None = None) -> Image.Image:
 @contextmanager
 def _open(path: str) -> Generator[Image.Image]:
     if not Path(path).is_file():  # opening a named pipe would wait forever
-        raise InputError(f"'{path}' does not exist or is not a regular file. Replace or remove it.")
+        raise InputError(
+            f"'{path}' does not exist or is not a regular file. Add the file, or remove the entry that refers to it."
+        )
     try:
         with Image.open(path, formats=_FORMATS) as image:
             yield image
@@ -133,8 +135,8 @@ def mask_of(image: object, size: tuple[int, int] | None, name: str) -> NDArray[n
     if isinstance(image, Image.Image):
         if image.mode not in {"P", "L", "1", "I;16", "I"}:
             raise InputError(
-                f"{name} is a mask of Pillow mode '{image.mode}'. Possible: a palette or gray image whose values are "
-                "class indices. Convert colors to class indices."
+                f"{name} is a mask of Pillow mode '{image.mode}'. Possible: a palette or grayscale image whose values "
+                "are class indices. Convert colors to class indices."
             )
         image = np.asarray(image)
     values: NDArray[Any] = np.asarray(image)

@@ -43,7 +43,7 @@ def from_folder(folder: Path, form: ImageFormat) -> Splits:
     if missing:
         raise InputError(
             f"the test set of '{folder}' lacks {len(missing)} of the {len(classes)} classes: "
-            f"{', '.join(missing[:5])}. Add test images of them, or remove the classes from train."
+            f"{', '.join(missing[:5])}. Add test images of these classes, or remove the classes from train."
         )
     train = _images(classes, train_files, form)
     return Splits(train, _set_of(classes, sets["val"], form) if "val" in sets else none_of(train), test, classes)

@@ -71,12 +71,12 @@ def load(
         image_size: height and width in pixels, or one number for both; None if all images have the same size. Images
             with classes or values are resized until they cover it, and the center is cropped. Images with masks or
             boxes are resized to exactly this size, with their targets.
-        channels: 3, or 1 for grayscale images, or 4; data sets of tensors may have any number. By default 3, or those
-            of the `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.
+        channels: 1 (grayscale), 3 (RGB) or 4; data sets of tensors may have any number. By default 3, or the number of
+            channels of the `Splits` that a function returns. Images with 16 bits per channel keep the 16 bits.
         validation: fraction of the training images to hold out, in [0, 1), stratified by class; ignored if the data
             set has validation images.
         limit: number of images to train on, stratified by class; drawn after the validation images.
-        seed: 0 or more; draws the validation images and the limited training images.
+        seed: 0 or more; seed for drawing the validation images and, with `limit`, the training images.
         mean: mean of each channel in [0, 1]; None computes mean and `std` from the training images. For a network that
             was trained on images in [0, 1] without normalization, pass 0 for each channel, and 1 as `std`.
         std: standard deviation of each channel in [0, 1].
@@ -131,10 +131,9 @@ def channel_statistics(images: Images, seed: int) -> tuple[Channels, Channels]:
 def _source(given: Mapping[str, Any], root: str | Path | None, targets: SceneTargets, form: ImageFormat) -> Splits:
     named = [key for key, value in given.items() if value is not None]
     if len(named) != 1:
-        raise InputError(
-            f"data needs one of {', '.join(given)}, got {' and '.join(named) or 'none'}. Write folder: "
-            "path/to/images, or name: digits."
-        )
+        advice = "Keep one of them." if named else "Write one of them, such as name: digits."
+        found = " and ".join(named) or "none"
+        raise InputError(f"data needs exactly one of {', '.join(given)}, got {found}. {advice}")
     if root is not None and named != ["name"]:
         raise InputError(f"root is used only with name, not with {named[0]}. Leave root out.")
     if given["name"] is not None:
@@ -183,7 +182,7 @@ def _check(
     std: Channels | None,
 ) -> None:
     if channels is not None and channels < 1:
-        raise InputError(f"channels is {channels}. Write 3, 1 for gray images, or 4.")
+        raise InputError(f"channels is {channels}. Write 1 (grayscale), 3 (RGB) or 4.")
     if not 0 <= validation < 1:
         raise InputError(f"validation is {validation}. Write a fraction of at least 0 (none) and below 1, such as 0.1.")
     if limit is not None and limit < 1:

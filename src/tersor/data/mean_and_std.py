@@ -41,7 +41,7 @@ def check_mean_and_std(channels: int, mean: Channels | None, std: Channels | Non
     """
     wanted = counted(channels, "number")
     if channels > 1 and any(each is not None and len(each) == 1 for each in (mean, std)):
-        wanted += " (for gray images, write channels: 1 or --channels 1)"
+        wanted += " (for grayscale images, write channels: 1 or --channels 1)"
     if mean is not None and not (len(mean) == channels and all(0 <= value <= 1 for value in mean)):
         raise InputError(f"mean is {list(mean)}. Write {wanted} in [0, 1], for pixels in [0, 1].")
     if std is not None and not (len(std) == channels and all(0 < value < float("inf") for value in std)):

@@ -33,7 +33,7 @@ def set_folders(folder: Path) -> dict[str, Path] | None:
     if found.keys() == {"train"}:
         raise InputError(
             f"'{folder}' holds '{names[0]}', but neither 'test' nor 'val'. Add 'test' with the same folders inside, or "
-            f"write '{folder}/{names[0]}' as the folder, and it will be split."
+            f"give '{folder}/{names[0]}' as the folder: its images are then split into training and test images."
         )
     sets = {name: found[name] for name in ("train", "val", "test") if name in found}
     return sets if "test" in sets else {"train": sets["train"], "test": sets["val"]}

@@ -75,7 +75,7 @@ def _check_alike(which: str, images: Images, train: Images) -> None:
     if images.size != train.size:
         raise InputError(
             f"training images have {_shown(train.size)} pixels, {which} images {_shown(images.size)}. Write "
-            "image_size, the height and width that all are resized to."
+            "image_size, to which all images are resized."
         )
     if images.largest != train.largest:
         raise InputError(

@@ -160,8 +160,8 @@ def _events(path: Path) -> list[Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise InputError(
-            f"onnxruntime could not write its whole profile to {path.parent.parent}. Free disk space, then repeat "
-            "the call. A run also needs resume=True (`--resume`)."
+            f"onnxruntime could not write its whole profile to {path.parent.parent}. Free disk space. To continue, "
+            "repeat the same call; for `tersor.run`, add resume=True (`--resume`)."
         ) from error
 
 

@@ -136,7 +136,7 @@ class FileResults(Execution):
     compressed_bytes: Count
     """Size of the same files after compression with deflate, as in zip and gzip, in bytes."""
     parameters: Count = 0
-    """Number of trainable values."""
+    """Number of trainable parameters."""
     macs: Count
     """Multiply-accumulate operations for one image."""
     bit_operations: Count

@@ -23,7 +23,7 @@ _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, Ke
 _SQUEEZED = "its forward method squeezes the batch dimension. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
 
 
-_CAPTURED = "It was captured for the size of the first images. Pass all images in this size."
+_CAPTURED = "It was captured for the size of the first images, so all images must have that size."
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def check_forward(name: str, network: nn.Module, images: NetworkInput) -> Any:
         raise InputError(
             f"the forward method of {name} needs {len(required)} inputs: {', '.join(required)}, but a batch has one. "
             f"Pass batches (({', '.join(required)}), targets) to the Python functions, or give the other inputs a "
-            "default. A recipe has one input, the images."
+            "default. Recipes support only networks with one input, the images."
         )
     if not images.is_floating_point():
         raise InputError(f"images for {name} have the type {images.dtype}. Pass normalized floating-point images.")

@@ -203,8 +203,8 @@ def last_feature_maps(model: nn.Module, images: NetworkInput) -> tuple[str, ...]
             found = of_size
     if not found:
         raise InputError(
-            f"no module of {type(model).__name__} returns a feature map. Write the paths of the layers to compare as "
-            "the method's layers and teacher_layers (or layer and teacher_layer)."
+            f"no module of {type(model).__name__} returns a feature map. Set the method's `layers` and "
+            "`teacher_layers` (or `layer` and `teacher_layer`) to the paths of the layers to compare."
         )
     return tuple(found.values())
 

@@ -36,7 +36,7 @@ def _inline(graph: fx.GraphModule, node: fx.Node) -> None:
     if name == _AUTOCAST and node.args[2]:
         raise InputError(
             "the forward method turns autocast on, which a captured graph does not support. Remove torch.autocast from "
-            "it; training.precision sets autocast for the whole network."
+            "it. In training, a stage's `precision` sets autocast for the whole network."
         )
     region_read = cast("fx.Node", node.args[before])
     region: fx.GraphModule = attrgetter(str(region_read.target))(graph)

@@ -38,8 +38,8 @@ _ALSO_CALLED = {
 """File -> other common names of the method. They lead to a hint, because a method has one name in a recipe."""
 
 MADE_BY = (
-    "A method is a class with a method `attach`, decorated with @tersor.core.plain_values.plain_dataclass(frozen=True, "
-    "config=tersor.training.method.PLAIN_VALUES)."
+    "A compression method is a class that defines `attach` and is decorated with "
+    "@tersor.core.plain_values.plain_dataclass(frozen=True, config=tersor.training.method.PLAIN_VALUES)."
 )
 
 

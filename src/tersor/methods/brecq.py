@@ -1,4 +1,4 @@
-"""BRECQ: learns rounding block by block to minimize each block's output error; with `drop`, QDrop.
+"""BRECQ: learns rounding block by block to minimize each block's output error; `drop` turns it into QDrop.
 
 Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction", ICLR 2021 (arXiv
 2102.05426); Wei et al., "QDrop: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization", ICLR

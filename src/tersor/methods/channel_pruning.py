@@ -23,10 +23,10 @@ With `branches`, that number of residual branches is removed first (`pruning/res
 smallest change of the outputs per saved MAC (or parameter). With `obs` and `global`, that made a ResNet-56 with half of
 its MACs 6 % faster (ONNX Runtime, AVX2, batch 32).
 
-The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`). BatchNorm statistics
-are then adjusted so that its outputs on training images keep mean and deviation (`graph/batchnorm_statistics.py`).
-
-DepGraph's code also weights the scores of a group by BatchNorm and reports the best test epoch; neither is done here.
+The remaining channels reconstruct the removed ones by least squares (`pruning/least_squares.py`). The BatchNorm
+statistics are then adjusted so that the outputs of each BatchNorm on training images keep their mean and standard
+deviation (`graph/batchnorm_statistics.py`). DepGraph's code also weights the scores of a group by BatchNorm and reports
+the best test epoch; neither is done here.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 from tersor.training.removal_attachment import RemovalAttachment
+
+_BRANCHES = "number of residual branches to remove first: those with the smallest output error per unit of cost saved"
 
 
 @record(frozen=True)
@@ -110,9 +112,7 @@ class ChannelPruning:
     round_to: Annotated[int, Field(ge=1, description="the number of remaining channels is a multiple of this")] = 8
     floor: Annotated[float, Field(ge=0, lt=1, description="fraction of a group that always remains")] = 0.1
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not removed")] = ()
-    branches: Annotated[
-        int, Field(ge=0, description="number of residual branches to remove first, by output error per saved cost")
-    ] = 0
+    branches: Annotated[int, Field(ge=0, description=_BRANCHES)] = 0
     importance_images: Annotated[
         int, Field(ge=1, description="images for `importance: taylor` and `obs`, and for `branches`")
     ] = 256

@@ -12,8 +12,9 @@ As in the authors' code: K = 16,384, d = 128, tau = 0.07, weight 0.8, memory mom
 negatives from other classes; here they are drawn from all images, which is the default of the memory module in their
 code. The features are the pooled feature map of the named layer.
 
-It works with any task and any outputs of the network, because no label is used. An image has one embedding, its average
-over the pixels. For masks and boxes, `fitnet` and `attention_transfer` also compare positions.
+It works with any task and any outputs of the network, because no label is used. Each image has one embedding, computed
+from its features averaged over the pixels. For masks and boxes, `fitnet` and `attention_transfer` also compare
+positions.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class ContrastTerm(LossTerm):
         assert teacher is not None
         if batch.index is None:
             raise InputError(
-                "crd stores an embedding of every image; the batches have no image indices. Set Batch.index to the "
+                "crd stores an embedding of every image, but the batches have no image indices. Set Batch.index to the "
                 "indices of the images in the data set."
             )
         ours = self._embed(student.layers[self.pair.student], self.student_embedding)
@@ -158,7 +159,10 @@ class CRD:
             return without_loss(model, self.label_weight)
         images = getattr(context.data, "images", getattr(context.data, "dataset", None))
         if not isinstance(images, Sized):
-            raise InputError("crd stores an embedding of every image. Pass tersor.data.Batches, or a DataLoader.")
+            raise InputError(
+                "crd stores an embedding of every image, but the number of images is unknown. Pass "
+                "tersor.data.Batches, or a DataLoader whose data set has a length."
+            )
         with seeded(self.seed):
             term = ContrastTerm(self, pair, len(images))
         return Attachment(model, [term], self.label_weight, layers=[pair.paths])

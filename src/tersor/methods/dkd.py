@@ -7,10 +7,10 @@ Zhao, Cui, Song, Qiu and Liang, "Decoupled Knowledge Distillation", CVPR 2022.
     NCKD = T^2 * KL of softmax(z / T) over the classes other than t, teacher to student
     L    = warm-up * (alpha * TCKD + beta * NCKD) + CE
 
-With weights 1 and 1 - p_t of the teacher, the sum of both is the usual soft-target loss. The authors' code removes the
-target class by subtracting 1000 from its logit, and takes the logarithm of a probability that may be 0. Here the
-log-probabilities of both terms are computed with log-sum-exp, which is equivalent and cannot underflow. As in the code,
-the weight rises linearly at first: in the code over 20 of 240 epochs, here over a fraction of the stage.
+Weighted by 1 and 1 - p_t (p_t of the teacher), the two terms add up to the usual soft-target loss. The authors' code
+removes the target class by subtracting 1000 from its logit, and takes the logarithm of a probability that may be 0.
+Here the log-probabilities of both terms are computed with log-sum-exp, which is equivalent and cannot underflow. As in
+the code, the weight rises linearly at first: in the code over 20 of 240 epochs, here over a fraction of the stage.
 
 The paper classifies images. Here each pixel or position of logits (N, classes, ...) counts as an image; pixels without
 a class (the task's `ignore_index`) are left out. Tasks without one target class for each position are rejected.

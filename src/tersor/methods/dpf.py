@@ -10,11 +10,11 @@ Lin, Stich, Barba, Dmitriev and Jaggi, "Dynamic Model Pruning with Feedback", IC
 A weight that was masked by mistake grows and comes back: the difference between w and w_hat is the error that is fed
 back. t_n is the second drop of the learning rate, at 0.75 of the paper's 300 epochs. The final network is m * w.
 
-The authors' code was not found. Two reimplementations disagree after t_n: INCHEON-CHO keeps the masks constant, Kim et
-al. (DCIL) renew them. The paper's algorithm renews the mask to the end at constant sparsity; so does this file.
-INCHEON-CHO's code compares squared weights, which gives the same order, and masks every weight up to a threshold; here
-the sparsity is exact, with ties broken by index. The first mask is set after `every` steps, and the last layer is
-dense, as in both implementations.
+The authors' code was not found. Two reimplementations differ after t_n: the one by INCHEON-CHO (GitHub) keeps the masks
+constant, that of Kim et al. (DCIL) keeps updating them. The paper's algorithm updates the mask until the end, at
+constant sparsity; so does this implementation. INCHEON-CHO's code compares squared weights, which gives the same order,
+and masks every weight up to a threshold; here the sparsity is exact, with ties broken by index. The first mask is set
+after `every` steps, and the last layer is dense, as in both implementations.
 """
 
 from __future__ import annotations

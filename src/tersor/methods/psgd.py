@@ -96,7 +96,7 @@ class PSGD:
         """Chooses the layers, and tracks their running ranges if `range: running`.
 
         Raises:
-            InputError: a pattern that matches nothing, no layer, a weight that is quantized already, or one for which
+            InputError: a pattern that matches nothing, no layer, a weight that is already quantized, or one for which
                 an earlier stage of psgd tracks another kind of range.
         """
         everything = weighted_layers(model)
@@ -105,7 +105,7 @@ class PSGD:
             raise InputError(f"{type(model).__name__} has no convolution and no fully connected layer for psgd.")
         for name in chosen:
             if any(isinstance(each, FakeQuantize) for each in parametrizations_of(everything[name])):
-                raise InputError(f"the weight of {name} is quantized already. Write psgd before ptq and qat.")
+                raise InputError(f"the weight of {name} is already quantized. Write psgd before ptq and qat.")
         ends = {next(iter(everything)), list(everything)[-1]} if self.bits < 4 else set[str]()
         grids = {
             name: Grid.signed(_FIRST_LAST_BITS if name in ends else self.bits) for name in everything if name in chosen

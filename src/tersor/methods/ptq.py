@@ -100,7 +100,7 @@ class PTQ(CalibrationOptions, BitOptions):
         Field(
             ge=0,
             description="largest drop of the task's metric (accuracy in points), estimated on the calibration images; "
-            "the most sensitive layers stay in float until it is met. Default: quantize all layers",
+            "as many of the most sensitive layers stay in float as necessary to meet it. Default: quantize all layers",
         ),
     ] = None
 

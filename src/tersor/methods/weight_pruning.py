@@ -144,8 +144,9 @@ class WeightPruning:
         for name in layers if self.importance == "batchnorm" else ():
             if name not in norms or not norms[name].affine:
                 raise InputError(
-                    f"importance: batchnorm needs a BatchNorm with a scale after {name}, but there is none. "
-                    f"Write layers that have one, or another importance: {', '.join(IMPORTANCES)}."
+                    f"importance: batchnorm needs a BatchNorm with a scale after {name}, but there is none. Set "
+                    "`layers` to layers that are followed by one, or use another importance: "
+                    f"{', '.join(IMPORTANCES)}."
                 )
         insert_masks(layers, "masked", "weight_pruning")
         return WeightPruningAttachment(self, model, layers, context, norms, notes)
@@ -162,7 +163,9 @@ class WeightPruning:
         if self.importance in FILTER_IMPORTANCES and self.granularity != "filter":
             raise InputError(f"importance: {self.importance} is defined only for filters. Write granularity: filter.")
         if self.importance == "magnitude_l2" and self.granularity not in ("kernel", "filter"):
-            raise InputError("magnitude_l2 orders single weights as magnitude does. Write importance: magnitude.")
+            raise InputError(
+                "for individual weights, magnitude_l2 gives the same ranking as magnitude. Write importance: magnitude."
+            )
         pattern = n_of_m(self.granularity)
         if pattern is not None and self.scope == "global":
             raise InputError(f"with {self.granularity} all layers have the same sparsity. Leave out scope: global.")
@@ -172,7 +175,7 @@ class WeightPruning:
                 f"is {self.sparsity:g}. Leave out sparsity."
             )
         if self.floor and self.scope == "layer":
-            raise InputError("floor limits the sparsity of layers under a global threshold. Write scope: global.")
+            raise InputError("floor has an effect only with scope: global. Write scope: global, or leave out floor.")
         check_floor(self.floor, self.target)
 
     def _divided(self, layers: dict[str, Layer]) -> tuple[dict[str, Layer], list[str]]:

@@ -61,7 +61,7 @@ def build(name: str, num_classes: int | None = None, *, channels: int = 3) -> nn
 
 
 def ignores_num_classes(name: str) -> bool:
-    """Whether it names a function of the user that has no argument `num_classes`."""
+    """Whether `name` is a user-defined function without an argument `num_classes`."""
     of_user = is_function_path(name) and not is_of_library(name)
     return of_user and not accepts(import_function(name), "num_classes")
 

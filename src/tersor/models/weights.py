@@ -110,8 +110,8 @@ def normalization(metadata: Mapping[str, str]) -> tuple[Channels, Channels] | No
     mean, std = (_channels(metadata, key) for key in ("normalize_mean", "normalize_std"))
     if len(mean) != len(std):
         raise InputError(
-            f"normalize_mean has {len(mean)} numbers and normalize_std {len(std)} in the weights' metadata. Possible: "
-            "one for each channel in both."
+            f"normalize_mean has {len(mean)} numbers and normalize_std {len(std)} in the weights' metadata. Both need "
+            "one number per channel."
         )
     if min(std) <= 0:
         raise InputError(
@@ -128,6 +128,6 @@ def _channels(metadata: Mapping[str, str], key: str) -> Channels:
         numbers = (float("nan"),)
     if not all(isfinite(number) for number in numbers):
         raise InputError(
-            f"{key} in the weights' metadata is '{text}'. Possible: a number for each channel, as in '0.5,0.5,0.5'."
+            f"{key} in the weights' metadata is '{text}'. Write one number per channel, as in '0.5,0.5,0.5'."
         )
     return numbers

@@ -28,7 +28,7 @@ _SHOWN = 4
 
 
 class OtherClasses(InputError):  # noqa: N818 - names the difference, not an error
-    """The file is of the same network with `in_file` classes, which differs from the network's number."""
+    """The file holds weights of the same network, but for `in_file` classes, not the number that this network has."""
 
     def __init__(self, path: str, in_file: int, here: int) -> None:
         super().__init__(

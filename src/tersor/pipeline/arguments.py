@@ -61,7 +61,7 @@ def refuse_quantized(model: object) -> None:
     """
     if isinstance(model, nn.Module) and any(isinstance(each, FakeQuantize) for each in model.modules()):
         raise InputError(
-            "the network is quantized already. Pass it to tersor.export. To use other arguments, quantize the original "
+            "the network is already quantized. Pass it to tersor.export. To use other arguments, quantize the original "
             "float network."
         )
 

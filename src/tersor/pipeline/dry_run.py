@@ -56,7 +56,7 @@ def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:
         yield (
             f"stage {number}, {stage.name}: {names}; {steps:,} steps of {stage.batch_size} images"
             + (f", losses: {', '.join(losses)}" if steps else "")
-            + f"; then {spent.parameters:,} parameters, {spent.macs:,} MACs"
+            + f"; afterwards {spent.parameters:,} parameters, {spent.macs:,} MACs"
         )
         of_training = notes_of_training(experiment, stage, attachment.model) if steps else ()
         yield from (f"{stage.name}: {note}" for note in (*attachment.notes, *of_training))

@@ -34,7 +34,7 @@ def _random_weights(experiment: Experiment) -> str:
     line = f"{experiment.recipe.model.name} has random weights, because model.weights is missing"
     if any(experiment.steps_of(stage) for stage in experiment.recipe.stages):
         return f"{line}; it is trained from scratch"
-    return f"warning: {line}, and no stage trains it. Write model.weights: all results are those of random weights."
+    return f"warning: {line}, and no stage trains it. All results are those of random weights. Write model.weights."
 
 
 def check_networks(experiment: Experiment, progress: ProgressReporter, *, mean_is_computed: bool) -> None:
@@ -124,12 +124,14 @@ def _check_logits(experiment: Experiment, logits: Any, name: str) -> None:
         return
     if isinstance(logits, torch.Tensor) and logits.shape == (2, classes - 1):
         refuse_labels_from_one(experiment.data, name)
-    needed = f"logits (2, {classes}) are needed. "
     if not isinstance(logits, torch.Tensor):
-        needed += "Write a function package.module:function that wraps the network and returns its logits alone."
+        advice = "Write a function package.module:function that wraps the network and returns its logits alone."
     else:
-        needed += f"Write num_classes: {classes}, and weights of such a network."
-    raise InputError(f"for two images {name} returns {described(logits)}, but the data has {classes} classes: {needed}")
+        advice = f"Write num_classes: {classes}, and give weights of a network with {classes} classes."
+    raise InputError(
+        f"for two images {name} returns {described(logits)}, but the data has {classes} classes, so logits "
+        f"(2, {classes}) are needed. {advice}"
+    )
 
 
 def refuse_labels_from_one(data: Splits, whose: str) -> None:

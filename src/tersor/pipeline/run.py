@@ -68,7 +68,7 @@ def run(
         resume: resume the interrupted run in `out`, with the same `model`, `teacher` and `data`; if there is none,
             start a new run.
         latency: whether to measure the latency of the files at the end. Without it, the results have no speedup;
-            `tersor bench` can measure it later. Methods that need a latency measure it all the same.
+            `tersor bench` can measure it later. Methods that need latency still measure it.
         progress: receives the progress; `tersor.progress_bars.Bars` draws it. Without it, only warnings are issued.
 
     Returns:
@@ -248,8 +248,8 @@ def _seen_validation(experiment: Experiment, results: Results) -> str:
         return ""
     return (
         f"the accuracy on the validation images is {validation:.2f} %, more than three standard errors above the "
-        f"{test:.2f} % on the test images. The network was probably trained on the validation images before, so they "
-        "are no basis for choices."
+        f"{test:.2f} % on the test images. The network was probably trained on the validation images, so do not choose "
+        "networks by their validation accuracy."
     )
 
 

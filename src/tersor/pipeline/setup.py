@@ -141,7 +141,7 @@ def _rehearse(experiment: Experiment, progress: ProgressReporter) -> None:
 def _check_targets(task: Task, splits: Splits) -> None:
     if not task.from_original and splits.test.targets is None:
         raise InputError(
-            f"the images have no targets, and {tasks.name_of(task)} needs some for its loss and for {task.metric}. "
+            f"the images have no targets, and {tasks.name_of(task)} needs them for its loss and for {task.metric}. "
             "Give targets, or write task: distance, which compares with the outputs of the original network."
         )
     if isinstance(task, Classification) and class_numbers(splits.test) is None:

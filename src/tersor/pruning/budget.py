@@ -138,4 +138,4 @@ def _reason(
         return "it is excluded"
     if any(cut.layer == name or cut.layer.startswith(f"{name}.") for cut in cuts):
         return "as narrow as `floor` and `round_to` allow"
-    return "no rule covers its channels" if isinstance(module, Layer) else "no part of it is removed"
+    return "none of its channels can be removed" if isinstance(module, Layer) else "no part of it is removed"

@@ -92,8 +92,8 @@ def removable_groups(
         given = list(unprunable.items())[:_REASONS]
         reasons = "".join(f" The channels of {root} stay, since {reason}." for root, reason in given)
         raise InputError(
-            f"no channel of {type(graph).__name__} can be removed.{reasons} Possible: weight_pruning, which masks "
-            "weights instead" + (", or a shorter `exclude`." if exclude else ".")
+            f"no channel of {type(graph).__name__} can be removed.{reasons} Use weight_pruning, which masks "
+            "weights instead" + (", or shorten `exclude`." if exclude else ".")
         )
     return chosen, unprunable
 
@@ -115,7 +115,7 @@ def refuse_parametrized(graph: fx.GraphModule, method: str) -> None:
             )
         if isinstance(module, FakeQuantize) or parametrize.is_parametrized(module):
             raise InputError(
-                f"{name or 'the network'} is masked or quantized already, but channels must be removed first. "
+                f"{name or 'the network'} is already masked or quantized, but channels must be removed first. "
                 f"Write {method} in a stage before weight_pruning, ptq and qat."
             )
 

@@ -142,7 +142,7 @@ def removal_cost(
             )
         replacements = _means(graph, branches, batches) if means else {}
         changes = dict.fromkeys(branches, 0.0)
-        progress.start("change of the outputs without each branch", len(branches) * len(batches))
+        progress.start("effect of removing each residual branch", len(branches) * len(batches))
         for batch in batches:
             outputs = run(graph, batch.clone())
             for branch, live in _at_each_sum(graph, branches, batch):
@@ -152,8 +152,8 @@ def removal_cost(
                 progress.advance()
     if not all(map(math.isfinite, changes.values())):
         raise InputError(
-            "the change of the outputs without a branch is not finite. Use images and a network without NaN and "
-            "infinity, or write branches: 0."
+            "when a branch is removed, the change of the outputs is infinite or NaN. Check images and weights for NaN "
+            "and infinity, or write branches: 0."
         )
     return [change / count for change in changes.values()]
 

@@ -187,12 +187,12 @@ def insert_quantizers(
         method: the method's name, for error messages.
 
     Raises:
-        InputError: a pattern that matches nothing, no layer left, a network already quantized.
+        InputError: a pattern that matches nothing, no layer left, a network that is already quantized.
     """
     if any(isinstance(module, FakeQuantize) for module in graph.modules()):
         raise InputError(
-            "the network is quantized already. Write one of ptq, adaround, brecq and mixed_precision, then qat or lsq "
-            "if you want to train."
+            "the network is already quantized. Use only one of ptq, adaround, brecq and mixed_precision; to train "
+            "afterwards, add qat or lsq."
         )
     write_as_matrix_products(graph)
     known, weighted = correct_in_integers(graph, target.runtime), weighted_layers(graph)

@@ -40,7 +40,7 @@ def changes(before: str, recipe: Recipe) -> str:
 def _told(values: dict[str, Any], key: str, defaults: dict[str, Any] | None = None) -> str:
     if key in values:
         return _shown(values[key])
-    return f"the default {_shown(defaults[key])}" if defaults and key in defaults else "not written"
+    return f"the default {_shown(defaults[key])}" if defaults and key in defaults else "not set"
 
 
 def _shown(value: Any) -> str:

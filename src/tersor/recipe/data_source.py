@@ -43,7 +43,7 @@ class DataSource(PlainRecord):
         _Side | tuple[_Side, _Side] | None,
         Field(description="pixels of each side, or [height, width]; unchanged by default"),
     ] = None
-    channels: Annotated[int, Field(ge=1, description="3, 1 for grayscale images, or 4")] = 3
+    channels: Annotated[int, Field(ge=1, description="1 (grayscale), 3 (RGB) or 4")] = 3
     augment: Annotated[
         str | _Transforms,
         AfterValidator(lambda augment: _augmentation(augment) if isinstance(augment, str) else augment),
@@ -64,7 +64,9 @@ class DataSource(PlainRecord):
     def _check(self) -> Self:
         given = [key for key in _SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
-            raise InputError(f"data needs one of {', '.join(_SOURCES)}, got {' and '.join(given) or 'none'}.")
+            advice = "Keep one of them." if given else "Write one of them."
+            sources, found = ", ".join(_SOURCES), " and ".join(given) or "none"
+            raise InputError(f"data needs exactly one of {sources}, got {found}. {advice}")
         if (self.mean is None) != (self.std is None):
             present, missing = ("mean", "std") if self.std is None else ("std", "mean")
             raise InputError(f"data has `{present}` without `{missing}`. Write both `mean` and `std`, or neither.")
@@ -73,6 +75,6 @@ class DataSource(PlainRecord):
                 raise InputError(
                     f"data.{key} has {counted(len(values), 'number')}, and the images have "
                     f"{counted(self.channels, 'channel')}. Write {counted(self.channels, 'number')}"
-                    + (", or channels: 1 for gray images." if len(values) == 1 else ".")
+                    + (", or channels: 1 for grayscale images." if len(values) == 1 else ".")
                 )
         return self

@@ -100,7 +100,7 @@ class _Reader:
         if node.tag in _TEXT:
             return self.text(node.value, line)
         if not node.tag.startswith(_TAG):
-            self.complain(line, f"the tag {node.tag} is unknown. Possible: plain YAML, without tags.")
+            self.complain(line, f"the tag {node.tag} is not supported. Remove it: recipes are plain YAML.")
             return None
         try:
             value = self.yaml.constructor.construct_object(node)

@@ -105,8 +105,8 @@ def medians_note(numbers: Results) -> str:
     if not outside:
         return ""
     return (
-        f"The medians differ by {' and '.join(outside)}: the speed of the machine changed between rounds. The speedup "
-        "compares times of the same round."
+        f"The ratio of the medians is {' and '.join(outside)}, outside the interval of the speedup, because the speed "
+        "of the machine changed between rounds. The speedup compares only times of the same round."
     )
 
 

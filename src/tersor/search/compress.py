@@ -45,7 +45,10 @@ from tersor.tasks.multilabel import Multilabel
 
 _LARGE = 64
 """Image size from which latency is measured at batch 32 instead of 128."""
-_LONGER = "The minutes (`--time`) are the total time: to search longer, repeat the same call with more minutes."
+_LONGER = (
+    "`minutes` (`--time`) is the total search time, earlier runs included: to search longer, repeat the same call with "
+    "a larger value."
+)
 _MEMORY = "Close other programs, or use smaller images or a smaller network."
 
 
@@ -163,8 +166,8 @@ def _names_of(students: object) -> tuple[str, ...]:
     names = _listed("students", students, "names")
     if other := [each for each in names if not isinstance(each, str)]:
         raise InputError(
-            f"students has a {type(other[0]).__name__}. Pass names, such as 'my_networks.py:build': a student is built "
-            "anew for each training run."
+            f"students contains a {type(other[0]).__name__}. Pass names, such as 'my_networks.py:build': a student is "
+            "built anew for each training run."
         )
     return names
 

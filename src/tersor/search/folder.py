@@ -156,7 +156,7 @@ class SearchFolder:
         except Timeout:
             raise InputError(
                 f"another search is running in {self.path}. Wait until it ends, or choose another folder with "
-                "out (`--out`)."
+                "out=... (`--out`)."
             ) from None
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}.") from error

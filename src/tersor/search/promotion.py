@@ -76,7 +76,7 @@ def why_not_trained(search: Search, record: Record) -> str:
     """Why a surveyed candidate was not trained, in words."""
     free = min(point.mean_ms for point in search.points if point.free)
     if not improvable(search, record):
-        return "not trained: its metric has not dropped"
+        return "not trained: its metric has not dropped, so there is nothing for training to recover"
     if _fixed(search, record.point):
         return "not trained: it exceeds a latency or size limit, which training does not change"
     smaller = search.budget.megabytes is not None and record.of.bits != "8"
@@ -85,7 +85,8 @@ def why_not_trained(search: Search, record: Record) -> str:
     if not search.folder.state.rungs:
         return "not trained: there was no time for it"
     count = len(search.folder.state.rungs[0].members)
-    return f"not trained: there was time for {counted(count, 'candidate')}, chosen evenly over the range of latencies"
+    candidates = counted(count, "candidate")
+    return f"not trained: there was time for only {candidates}, chosen evenly over the range of latencies"
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:

@@ -15,9 +15,10 @@ _NOISY = 0.15
 def describe_range(search: Search) -> list[str]:
     """Lines that show the feasible range, the budget, the seconds of a training step, and the time plan."""
     state = search.folder.state
+    meaning = "± is half the width of the 95 % interval of a latency"
     lines = [
         *_validation(search),
-        "free baselines: the original in float and 8 bits, not trained further; ±: half of a latency's 95 % interval",
+        f"free baselines: the original in float and 8 bits, not trained further; {meaning}",
     ]
     for point in state.baselines:
         lacking = shortfall(point, search.budget, search.reference)
@@ -29,7 +30,7 @@ def describe_range(search: Search) -> list[str]:
     if noise > _NOISY:
         lines.append(
             f"warning: latencies are uncertain by up to {100 * noise:.0f} %, probably because other processes use the "
-            "processor. Stop them and start again with another folder: the search compares latencies."
+            "processor. Stop them, and start the search again in another folder: it chooses networks by latency."
         )
     step, left = state.costs.step, max(0.0, search.clock.left)
     reserve = min(left, search.reserve())

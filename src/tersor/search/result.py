@@ -42,7 +42,9 @@ class Choice:
         if path.suffix != ".onnx" or not path.parent.is_dir():
             raise InputError(f"cannot write {path}. Possible: an .onnx file in an existing folder.")
         if not self.file.is_file():
-            raise InputError(f"{self.file} is missing: the folder of the search is not complete.")
+            raise InputError(
+                f"{self.file} is missing from the folder of the search. Copy the folder again, or choose another point."
+            )
         try:
             with replacing(path) as partial:
                 shutil.copyfile(self.file, partial)
@@ -146,8 +148,8 @@ class Result:
         hint = f" Did you mean {similar}?" if similar else ""
         others = f" report.html has {len(points) - len(shown)} more." if len(points) > len(shown) else ""
         raise InputError(
-            f"{self.folder} has no point '{name}'.{hint} Points of the front and free baselines: {', '.join(shown)}."
-            f"{others}"
+            f"{self.folder} has no point '{name}'.{hint} Points of the Pareto front, and baselines that need no "
+            f"search: {', '.join(shown)}.{others}"
         )
 
 

@@ -93,7 +93,7 @@ def last_line(front: Front, folder: Path) -> str:
     gain = ", ".join(_speedups(front)) or "the speedup was not measured"
     if best.free:
         found = _nothing_found(front)
-        gain = f"a free baseline: {found[0].lower()}{found[1:]}"
+        gain = f"a baseline that needs no search, chosen because {found[0].lower()}{found[1:]}"
     if not front.met:
         gain = f"the budget is not met: {front.shortfall}"
     elsewhere, model = faster_elsewhere(front), str(folder / MODEL)
@@ -189,8 +189,8 @@ def test_use(front: Front) -> str:
     told = f"{front.test_images} test images were used {times}: {'; '.join(uses)}."
     if front.tests_chose:
         told += (
-            " The validation images are the other half of the test set, because the original was trained on the images "
-            "held out from training."
+            " The validation images are the other half of the test set, because the original had already been trained "
+            "on the images that this search held out."
         )
     return told
 
@@ -201,7 +201,7 @@ def _speedups(front: Front) -> list[str]:
     for size, ratio in front.speedup.items():
         gains.setdefault(ratio.baseline, []).append(f"{describe_speedup(ratio)} at batch {size}")
     return [
-        f"{' and '.join(texts)} compared with {_named(front, name)}, the fastest free baseline"
+        f"{' and '.join(texts)} compared with {_named(front, name)}, the fastest baseline that needs no search"
         for name, texts in gains.items()
     ]
 

@@ -151,7 +151,7 @@ class Workers:
         except self._ray.exceptions.RayTaskError:  # an error in the code of a worker
             raise
         except self._ray.exceptions.RayError as error:
-            return LostWorkerError(f"the worker process died twice during its training: {_last_line(error)}")
+            return LostWorkerError(f"the worker process died twice while training this candidate: {_last_line(error)}")
         if outcome.error:
             return InputError(outcome.error)
         write_folder(self._folder / candidate.name, outcome.files)
@@ -213,7 +213,7 @@ def _threads(ray: ModuleType, placement: Placement) -> int:
             return threads
     raise InputError(
         f"workers is {placement.workers}, but the cluster at {placement.address} has {counted(sum(cores), 'core')}. "
-        "Write fewer workers."
+        "Use fewer workers."
     )
 
 
@@ -229,7 +229,7 @@ def _ready(ray: ModuleType, actors: Sequence[Any]) -> list[Any]:
         ) from error
     if not done:
         raise InputError(
-            f"no worker has started after {_START_SECONDS:.0f} s: the cores of the cluster are in use. Write fewer "
+            f"no worker has started after {_START_SECONDS:.0f} s: the cores of the cluster are in use. Use fewer "
             "workers, or wait."
         )
     return [actor for actor, call in zip(actors, calls, strict=True) if call in done]

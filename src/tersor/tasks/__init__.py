@@ -52,7 +52,9 @@ def build(task: str | Task, **parameters: Any) -> Task:
     missing = [name for name in ("loss", "score") if getattr(type(made), name) is getattr(Task, name)]
     missing += [] if hasattr(made, "metric") else ["metric"]
     if missing:
-        raise InputError(f"the task {type(made).__name__} has no {' and no '.join(missing)}, which every task defines.")
+        raise InputError(
+            f"the task {type(made).__name__} has no {' and no '.join(missing)}, which every task must define."
+        )
     return made
 
 

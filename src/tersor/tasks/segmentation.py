@@ -66,7 +66,7 @@ class Segmentation(Task):
         return self._iou(required(pairs, self), classes)
 
     def agreement(self, predictions: Any, reference: Any) -> Tensor:
-        """The share of pixels of the same class of each image (N,)."""
+        """For each image (N,), the share of pixels with the same class."""
         return (predictions == reference).double().flatten(1).mean(1)
 
     def check_masks(self, targets: Tensor, images: int, classes: int | None) -> None:

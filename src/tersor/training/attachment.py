@@ -84,7 +84,7 @@ class Attachment:
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Training state in addition to the buffers of model and terms; snapshots contain it, so that a run resumes."""
+        """Training state besides the buffers of model and terms; snapshots contain it, so that a run can be resumed."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

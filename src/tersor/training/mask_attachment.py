@@ -30,7 +30,10 @@ from tersor.training.objective import LossTerm
 
 MaskedLayers = Annotated[
     tuple[str, ...],
-    Field(description="patterns; default: all convolutions, or all fully connected layers if there is no convolution"),
+    Field(
+        description="patterns of the layers to mask; default: all convolutions, or all fully connected layers if there "
+        "is no convolution"
+    ),
 ]
 """The parameter `layers` of the methods that mask weights."""
 
@@ -58,14 +61,14 @@ def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -
         method: name of the method in error messages.
 
     Raises:
-        InputError: a weight is quantized already, or there is no such gradient.
+        InputError: a weight is already quantized, or there is no such gradient.
     """
     if gradient not in get_args(Gradient):
         raise unknown("gradient of a mask", str(gradient), get_args(Gradient))
     for name, layer in layers.items():
         if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layer)):
             raise InputError(
-                f"the weight of {name} is quantized already, but masks come before quantizers. "
+                f"the weight of {name} is already quantized, but masks come before quantizers. "
                 f"Write {method} before ptq and qat."
             )
     for layer in layers.values():

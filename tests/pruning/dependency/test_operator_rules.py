@@ -116,7 +116,7 @@ FROZEN = {
     "cumulative sum": (lambda x: x.cumsum(1), "combines them"),
     "every second": (lambda x: x[:, 1::2], "slices them with a step of 2"),
     "one": (lambda x: x[:, 3], "selects one of them by its index"),
-    "by index": (lambda x: x[:, [1, 3]], "no rule"),
+    "by index": (lambda x: x[:, [1, 3]], "an operator that"),
     "unbound": (lambda x: x.unbind(1)[0] - x.unbind(1)[1], "unbinds them"),
     "roll": (lambda x: x.roll(1, 1), "moves them"),
     "flip": (lambda x: x.flip([1]), "moves them"),
@@ -124,14 +124,14 @@ FROZEN = {
     "reflected": (lambda x: F.pad(tokens(x), (1, 1), "reflect"), "pads them"),
     "cropped": (lambda x: F.pad(x, (0, 0, 0, 0, -1, 0)), "pads them"),
     "pairs": (lambda x: (x.flatten(2) @ tokens(x)).flatten(1), "merges two dimensions of channels"),
-    "norm over all": (lambda x: F.layer_norm(x, (8, 4, 4)), "no rule"),
-    "product with a vector": (lambda x: tokens(x) @ torch.arange(8.0), "no rule"),
+    "norm over all": (lambda x: F.layer_norm(x, (8, 4, 4)), "an operator that"),
+    "product with a vector": (lambda x: tokens(x) @ torch.arange(8.0), "an operator that"),
     "pooled": (lambda x: F.max_pool1d(tokens(x), 2), "pools them"),
     "product with a fixed size": (lambda x: tokens(x) @ torch.ones(8, 2), "combines them with a tensor of fixed size"),
-    "sorted": (lambda x: x.sort(1).values, "no rule"),
+    "sorted": (lambda x: x.sort(1).values, "an operator that"),
     "grouped transposed": (nn.ConvTranspose2d(8, 8, 2, groups=2), "is a grouped transposed convolution"),
-    "layer norm over all": (nn.LayerNorm((8, 4, 4)), "no rule"),
-    "response norm": (nn.LocalResponseNorm(2), "no rule"),
+    "layer norm over all": (nn.LayerNorm((8, 4, 4)), "an operator that"),
+    "response norm": (nn.LocalResponseNorm(2), "an operator that"),
 }
 
 

@@ -113,7 +113,8 @@ class ChannelPropagation:
 
     def freeze(self, call: Call, reason: str = "") -> Any:
         """Freeze every input of a call; its output has no ids."""
-        reason = reason or f"they go into {call.node.name} ({call.name}), for which there is no rule"
+        if not reason:
+            reason = f"they go into {call.node.name} ({call.name}), an operator that channel removal does not support"
         for tensor in call.tensors:
             for ids in tensor.ids:
                 self.sets.freeze(ids, reason)
@@ -164,7 +165,7 @@ def _value(propagation: ChannelPropagation, node: fx.Node, rule_of: Callable[[Ca
     try:
         return rule_of(call)(propagation, call)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"they go into {node.name} ({call.name}) in a way that its rule does not cover: {error}"
+        reason = f"they go into {node.name} ({call.name}) in a way that channel removal does not support: {error}"
         return propagation.freeze(call, reason)
 
 

@@ -57,7 +57,8 @@ class RemovalCheck:
             else:
                 before[node] = _zero_removed(run_node(self.graph, node, before), remaining[node])
             if not _allclose(_select(before[node], remaining[node]), after[other]):
-                return node, f"the output of {node.name} without some of them is not the output with these set to zero"
+                effect = f"does not have the same effect on the output of {node.name} as setting them to zero"
+                return node, f"removing some of them {effect}"
             for read in last_uses.get(node, ()):
                 del before[read]
                 after.pop(partner[read], None)
