@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,68 @@ def test_outputs_in_any_container_keep_their_size(kind):
     assert [each.shape for each in after] == [each.shape for each in before]
     assert pruned.second.out_channels < 16
     assert pruned.head.out_features == 10
+
+
+@dataclass
+class Result:
+    logits: torch.Tensor
+    features: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+@dataclass
+class Results:
+    main: Result
+
+
+class Unknown:
+    """Holds tensors where torch cannot find them."""
+
+    def __init__(self, logits, features):
+        self.logits, self.features = logits, features
+
+
+class Returns(Parts):
+    def __init__(self, container):
+        super().__init__()
+        self.container = container
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.container(self.logits(x), x)
+
+
+@pytest.mark.parametrize(
+    ("container", "names"),
+    [
+        (Result, ["logits", "features"]),
+        (lambda *found: Results(Result(*found)), ["main.logits", "main.features"]),
+        (
+            lambda logits, features: (logits, Result(logits, features)),
+            ["output_0", "output_1.logits", "output_1.features"],
+        ),
+    ],
+)
+def test_dataclasses_are_outputs(container, names, tmp_path):
+    model = Returns(container).eval()
+    quantized = tersor.quantize(model, IMAGES)
+    assert type(quantized(IMAGES)) is type(model(IMAGES))
+    file = onnx.load(tersor.export(quantized, IMAGES, tmp_path / "m.onnx"))
+    assert [each.name for each in file.graph.output] == names
+
+
+def test_a_student_may_return_a_dataclass():
+    student = Returns(Result)
+    before = student.head.weight.clone()
+    tersor.distill(student, Returns(Result).eval(), [(IMAGES, torch.arange(4))] * 2, learning_rate=0.1)
+    assert not torch.equal(student.head.weight, before)
+
+
+def test_an_object_with_tensors_is_explained():
+    with pytest.raises(
+        InputError, match=r"it returns a Unknown, which .*\. Return tensors in a tuple, list, dict, named"
+    ):
+        capture(Returns(Unknown).eval(), IMAGES)
 
 
 class SpecialForOne(Parts):

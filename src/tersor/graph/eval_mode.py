@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from tersor.core.errors import InputError
 from tersor.data.batch import images_of
 from tersor.data.network_inputs import NetworkInput, TensorInputs, tensors_of
 from tersor.graph.forward_call import run, specs_of
+from tersor.tasks.network_outputs import named_entries
 
 _CHANNELS = re.compile(r"expected input\[[\d, ]*\] to have (\d+) channels, but got (\d+) channels")
 
@@ -143,18 +144,20 @@ def required_inputs(model: nn.Module) -> list[str]:
 
 
 def tensors_in(outputs: Any) -> list[Tensor]:
-    """The tensors in the outputs of a network: a tensor, or those in a tuple, list or dict."""
+    """The tensors in the outputs of a network: a tensor, or those in a tuple, list, dict or dataclass."""
     if isinstance(outputs, Tensor):
         return [outputs]
-    if isinstance(outputs, Mapping):
-        outputs = list(cast("Mapping[Any, Any]", outputs).values())
+    entries = named_entries(outputs)
+    if entries is not None:
+        outputs = list(entries.values())
     return [found for each in outputs for found in tensors_in(each)] if isinstance(outputs, list | tuple) else []
 
 
 def only_tensors(outputs: Any) -> bool:
     """Whether the outputs are tensors, None, and containers of these, and nothing else."""
-    if isinstance(outputs, Mapping):
-        outputs = list(cast("Mapping[Any, Any]", outputs).values())
+    entries = named_entries(outputs)
+    if entries is not None:
+        outputs = list(entries.values())
     if isinstance(outputs, list | tuple):
         return all(only_tensors(each) for each in cast("list[Any]", outputs))
     return outputs is None or isinstance(outputs, Tensor)

@@ -32,6 +32,7 @@ from tersor.graph.plain_attention import with_plain_attention
 from tersor.graph.plain_checkpointing import without_checkpointing
 
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n\s+(.+)')
+_UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+?)'> in output, which is not a known type")
 _OTHER_BATCH = 5
 """Images of a second recording; the first has two, and the captured graph is compared on one and on three."""
 _CONVERSIONS = {"to", "type_as", "_to_copy"}
@@ -173,6 +174,9 @@ def refusal_reason(error: BaseException) -> str:
     if "fake tensor in the exported program" in reason:
         reason = "it assigns to the values of its parameters or buffers (.data)"
         way_out = "Write values into buffers with copy_(), and change no parameter in the forward method."
+    if unknown := _UNKNOWN_OUTPUT.search(reason):
+        reason = f"it returns a {unknown[1].rpartition('.')[2]}, which may hold tensors that torch cannot find"
+        way_out = "Return tensors in a tuple, list, dict, named tuple or dataclass."
     if "Could not guard on data-dependent" in reason or "data-dependent" in type(error).__name__.lower():
         reason = "it branches on the values of a tensor"
     return f"{reason[:300]}{_place(error)}. {way_out}".rstrip()
@@ -194,7 +198,7 @@ def _frames(stack_trace: str) -> list[tuple[str, int, str]]:
 
 
 def _innermost(frames: list[tuple[str, int, str]]) -> str:
-    frames = [frame for frame in frames if not frame[0].startswith(_TERSOR)]
+    frames = [frame for frame in frames if not frame[0].startswith(_TERSOR) and frame[0] != "<string>"]
     own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and "/lib/python" not in frame[0]]
     inside = [frame for frame in frames if "/torchvision/" in frame[0] or "/site-packages/" in frame[0]]
     inside = [frame for frame in inside if "/site-packages/torch/" not in frame[0]]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from tersor.data.network_inputs import NetworkInput, TensorInputs, by_name, tensors_of
 
@@ -69,8 +70,22 @@ def run(network: Any, inputs: NetworkInput, *others: Any) -> Any:
     """The outputs of a network for images, or several tensors; `others` are further positional arguments."""
     with nullcontext() if isinstance(network, fx.GraphModule) else _ViewOrCopy():
         if isinstance(inputs, TensorInputs):
-            return network(*inputs.args, *others, **inputs.kwargs)
-        return network(inputs, *others)
+            outputs = network(*inputs.args, *others, **inputs.kwargs)
+        else:
+            outputs = network(inputs, *others)
+    _register_dataclasses(outputs)
+    return outputs
+
+
+def _register_dataclasses(outputs: Any) -> None:
+    """Make dataclasses in the outputs known to torch, as tuples and dicts are: their tensors are outputs, too."""
+    if isinstance(outputs, Tensor):
+        return
+    for leaf in tree_leaves(outputs):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            _register_dataclasses(outputs)
+            return
 
 
 def input_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -75,7 +75,8 @@ def to_export(model: nn.Module, images: NetworkInput, name: str) -> nn.Module:
     network = plain_copy(model, name)
     outputs = check_forward(name, network, images)
     if not only_tensors(outputs):
-        raise InputError(f"{name} returns {described(outputs)}. Possible: tensors, also in tuples, lists and dicts.")
+        possible = "tensors, also in tuples, lists, dicts and dataclasses"
+        raise InputError(f"{name} returns {described(outputs)}. Possible: {possible}.")
     return network
 
 

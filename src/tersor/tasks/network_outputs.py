@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -26,23 +27,32 @@ def logits_in(outputs: Any, rank: int | None = None, names: tuple[str, ...] = ("
     """
     if isinstance(outputs, Tensor):
         return outputs
-    if isinstance(outputs, Mapping):
-        entries = cast("Mapping[Any, Any]", outputs)
-        for name in names:
-            if isinstance(entries.get(name), Tensor):
-                return entries[name]
+    entries = named_entries(outputs) or {}
+    for name in names:
+        if isinstance(entries.get(name), Tensor):
+            return entries[name]
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     fitting = leaves if len(leaves) == 1 else [leaf for leaf in leaves if leaf.ndim == rank]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def named_entries(outputs: Any) -> Mapping[Any, Any] | None:
+    """The entries of a dict or a dataclass; None for anything else."""
+    if isinstance(outputs, Mapping):
+        return cast("Mapping[Any, Any]", outputs)
+    if is_dataclass(outputs) and not isinstance(outputs, type):
+        return {each.name: getattr(outputs, each.name) for each in fields(outputs)}
+    return None
 
 
 def described(outputs: Any) -> str:
     """The outputs in words: a shape, or the entries of a container."""
     if isinstance(outputs, Tensor):
         return f"shape {tuple(outputs.shape)}"
-    if isinstance(outputs, Mapping):
-        entries = cast("Mapping[Any, Any]", outputs).items()
-        return f"a {type(outputs).__name__} with {', '.join(f'{key} ({described(each)})' for key, each in entries)}"
+    entries = named_entries(outputs)
+    if entries is not None:
+        shown = ", ".join(f"{key} ({described(each)})" for key, each in entries.items())
+        return f"a {type(outputs).__name__} with {shown}"
     if isinstance(outputs, list | tuple):
         return f"a {type(outputs).__name__} of {', '.join(described(each) for each in outputs)}"
     return f"a {type(outputs).__name__}"
