@@ -105,8 +105,8 @@ def prune(
 ) -> nn.Module:
     """Remove channels from a copy of a trained network; the remaining weights and BatchNorm statistics are refitted.
 
-    A `CompressionWarning` is issued if the result would train otherwise than the network: without stochastic depth,
-    without a custom `train()`, or with other gradients than those of a custom `backward()`.
+    A `CompressionWarning` is issued if the result would behave differently from the network in later training: without
+    stochastic depth, without its custom `train()`, or with gradients other than those of its custom `backward()`.
 
     Args:
         model: a trained network; it is not changed.

@@ -255,7 +255,7 @@ def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     assert out_of_reach == f"Size: no network reached 0.1 MB; the smallest is {small.description} with 0.150 MB."
     search.points = [search.original, small.model_copy(update={"bytes": 100_000})]
     assert finish.advice(search, search.original) == [
-        "No measured network is closer to the budget. Raise more than one limit."
+        "No measured network is closer to the budget than this one. Raise more than one limit."
     ]
     search.points = [search.original.model_copy(update={"bytes": 100_000})]
     assert finish.advice(search, search.points[0]) == []

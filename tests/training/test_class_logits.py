@@ -119,8 +119,8 @@ LOGITS, PIXELS = torch.randn(2, 3), torch.randn(2, 3, 4, 4)
         (DIST(), "segmentation", (PIXELS, PIXELS), None, r"dist .* has none in the outputs of the student \(a tup"),
         (DKD(), "embedding", LOGITS, None, "dkd .* the task embedding has none. Write fitnet"),
         (DKD(), "multilabel", LOGITS, None, "dkd .* the task multilabel has any number .* Write soft_targets or dist"),
-        (DKD(), "segmentation", PIXELS, [1, 2], "dkd needs the class of every position.* the targets are a list"),
-        (DKD(), "segmentation", PIXELS, torch.rand(2, 4, 4), r"the targets are shape \(2, 4, 4\)"),
+        (DKD(), "segmentation", PIXELS, [1, 2], "dkd needs one class index for each position.* Given targets: a list"),
+        (DKD(), "segmentation", PIXELS, torch.rand(2, 4, 4), r"Given targets: shape \(2, 4, 4\)"),
         (SoftTargets(standardize=True), "multilabel", LOGITS, None, "multilabel. Write standardize: false"),
         (DCIL(), "regression", LOGITS, None, "dcil .* the task regression has none. Write mutual: false"),
     ],
@@ -174,7 +174,7 @@ def test_the_check_draws_no_random_numbers():
 
 def test_targets_of_another_shape_than_the_positions_are_an_error_of_the_step():
     student, teacher = drawn((2, 5, 7))
-    with pytest.raises(InputError, match=r"the targets are shape \(2, 3\)"):
+    with pytest.raises(InputError, match=r"Given targets: shape \(2, 3\)"):
         DecoupledTerm(DKD())(Batch(torch.zeros(2), torch.zeros(2, 3).long()), student, teacher)
 
 

@@ -8,10 +8,11 @@ Networks via Attention Transfer", ICLR 2017.
     paper   L = sum over the layers of beta / 2 * mean over N of ||Q(A_student) - Q(A_teacher)||_2,
             beta = loss_weight / (H * W)
 
-The paper uses the norm, its code the mean of the squares. The paper's beta of 0.1 is the code's 1000 divided by the
-sizes of map and batch, so `loss_weight` has the same meaning for both. p = 1 is the sum of absolute values; the code
-uses p = 2. Maps of different sizes are pooled to the smaller one, as in later implementations (RepDistiller); the paper
-has no such maps. The authors reset the momentum at every drop of the learning rate; here it is kept.
+The paper uses the norm, its code the mean of the squares. The paper's beta is 1000 divided by the number of positions
+in a map and by the batch size. Here the mean over N takes the place of the batch size, so `loss_weight` has the same
+meaning in both modes. p = 1 is the sum of absolute values; the code uses p = 2. Maps of different sizes are pooled
+to the smaller one, as in later implementations (RepDistiller); the paper has no such maps. The authors reset the
+momentum at every drop of the learning rate; here it is kept.
 
 It works with any task and any outputs of the network, because only outputs of layers are compared.
 """

@@ -13,8 +13,8 @@ negatives from other classes; here they are drawn from all images, which is the 
 code. The features are the pooled feature map of the named layer.
 
 It works with any task and any outputs of the network, because no label is used. Each image has one embedding, computed
-from its features averaged over the pixels. For masks and boxes, `fitnet` and `attention_transfer` also compare
-positions.
+from its features averaged over the pixels. For segmentation and detection, `fitnet` and `attention_transfer` compare
+the features position by position.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class WeightPruning:
                 raise InputError(
                     f"importance: batchnorm needs a BatchNorm with a scale after {name}, but there is none. Set "
                     "`layers` to layers that are followed by one, or use another importance: "
-                    f"{', '.join(IMPORTANCES)}."
+                    f"{', '.join(each for each in IMPORTANCES if each != 'batchnorm')}."
                 )
         insert_masks(layers, "masked", "weight_pruning")
         return WeightPruningAttachment(self, model, layers, context, norms, notes)

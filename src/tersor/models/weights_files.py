@@ -97,8 +97,8 @@ def _read_checkpoint(path: Path, start: bytes) -> object:
 
 def _refused(path: Path, content: str) -> InputError:
     return InputError(
-        f"'{path}' holds {content}, and is refused because reading it would run code from the file. Load the network "
-        "where you trust the file, and save only its weights: safetensors.torch.save_file(model.state_dict(), "
+        f"'{path}' holds {content}, and is refused because reading it would run code from the file. If you trust the "
+        "file, load the network yourself and save only its weights: safetensors.torch.save_file(model.state_dict(), "
         "'weights.safetensors'), or torch.save(model.state_dict(), 'weights.pt')."
     )
 

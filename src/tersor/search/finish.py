@@ -31,6 +31,7 @@ _MOST_TIMED = 3
 _LARGER = 5
 """The advice names a larger drop up to this multiple of the allowed one, or one point more if that is larger."""
 _MORE_TIME = 3
+_NONE_CLOSER = "No measured network is closer to the budget than this one. Raise more than one limit."
 """The advice predicts the drop after this multiple of the search time."""
 
 
@@ -156,7 +157,7 @@ def advice(search: Search, best: Point) -> list[str]:
         *_another_runtime(search),
     ]
     met = not violations(best, search.budget, search.reference)
-    return lines if lines or met else ["No measured network is closer to the budget. Raise more than one limit."]
+    return lines if lines or met else [_NONE_CLOSER]
 
 
 def _out_of_reach(search: Search, best: Point) -> list[str]:

@@ -175,6 +175,7 @@ def _class_numbers(targets: Any, logits: Tensor) -> Tensor:
 
 def _no_class_numbers(targets: Any, method: str = "dkd") -> InputError:
     return InputError(
-        f"{method} needs the class of every position, integers (N,) for logits (N, classes) and (N, H, W) for logits "
-        f"(N, classes, H, W); the targets are {described(targets)}. Write soft_targets or dist, which need no class."
+        f"{method} needs one class index for each position: integers of shape (N,) for logits (N, classes), or "
+        f"(N, H, W) for logits (N, classes, H, W). Given targets: {described(targets)}. Write soft_targets or dist, "
+        "which need no class."
     )
