@@ -119,8 +119,8 @@ def _input_format(file: Path, session: Session, images: NetworkInput) -> Callabl
     if "mean" not in told or "std" not in told:
         raise InputError(
             f"{file} takes uint8 pixels, but the batches are {images.dtype}, and its metadata does not contain the "
-            "normalization. Export it again with tersor.export(..., pixels=(mean, std)), which stores it, or pass batches "
-            "of uint8 pixels and an original that takes them too."
+            "normalization. Export it again with tersor.export(..., pixels=(mean, std)), which stores it, or pass "
+            "batches of uint8 pixels and an original that takes them too."
         )
 
     def arrays(batch: NetworkInput) -> FileArrays:

@@ -31,8 +31,8 @@ _MOST_TIMED = 3
 _LARGER = 5
 """The advice names a larger drop up to this multiple of the allowed one, or one point more if that is larger."""
 _MORE_TIME = 3
-_NONE_CLOSER = "No measured network is closer to the budget than this one. Raise more than one limit."
 """The advice predicts the drop after this multiple of the search time."""
+_NONE_CLOSER = "No measured network is closer to the budget than this one. Raise more than one limit."
 
 
 def write_front(search: Search, *, finished: bool) -> Front:
