@@ -415,6 +415,19 @@ def test_lines_in_a_file_are_not_folded(capfd):
     assert line in capfd.readouterr().out.splitlines()
 
 
+def test_what_a_network_prints_is_not_in_the_json_document(monkeypatch, capsys):
+    def methods() -> None:
+        print("my network says hello")  # noqa: T201
+        cli.print_json({"answer": 1})
+
+    monkeypatch.setattr(cli, "app", methods)
+    monkeypatch.setattr(sys, "argv", ["tersor", "methods", "--json"])
+    cli.main()
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"answer": 1}
+    assert "hello" in printed.err
+
+
 def test_methods_as_json(monkeypatch, capfd):
     assert tersor(monkeypatch, "methods", "--json") == 0
     told = json.loads(capfd.readouterr().out)

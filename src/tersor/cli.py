@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from tersor.cli_output import (
     ChangedValues,
     Document,
     RecipeFile,
+    only_json_on_stdout,
     plain_console,
     print_json,
     say,
@@ -228,7 +230,8 @@ def main() -> None:
         str(Path.cwd())
     )  # last, so that a `package.module:function` in the working directory shadows nothing
     try:
-        with enough_memory("Close other programs, or use fewer or smaller images."):
+        json = only_json_on_stdout() if "--json" in sys.argv else nullcontext()
+        with json, enough_memory("Close other programs, or use fewer or smaller images."):
             app()  # exit code 130 after Ctrl-C
     except InputError as error:
         # a lost process is reported by every remaining one

@@ -42,6 +42,11 @@ MaxDrop = Annotated[
     float | None, typer.Option(parser=_points, metavar="<float>", help="largest allowed drop of the metric, in points")
 ]
 
+Latencies = Annotated[
+    list[str] | None,
+    typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms; can be repeated"),
+]
+
 
 def compress(
     model: Annotated[
@@ -50,9 +55,7 @@ def compress(
     data: Annotated[str, typer.Option(help="image folder, CSV file, data set or file.py:function", show_default=False)],
     weights: Annotated[Path, typer.Option(help="weights of the trained network", show_default=False)],
     max_drop: MaxDrop = None,
-    latency: Annotated[
-        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms")
-    ] = None,
+    latency: Latencies = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     runtime: Annotated[Runtime, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
     task: Annotated[
@@ -94,9 +97,8 @@ def compress(
     from tersor.search.compression_budget import Budget, parse_latency, parse_size, parse_time
 
     console = plain_console()
-    budget = Budget(
-        max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None, parse_time(time)
-    )
+    megabytes = None if size is None else parse_size(size)
+    budget = Budget(max_drop, parse_latency(latency or []), megabytes, parse_time(time))
     means, deviations, sides = numbers("--mean", mean), numbers("--std", std), read_size(image_size)
 
     with Bars(console) as bars:

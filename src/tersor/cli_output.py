@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 Document = Literal["recipe", "results", "eval", "bench", "pick", "sensitivity", "methods"]
 RecipeFile = Annotated[Path, typer.Argument(help="recipe file (YAML)", show_default=False)]
 ChangedValues = Annotated[list[str] | None, typer.Option("--set", help="override a value: stages.0.epochs=3")]
+_stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 _INTERRUPTED = 130
 _SHOWN = 10
 _SPARSE = 0.001
@@ -135,7 +138,23 @@ def print_json(value: Any) -> None:
     """Print a record, or a list or mapping of records, as one JSON document on stdout."""
     from pydantic_core import to_json
 
-    sys.stdout.write(to_json(value, indent=1).decode() + "\n")
+    write_document(to_json(value, indent=1).decode() + "\n")
+
+
+def write_document(text: str) -> None:
+    """Write a JSON document to stdout."""
+    (_stdout.get() or sys.stdout).write(text)
+
+
+@contextmanager
+def only_json_on_stdout() -> Generator[None]:
+    """Context in which only JSON documents are written to stdout. What a user's network or data set prints goes to stderr."""
+    token = _stdout.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout.reset(token)
 
 
 def described_input(file: Path) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tersor.cli_compress import MaxDrop, front_tables
+from tersor.cli_compress import Latencies, MaxDrop, front_tables
 from tersor.cli_output import described_input, plain_console, print_json, show
 from tersor.core.errors import InputError
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def pick(
     folder: Annotated[Path, typer.Argument(help="folder that `tersor compress` wrote", show_default=False)],
     max_drop: MaxDrop = None,
-    latency: Annotated[
-        str | None, typer.Option(help="latency limit per batch size: 1:2ms,128:8ms; 2ms means 1:2ms")
-    ] = None,
+    latency: Latencies = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     point: Annotated[str | None, typer.Option(metavar="NAME", help="name of a point, instead of limits")] = None,
     out: Annotated[Path | None, typer.Option(help="ONNX file to write; it must not exist")] = None,
@@ -36,8 +34,8 @@ def pick(
 
     front = read_front(folder)
     own, budget = Budget.of_numbers(front.limits), None
-    if max_drop is not None or latency or size:
-        budget = Budget(max_drop, parse_latency(latency) if latency else {}, parse_size(size) if size else None)
+    if max_drop is not None or latency or size is not None:
+        budget = Budget(max_drop, parse_latency(latency or []), None if size is None else parse_size(size))
     choice = Result(folder, front).pick(budget, point=point)
     if out:
         _write(choice, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,7 @@ from tersor.cli_output import (
     results_tables,
     show,
     stop_interrupted,
+    write_document,
 )
 from tersor.core.errors import InputError
 from tersor.progress_bars import Bars
@@ -61,7 +61,7 @@ def run(
         numbers = (out / "numbers.json").read_text()
         _print(numbers, out, console)
         if as_json:
-            sys.stdout.write(numbers)
+            write_document(numbers)
 
 
 def _run(

@@ -307,7 +307,16 @@ def test_plain_arguments_are_checked_before_torch_is_imported(monkeypatch, capfd
 
 
 def test_a_latency_without_batch_size_is_that_of_batch_1():
-    assert str(Budget(latency_ms=parse_latency("2ms"))) == "2 ms at batch 1"
+    assert str(Budget(latency_ms=parse_latency(["2ms"]))) == "2 ms at batch 1"
+
+
+def test_latency_limits_may_be_one_option_or_several():
+    assert parse_latency(["1:2ms,128:8ms"]) == parse_latency(["2ms", "128:8ms"]) == {1: 2.0, 128: 8.0}
+    assert parse_latency([]) == {}
+    with pytest.raises(InputError, match="the latency has two limits for batch size 1"):
+        parse_latency(["2ms", "1:3ms"])
+    with pytest.raises(InputError):
+        parse_latency([""])
 
 
 def test_the_other_commands_find_the_files_of_a_search(without_time):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,18 +85,22 @@ def _check(name: str, value: object, possible: str, *, zero: bool = False) -> No
         raise InputError(f"{name} is {value!r}. Write {possible}.")
 
 
-def parse_latency(text: str) -> dict[int, float]:
-    """Milliseconds by batch size from `1:2ms,128:8ms`; `2ms` alone means batch size 1.
+def parse_latency(texts: Sequence[str]) -> dict[int, float]:
+    """Milliseconds by batch size from texts such as `1:2ms,128:8ms`; `2ms` alone means batch size 1.
 
     Raises:
-        InputError: the text does not have this form.
+        InputError: a text does not have this form, or a batch size has two limits.
     """
     limits: dict[int, float] = {}
-    for part in text.split(","):
-        size, colon, limit = part.rpartition(":")
-        if colon and not size.strip().isdecimal():
-            raise InputError(f"the latency is {text!r}. Write batch sizes and times: 1:2ms,128:8ms.")
-        limits[int(size) if colon else 1] = _quantity("latency", limit, _LATENCIES, "1:2ms,128:8ms")
+    for text in texts:
+        for part in text.split(","):
+            size, colon, limit = part.rpartition(":")
+            if colon and not size.strip().isdecimal():
+                raise InputError(f"the latency is {text!r}. Write batch sizes and times: 1:2ms,128:8ms.")
+            batch = int(size) if colon else 1
+            if batch in limits:
+                raise InputError(f"the latency has two limits for batch size {batch}. Write one.")
+            limits[batch] = _quantity("latency", limit, _LATENCIES, "1:2ms,128:8ms")
     return limits
 
 
