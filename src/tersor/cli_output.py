@@ -148,7 +148,7 @@ def write_document(text: str) -> None:
 
 @contextmanager
 def only_json_on_stdout() -> Generator[None]:
-    """Context in which only JSON documents are written to stdout. What a user's network or data set prints goes to stderr."""
+    """Context in which only JSON documents go to stdout; what a user's network or data set prints goes to stderr."""
     token = _stdout.set(sys.stdout)
     try:
         with redirect_stdout(sys.stderr):
