@@ -24,6 +24,12 @@ def test_a_function_in_the_current_folder_is_found(here):
     assert import_function("our_nets_a:build")(4) == 5
 
 
+def test_a_file_that_python_cannot_import_is_to_be_renamed(here):
+    (here / "my-net.py").write_text("def make(): ...\n")
+    with pytest.raises(InputError, match=r"'my-net\.py:make': Python cannot import my-net\.py\. Rename the file"):
+        import_function("my-net.py:make")
+
+
 def test_a_function_is_named_by_its_file_too(here):
     (here / "nets_d").mkdir()
     (here / "nets_d" / "our_nets_d.py").write_text("def build():\n    return 3\n")

@@ -53,6 +53,19 @@ def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
+def _no_function(path: str) -> InputError:
+    file = path.partition(":")[0]
+    if Path(file).is_file():
+        return InputError(
+            f"'{path}': Python cannot import {file}. Rename the file, so that its name has only letters, digits and "
+            "underscores, and begins with a letter."
+        )
+    return InputError(
+        f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or the path of a "
+        "Python file, as in 'my_models.py:build'."
+    )
+
+
 def import_function(path: str) -> Callable[..., Any]:
     """Import the function that `path` names, in an installed module or in one of the current folder.
 
@@ -66,10 +79,7 @@ def import_function(path: str) -> Callable[..., Any]:
     if path.endswith(".py"):
         raise without_function(path, "a function or class in it")
     if not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
-        raise InputError(
-            f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or "
-            "the path of a Python file, as in 'my_models.py:build'."
-        )
+        raise _no_function(path)
     target: Any = import_module(module_name, path)
     where = getattr(target, "__file__", None) or "a folder"
     for part in function_name.split("."):
