@@ -153,6 +153,13 @@ def test_targets_have_a_usual_name_or_are_the_only_other_value():
             read((IMAGES, np.zeros(2)))
 
 
+@pytest.mark.parametrize("labels", [[1, 0], (1, 0)])
+def test_labels_in_a_list_are_to_be_a_tensor(labels):
+    kind = type(labels).__name__
+    with pytest.raises(InputError, match=rf"the labels of a batch are a {kind}\. Write torch\.tensor\(labels\)"):
+        list(Loader([(torch.rand(2, 3, 4, 4), labels)], 2))
+
+
 def test_a_checked_loader_gives_class_numbers_other_targets_or_none():
     loader = Loader([(IMAGES, LABELS.int()), (IMAGES, LABELS)], 2)
     assert len(loader) == 2

@@ -128,7 +128,10 @@ class Loader:
 
     def _targets(self, batch: Any, images: int) -> Any:
         if self.classes is not None:
-            return self._checked(unchecked_labels(batch), images)
+            labels = unchecked_labels(batch)
+            if labels is None and isinstance(found := targets_in(batch), list | tuple):
+                raise InputError(f"the labels of a batch are a {type(found).__name__}. Write torch.tensor(labels).")
+            return self._checked(labels, images)
         found = targets_in(batch) if self.targets else None
         if self.targets and found is None:
             raise InputError("a batch has no targets. Pass batches (images, targets), or write label_weight=0.")
