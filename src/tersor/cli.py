@@ -217,7 +217,7 @@ def methods(
 @app.command()
 def schema(
     of: Annotated[
-        Document, typer.Argument(help="recipe, results (numbers.json), or a command that has --json")
+        Document, typer.Argument(help="recipe, results (numbers.json, also of run --json), or another command's --json")
     ] = "recipe",
 ) -> None:
     """Print the JSON schema of a recipe (for editors), or of a document that --json prints."""

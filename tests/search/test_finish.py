@@ -135,6 +135,8 @@ def test_the_speedup_over_the_original_has_the_errors_of_the_latencies():
 def test_no_measured_network_is_not_called_no_faster_one(tmp_path):
     made = front_of(3).model_copy(update={"best": "original-8bit", "speedup": {}})
     assert "No faster network was found within the budget among " in verdict_lines(made)[0]
+    latency = made.model_copy(update={"limits": {"max_drop": None, "latency_ms": {"1": 9.0}, "megabytes": None}})
+    assert "No more accurate network was found within the budget among " in verdict_lines(latency)[0]
     alone = made.model_copy(update={"points": [made.point("original-8bit")], "dominated": []})
     assert "No other network was measured in the given time." in verdict_lines(alone)[0]
     told = last_line(alone, tmp_path)

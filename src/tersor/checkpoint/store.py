@@ -94,8 +94,8 @@ class Checkpoints:
             lock.acquire(timeout=0)
         except Timeout:
             raise InputError(
-                f"another process is writing to {self.folder}. Wait for it, or choose another folder with out "
-                "(`--out`)."
+                f"another process is writing to {self.folder}. Wait for it, or choose another folder with "
+                "out=... (`--out`)."
             ) from None
         except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
             for folder in above:

@@ -42,7 +42,9 @@ def resolve(augmentation: Augmentation) -> Named | Transform:
         if is_function_path(augmentation):
             return import_function(augmentation)
         if augmentation not in NAMES:
-            raise unknown("augmentation", augmentation, [*NAMES, "package.module:function"], "a function of an image")
+            raise unknown(
+                "augmentation", augmentation, [*NAMES, "package.module:function"], "a function of a batch of images"
+            )
         return cast("Named", augmentation)
     return augmentation if callable(augmentation) else _composed(augmentation)
 

@@ -39,10 +39,10 @@ def check_mean_and_std(channels: int, mean: Channels | None, std: Channels | Non
     Raises:
         InputError: there are more or fewer, or numbers for pixels from 0 to 255.
     """
-    wanted = counted(channels, "number")
+    wanted, gray = counted(channels, "number"), ""
     if channels > 1 and any(each is not None and len(each) == 1 for each in (mean, std)):
-        wanted += " (for grayscale images, write channels: 1 or --channels 1)"
+        gray = " For grayscale images, write channels: 1 or --channels 1."
     if mean is not None and not (len(mean) == channels and all(0 <= value <= 1 for value in mean)):
-        raise InputError(f"mean is {list(mean)}. Write {wanted} in [0, 1], for pixels in [0, 1].")
+        raise InputError(f"mean is {list(mean)}. Write {wanted} in [0, 1], for pixels in [0, 1].{gray}")
     if std is not None and not (len(std) == channels and all(0 < value < float("inf") for value in std)):
-        raise InputError(f"std is {list(std)}. Write {wanted} above 0, for pixels in [0, 1].")
+        raise InputError(f"std is {list(std)}. Write {wanted} above 0, for pixels in [0, 1].{gray}")

@@ -15,8 +15,8 @@ D^(-1/2), so the mean decreases as k grows, and another k would also change the 
 divided by D^(1/2) (for p = 1), so that the scale of the loss does not depend on k. The default weight equals the
 authors' weight for their D = 2048: 500 / 2048 * 2048^(1/2). The paper's reconstruction error is squared, the code's
 absolute; `reconstruction` selects one. The code runs the teacher with gradients and ignores its seed option. Where the
-maps differ in size, the larger is pooled. The paraphraser is trained on the calibration images without augmentation, in
-a recipe with batches of 64 images. The authors' code uses batches of 128 images, cropped and flipped.
+maps differ in size, the larger is pooled. The paraphraser is trained on the calibration images without
+augmentation; in a recipe, in batches of 64 images. The authors' code uses batches of 128 images, cropped and flipped.
 
 It works with any task and any outputs of the network, because only outputs of a layer are compared.
 """

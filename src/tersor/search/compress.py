@@ -79,7 +79,7 @@ def compress(
     progress: ProgressReporter | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> Result:
-    """Search for the fastest network within a budget; the same call resumes an interrupted search.
+    """Search for a smaller, faster network within a budget; the same call resumes an interrupted search.
 
     Args:
         model: a trained network, or its name: resnet56, timm:NAME, package.module:function.

@@ -226,8 +226,8 @@ def _more_loss(search: Search, best: Point) -> list[str]:
     drop = search.reference - most.validation
     if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
         return []
-    others = "meets the other limits and " * bool(search.budget.latency_ms or search.budget.megabytes)
-    return [f"Larger drop: {most.description} {others}loses {drop:.2f} points."]
+    others = ", which meets the other limits" * bool(search.budget.latency_ms or search.budget.megabytes)
+    return [f"Larger drop: with {drop:.2f} points lost, there is this network{others}: {most.description}."]
 
 
 def _another_runtime(search: Search) -> list[str]:

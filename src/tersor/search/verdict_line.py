@@ -52,9 +52,10 @@ def _nothing_found(front: Front) -> str:
         return "No other network was measured in the given time"
     others = [point for point in (*front.points, *front.dominated) if not point.free]
     trained = sum(bool(point.steps) for point in others)
+    better = "faster" if Budget.of_numbers(front.limits).points is not None else "more accurate"
     return (
-        f"No faster network was found within the budget among {counted(len(others), 'measured network')}, {trained} of "
-        "them trained"
+        f"No {better} network was found within the budget among {counted(len(others), 'measured network')}, {trained} "
+        "of them trained"
     )
 
 

@@ -160,8 +160,8 @@ def _refuse_new_shapes(method: Method, parts: Sequence[Attachment]) -> None:
         if part.layers:
             paired = ", ".join(student for student, _ in part.layers)
             raise InputError(
-                f"{type(method).__name__} changes shapes after {paired} were paired with teacher layers. Write it "
-                "before the method that compares these layers."
+                f"{type(method).__name__} changes shapes, but an earlier method of the stage has already paired layers "
+                f"with those of the teacher: {paired}. Write {type(method).__name__} before it."
             )
         if part.holds_shapes:
             raise InputError(
