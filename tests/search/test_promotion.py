@@ -220,8 +220,10 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "
             f"points (standard error {error:.2f}) instead of 2.00, which is still more than allowed."
         ),
-        "Larger drop: with 2.00 points lost, there is this network, which meets the other limits: "
-        f"{first.point.description}.",
+        (
+            "Larger drop: with 2.00 points lost, there is this network, which meets the other limits: "
+            f"{first.point.description}."
+        ),
         "Another runtime: the latency of the original in openvino is 0.75 times its latency in onnxruntime.",
     ]
     # the original does not meet the latency; the candidate with the best prospects is named
