@@ -188,7 +188,7 @@ def test_a_teacher_that_is_trained_has_no_weights(tmp_path):
 
 def test_the_logits_fit_the_classes():
     for data, message in (
-        (splits(classes=3, train=(0, 1, 2) * 9), r"shape \(2, 2\), but the data has 3 classes: logits \(2, 3\)"),
+        (splits(classes=3, train=(0, 1, 2) * 9), r"shape \(2, 2\), but the data has 3 classes, so logits \(2, 3\)"),
         (splits(classes=3, train=(1, 2) * 9, test=(1, 2)), r"range from 1 to 2; class 0 has no image\. .* 3 classes"),
     ):
         with pytest.raises(InputError, match=message):

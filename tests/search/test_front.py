@@ -161,9 +161,9 @@ def test_an_excess_that_is_not_measurable_is_called_so():
 @pytest.mark.parametrize(
     ("read", "text", "value"),
     [
-        (parse_latency, "1:2ms,128:8ms", {1: 2.0, 128: 8.0}),
-        (parse_latency, "0.5ms", {1: 0.5}),
-        (parse_latency, " 4:250us , 8:1s", {4: 0.25, 8: 1000.0}),
+        (parse_latency, ["1:2ms,128:8ms"], {1: 2.0, 128: 8.0}),
+        (parse_latency, ["0.5ms"], {1: 0.5}),
+        (parse_latency, [" 4:250us , 8:1s"], {4: 0.25, 8: 1000.0}),
         (parse_size, "0.5MB", 0.5),
         (parse_size, "500kB", 0.5),
         (parse_time, "45m", 45.0),
@@ -178,7 +178,7 @@ def test_quantities(read, text, value):
 @pytest.mark.parametrize(
     ("read", "text"),
     [
-        *[(parse_latency, text) for text in ("", "2", "a:2ms", "1:2MB", "1:2ms,", "1:0ms", "-1:2ms")],
+        *[(parse_latency, [text]) for text in ("", "2", "a:2ms", "1:2MB", "1:2ms,", "1:0ms", "-1:2ms")],
         *[(parse_size, text) for text in ("", "0.5", "MB", "0MB", "5m")],
         *[(parse_time, text) for text in ("", "45", "-1m", "0m", "m", "1e9m")],
     ],
