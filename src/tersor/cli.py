@@ -214,11 +214,12 @@ def methods(
     console.print(f"example: {example}", soft_wrap=True)
 
 
+_SCHEMAS_OF = "recipe; results, which run --json prints too; or the name of another command that has --json"
+
+
 @app.command()
 def schema(
-    of: Annotated[
-        Document, typer.Argument(help="recipe, results (numbers.json, also of run --json), or another command's --json")
-    ] = "recipe",
+    of: Annotated[Document, typer.Argument(help=_SCHEMAS_OF)] = "recipe",
 ) -> None:
     """Print the JSON schema of a recipe (for editors), or of a document that --json prints."""
     print_json(schema_of(of))

@@ -218,7 +218,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     assert finish.advice(search, first.point) == [
         (
             f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "
-            f"points (standard error {error:.2f}) instead of 2.00, which is still more than allowed."
+            f"points (standard error {error:.2f}) instead of 2.00. This is still more than allowed."
         ),
         (
             "Larger drop: with 2.00 points lost, there is this network, which meets the other limits: "

@@ -115,5 +115,5 @@ def moments_of_batches(
             for key, value in norm.named_buffers():
                 value.copy_(kept[name][key])
     if not done:
-        raise InputError("BatchNorm statistics need batches of at least two images. Pass such batches as data=...")
+        raise InputError("BatchNorm statistics need batches of at least two images. Pass such batches.")
     return found

@@ -138,7 +138,7 @@ def removal_cost(
         if count <= means:
             raise InputError(
                 f"the removal cost of branches is measured on {1 + means} or more images; given: {count}. "
-                "Pass more as data=..., or write branches: 0."
+                "Pass more images, or write branches: 0."
             )
         replacements = _means(graph, branches, batches) if means else {}
         changes = dict.fromkeys(branches, 0.0)

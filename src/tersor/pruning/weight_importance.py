@@ -147,7 +147,7 @@ def check_loss(task: Task, data: Iterable[Any] | None) -> None:
         raise InputError(
             f"importance: taylor needs gradients of a loss with targets. In the task {name_of(task)} the loss is the "
             "distance from the original network, which is zero before any change; its gradient is zero too. Write "
-            "importance: magnitude, or, to remove channels, obs."
+            "importance: magnitude. For channel_pruning, importance: obs is also possible."
         )
 
 
@@ -163,8 +163,8 @@ def _loss(task: Task, outputs: Any, targets: Any) -> Tensor:
 
 def _unusable(problem: str) -> InputError:
     return InputError(
-        f"importance: taylor needs gradients of the loss on the labels, and {problem}. Pass data=... with batches of "
-        "images and labels, or write importance: magnitude."
+        f"importance: taylor needs gradients of the loss on the labels, and {problem}. Pass batches of images "
+        "and labels, or write importance: magnitude."
     )
 
 

@@ -33,7 +33,7 @@ class DataSource(PlainRecord):
     ] = None
     csv: Annotated[
         Path | None,
-        Field(description="CSV file with a column path, and a column class or classes, or columns of numbers"),
+        Field(description="CSV file with the column path and one of: the column class, the column classes, numbers"),
     ] = None
     name: Annotated[
         Named | None, Field(description="digits, scenes, a torchvision data set, or package.module:function")

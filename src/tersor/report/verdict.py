@@ -48,7 +48,7 @@ def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
             for size, ratio in speedups.items()
             if _direction(ratio) > 0
         ]
-        sentences += [f"It is {' and '.join(faster)}."] if faster else []
+        sentences += [f"The artifact is {' and '.join(faster)}."] if faster else []
     return " ".join(sentences)
 
 

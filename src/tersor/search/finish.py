@@ -206,8 +206,8 @@ def _more_time(search: Search, best: Point) -> list[str]:
     network = "the same network" if of_best else point.description
     error = error_of_expected(search, record, seconds)
     lost = f"about {after:.2f} points (standard error {error:.2f}) instead of {drop:.2f}"
-    enough = "" if after <= (search.budget.points or 0.0) else ", which is still more than allowed"
-    return [f"More time: with {minutes}, {network} is expected to lose {lost}{enough}."]
+    enough = "" if after <= (search.budget.points or 0.0) else " This is still more than allowed."
+    return [f"More time: with {minutes}, {network} is expected to lose {lost}.{enough}"]
 
 
 def _more_loss(search: Search, best: Point) -> list[str]:
