@@ -30,7 +30,7 @@ QUICK := $(PYTEST) -m 'not slow'
 demo: $(USE)
 	rm -rf runs/demo runs/demo-original
 	$(BIN)/python examples/train_digits.py runs/demo-original
-	$(BIN)/tersor compress resnet44 --weights runs/demo-original/weights.safetensors --data digits --max-drop 1 \
+	$(BIN)/tersor compress resnet32 --weights runs/demo-original/weights.safetensors --data digits --max-drop 1 \
 		--time 75s --out runs/demo
 
 test: $(DEV)

@@ -1,4 +1,4 @@
-"""Train a ResNet-44 on scikit-learn's 8x8 digits with plain PyTorch. `make demo` compresses it."""
+"""Train a ResNet-32 on scikit-learn's 8x8 digits with plain PyTorch. `make demo` compresses it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(folder: Path, epochs: int = 6) -> None:
     assert digits.mean is not None
     assert digits.std is not None
     batches = Batches(digits.train, 32, mean=digits.mean, std=digits.std, shuffle=True)
-    network = build("resnet44", len(digits.classes))
+    network = build("resnet32", len(digits.classes))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.04, total_steps=epochs * len(batches))
     for epoch in range(epochs):
@@ -39,7 +39,7 @@ def main(folder: Path, epochs: int = 6) -> None:
             correct += int((network.eval()(batch.images).argmax(1) == batch.targets).sum())
     folder.mkdir(parents=True, exist_ok=True)
     save_model(network, str(folder / "weights.safetensors"))
-    print(f"ResNet-44 on {len(digits.test)} test images: {100 * correct / len(digits.test):.2f} % accuracy")
+    print(f"ResNet-32 on {len(digits.test)} test images: {100 * correct / len(digits.test):.2f} % accuracy")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_soft_targets_in_your_own_loop(capsys):
 
 def test_train_digits_writes_weights_for_the_demo(tmp_path, capsys):
     example("train_digits").main(tmp_path / "new", epochs=1)
-    models.load_weights(models.build("resnet44", 10), tmp_path / "new" / "weights.safetensors")
+    models.load_weights(models.build("resnet32", 10), tmp_path / "new" / "weights.safetensors")
     assert "% accuracy" in capsys.readouterr().out
 
 
