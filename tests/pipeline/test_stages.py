@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+from recorded_progress import RecordedProgress
 from tersor.checkpoint.store import Checkpoints
+from tersor.core import device
 from tersor.core.progress import NullProgress
 from tersor.data import load
 from tersor.pipeline.setup import prepare
@@ -50,6 +53,34 @@ def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
     recipe = parse(RECIPE.replace("SEED", "5"), "recipe.yaml")
     prepare(recipe, model=None, data=None, progress=NullProgress())
     assert torch.equal(torch.rand(3), expected)
+
+
+class Interpolates(nn.Module):
+    """Fails under bfloat16 autocast."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+
+    def forward(self, images):
+        features = self.conv(images)
+        return self.linear(torch.lerp(features, images[:, :1, 1:-1, 1:-1].expand_as(features), 0.5).mean((2, 3)))
+
+
+def test_networks_that_fail_in_bfloat16_are_trained_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "cpu_flags", lambda: {"amx_bf16"})
+    text = RECIPE.replace("SEED", "1").replace("toy_networks:resnet8", f"{__name__}:Interpolates")
+    progress = RecordedProgress()
+    experiment = prepare(parse(text, "recipe.yaml"), model=None, data=None, progress=progress)
+    checkpoints = Checkpoints(tmp_path)
+    experiment = replace(experiment, teacher=train_teacher(experiment, checkpoints, progress))
+    record = run_stages(experiment, checkpoints, progress)[1][0]
+    assert record.precision == "float32"
+    notes = [line for line in progress.lines if line.endswith("training in float32")]
+    assert [line.partition(" (")[0] for line in notes] == [
+        "the teacher does not run under bfloat16 autocast",
+        "distil: the network does not run under bfloat16 autocast",
+    ]
 
 
 PRUNED = """\

@@ -57,12 +57,13 @@ def train_teacher(experiment: Experiment, checkpoints: Checkpoints, progress: Pr
             teacher.load_state_dict(end.network())
         progress.say("teacher: restored from its checkpoint")
         return teacher
-    batches = experiment.training_batches(options.training)
-    steps = options.epochs * steps_per_epoch(batches, options.training)
+    training = with_usable_precision(options.training, {"the teacher": teacher}, experiment.example, progress.say)
+    batches = experiment.training_batches(training)
+    steps = options.epochs * steps_per_epoch(batches, training)
     fit(
         Attachment(teacher),
         batches,
-        options.training,
+        training,
         steps=steps,
         progress=progress,
         seed=experiment.recipe.seed,
@@ -261,13 +262,12 @@ def _validate(experiment: Experiment, network: nn.Module, name: str, progress: P
     """The metric on the held-out images; None without them, and in every process but the first."""
     if distributed.rank():
         return None
-    validation = experiment.data.validation
-    if not len(validation):
+    if not len(experiment.data.validation):
         progress.say(f"{name}: done (no validation images: data.validation is 0)")
         return None
     score, task = _validation_score(experiment, network), experiment.task
     metric = "" if task.metric == "accuracy" else f"{task.metric} "
-    progress.say(f"{name}: {metric}{task.shown(score)} on {len(validation)} validation images")
+    progress.say(f"{name}: {metric}{task.shown(score)} on {len(experiment.data.validation)} validation images")
     return score
 
 

@@ -42,6 +42,7 @@ from tersor.search.search_metric import Measured
 from tersor.search.training_stage import training_stage
 from tersor.tasks.classification import Classification
 from tersor.training.loop import fit
+from tersor.training.precision import with_usable_precision
 
 
 @dataclass(frozen=True)
@@ -251,11 +252,13 @@ class Workbench:
                 norm.momentum = None  # statistics that are an average are not averaged again after the training
         stage = self.stage(candidate, "pace", steps, model)
         experiment = self.experiment_of(candidate, (stage,))
-        batches = experiment.training_batches(stage)
-        seconds = 0.0
+        teacher = experiment.teacher
+        networks = {"the original": network, "the teacher": teacher}
+        stage = with_usable_precision(stage, networks, experiment.example, self.progress.say)
+        batches, seconds = experiment.training_batches(stage), 0.0
         for count in (1, steps):
             attachment = attach(experiment, stage, copy.deepcopy(network), NO_PROGRESS)
-            seconds = fit(attachment, batches, stage, steps=count, teacher=experiment.teacher).seconds
+            seconds = fit(attachment, batches, stage, steps=count, teacher=teacher, task=experiment.task).seconds
         return seconds / steps
 
     def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module, *, settled: bool = False) -> Stage:
