@@ -212,15 +212,15 @@ def _train(
 ) -> tuple[int, dict[str, Any], float]:
     """The number of steps, the record of the training, and the seconds that earlier processes spent on it."""
     networks = {"the network": attachment.model, "the teacher": experiment.teacher}
-    stage = with_usable_precision(stage, networks, experiment.example, StageProgress(stage.name, progress).say)
-    batches = experiment.training_batches(stage)
+    options = stage.with_learning_rate(trained=experiment.starts_trained(stage))
+    options = with_usable_precision(options, networks, experiment.example, StageProgress(stage.name, progress).say)
     curve = _validation_curve(experiment, stage)
     fitted = fit(
         attachment,
-        batches,
-        stage.with_learning_rate(trained=experiment.starts_trained(stage)),
+        experiment.training_batches(stage),
+        options,
         steps=steps,
-        teacher=_fast_teacher(experiment, stage, attachment),
+        teacher=_fast_teacher(experiment, options, attachment),
         progress=progress,
         seed=experiment.recipe.seed,
         name=stage.name,
