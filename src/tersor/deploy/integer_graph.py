@@ -91,7 +91,7 @@ class IntegerLayer(nn.Module):
         self.layer = copy.copy(layer)
         self.layer._parameters = {"weight": None, "bias": None}
         if _pads_with_values(layer):  # `_pad_before` does that
-            self.layer.padding_mode, self.layer.padding = "zeros", (0,) * (layer.weight.ndim - 2)
+            vars(self.layer).update(padding_mode="zeros", padding=(0,) * (layer.weight.ndim - 2))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         if zero_point is None and isinstance(layer, nn.Linear):
