@@ -16,6 +16,7 @@ from tersor.core.progress import ProgressReporter
 from tersor.core.target import Runtime, Target
 from tersor.deploy.onnx import export as write_onnx
 from tersor.deploy.static_batch import batch_for, static_batch_reason
+from tersor.evaluation.executed_precision import unlisted_warning
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.session import load_runtime, open_session
 from tersor.evaluation.verification import verify
@@ -245,6 +246,8 @@ def export(
             session = open_session(written, runtime)
             check_classes(session, classes)
             verify(session, network, images, pixels)
+            if (warning := unlisted_warning(written, runtime, network, images)) is not None:
+                warnings.warn(warning, CompressionWarning, stacklevel=2)
             written.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}.") from error

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import tersor
+from tersor.core.errors import CompressionWarning, InputError
+from tersor.evaluation import executed_precision
+from tersor.evaluation.executed_precision import computed_in_float
 
 IMAGES = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 
 class Network(nn.Module):
@@ -97,39 +100,35 @@ class Features(nn.Module):
         return features, self.last(features)
 
 
-def in_float(path, folder):
-    """Names of the products that ONNX Runtime computes in float."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    options.log_severity_level = 4
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return {node.name for node in onnx.load(folder / "optimized.onnx").graph.node if node.op_type in FLOAT}
-
-
-def exported(network, folder):
+def exported(network, folder, runtime="onnxruntime"):
     torch.manual_seed(0)
-    quantized = tersor.quantize(network.eval(), IMAGES)
-    return quantized, tersor.export(quantized, IMAGES, folder / "m.onnx")
+    quantized = tersor.quantize(network.eval(), IMAGES, runtime=runtime)
+    return quantized, tersor.export(quantized, IMAGES, folder / "m.onnx", runtime=runtime)
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_layer_is_computed_in_integers(name, tmp_path):
-    quantized, path = exported(NETWORKS[name](), tmp_path)
+def test_every_layer_is_computed_in_integers(name, runtime, tmp_path):
+    if (name, runtime) == ("circular", "openvino"):
+        with pytest.raises(InputError, match=r"openvino does not support .*Unsupported padding mode: \[wrap\]"):
+            exported(NETWORKS[name](), tmp_path, runtime)
+        return
+    quantized, path = exported(NETWORKS[name](), tmp_path, runtime)
     assert tersor.integer_coverage(quantized, IMAGES).share == 1
-    assert in_float(path, tmp_path) == set()
+    assert computed_in_float(path, runtime) == []
 
 
 def test_a_small_convolution_that_is_an_output_stays_in_float_and_is_listed(tmp_path):
     quantized, path = exported(Features(5), tmp_path)
     (listed,) = tersor.integer_coverage(quantized, IMAGES).operators
-    assert in_float(path, tmp_path) == {listed.name} == {"last"}
+    assert computed_in_float(path, "onnxruntime") == [listed.name] == ["last"]
     assert listed.reason == "ONNX Runtime has no integer convolution that returns float values"
 
 
 def test_a_large_convolution_that_is_an_output_is_rounded(tmp_path):
     quantized, path = exported(Features(32), tmp_path)
     assert tersor.integer_coverage(quantized, IMAGES).share == 1
-    assert in_float(path, tmp_path) == set()
+    assert computed_in_float(path, "onnxruntime") == []
     assert len(quantized(IMAGES)[1].unique()) <= 256
 
 
@@ -137,3 +136,17 @@ def test_equal_weights_of_several_calls_are_stored_once(tmp_path):
     _, path = exported(NETWORKS["two norms"](), tmp_path)
     weights = [each for each in onnx.load(path).graph.initializer if list(each.dims) == [16, 16, 3, 3]]
     assert len(weights) == 1
+
+
+def test_a_layer_in_float_that_is_not_listed_is_a_warning(monkeypatch, tmp_path):
+    quantized, path = exported(Features(5), tmp_path)
+    coverage = executed_precision.integer_coverage
+    monkeypatch.setattr(executed_precision, "integer_coverage", lambda *given: replace(coverage(*given), operators=()))
+    with pytest.warns(
+        CompressionWarning, match="onnxruntime computes these layers in float, .* as integers: last. They"
+    ):
+        tersor.export(quantized, IMAGES, path)
+
+
+def test_a_float_network_has_no_integer_weights(tmp_path):
+    assert computed_in_float(tersor.export(Features(5).eval(), IMAGES, tmp_path / "m.onnx"), "onnxruntime") == []

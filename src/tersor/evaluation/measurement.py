@@ -24,6 +24,7 @@ from tersor.core.target import Target
 from tersor.data import Batches
 from tersor.deploy.float_operators import float_operators
 from tersor.evaluation.costs import costs
+from tersor.evaluation.executed_precision import unlisted_warning
 from tersor.evaluation.latency import (
     BATCH_SIZES,
     Array,
@@ -99,8 +100,8 @@ def measure(
     measured = _measured(files, sessions, candidates, test, target, task, seconds if latency else None, progress)
     agreement_with_torch = agreement(task, measured.predictions["artifact"], network_predictions(model, test, task))
     in_float, warning = float_operators(model, example)
-    if warning is not None:
-        progress.say(f"warning: {warning}")
+    for each in filter(None, (warning, unlisted_warning(files["artifact"].path, target.runtime, model, example))):
+        progress.say(f"warning: {each}")
     by_file = {name: measured.file(name) for name in compared}
     names = {0: "original", **{number: f"stage {number}" for number in sorted(stages or {})}, len(records): "artifact"}
     by_stage = {
