@@ -16,6 +16,8 @@ from tersor.evaluation.costs import costs
 from tersor.graph.capture import INPUTS, capture
 from tersor.graph.forward_call import InputSpec
 from tersor.graph.modes import training_notes
+from tersor.methods.qat import QAT
+from tersor.training.context import AttachContext
 
 IMAGES = torch.rand(2, 3, 4, 4)
 
@@ -145,6 +147,19 @@ def test_prune_warns_of_a_custom_backward():
     layers[-1].conv = nn.Conv2d(32, 4, 1)
     with pytest.warns(CompressionWarning, match=r"custom backward\(\) of StraightThrough"):
         tersor.prune(nn.Sequential(*layers).eval(), torch.rand(8, 3, 4, 4), keep_macs=0.7)
+
+
+def test_an_own_loop_is_warned_of_a_custom_backward():
+    network = nn.Sequential(Applied(StraightThrough.apply), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    attached = QAT().attach(network.eval(), AttachContext(data=[IMAGES], steps=2))
+    attached.begin()
+    optimizer = torch.optim.SGD(attached.model.parameters(), 0.1)
+    with pytest.warns(CompressionWarning, match=r"custom backward\(\) of StraightThrough") as caught:
+        attached.bind(optimizer).remove()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attached.bind(optimizer, start=0).remove()
 
 
 class Assigns(nn.Module):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.user_code import user_code
 from tersor.evaluation.results import StageRecord
+from tersor.graph.modes import training_notes
 from tersor.training.objective import LossTerm
 
 
@@ -56,8 +57,7 @@ class Attachment:
         layers: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.model = model
-        self.terms = tuple(terms)
-        self.layers = tuple(layers)
+        self.terms, self.layers = tuple(terms), tuple(layers)
         self.label_weight = label_weight
         self.notes = tuple(notes)
         if layers:
@@ -124,19 +124,21 @@ class Attachment:
             stacklevel=2,
         )
 
-    def bind(self, optimizer: Optimizer, start: int = 0) -> Handle:
+    def bind(self, optimizer: Optimizer, start: int | None = None) -> Handle:
         """Call `before_step` and `after_step` around every step of `optimizer`, in a user's own loop.
 
         Args:
             optimizer: has the parameters of `self.model`.
-            start: number of the first step; more than 0 for a resumed run.
+            start: number of the first step of a resumed run. Without it, a warning names what capture has lost.
 
         Raises:
             InputError: the optimizer has no parameter of the network or of a loss term.
         """
         self._check_parameters(optimizer)
-        self.count_steps(start)
-        step = start
+        for note in training_notes(self.model) if start is None else ():
+            warnings.warn(note, CompressionWarning, stacklevel=2)
+        step = start or 0
+        self.count_steps(step)
 
         def before(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
             self.before_step(step, optimizer)
