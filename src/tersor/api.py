@@ -66,7 +66,7 @@ def quantize(
         model: a trained network; it is not changed.
         loader: batches of images (N, C, H, W), with or without labels; a few hundred images are enough.
         bits: bits per weight, 2 to 8.
-        exclude: patterns of layers that stay in float, such as "head.*".
+        exclude: names of layers or modules that stay in float, or patterns such as "*.head".
         runtime: the runtime to quantize for.
         task: the task of the network, such as "segmentation"; classification by default.
         normalization: mean and standard deviation of the images. The calibration images are checked against them, and
@@ -119,7 +119,7 @@ def prune(
         scope: `layer` removes the same fraction in every layer, `global` compares all layers (best with `obs`).
         branches: number of residual branches to remove first, those with the smallest effect on the outputs.
         round_to: keep a multiple of this many channels.
-        exclude: patterns of layers whose channels are not removed, such as "layer1.*".
+        exclude: names of layers or modules whose channels are not removed, or patterns such as "*.conv1".
         runtime: the runtime in which latency is measured.
         task: the task of the network, such as "segmentation", for `taylor`; classification by default.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.

@@ -66,7 +66,8 @@ def test_what_people_say_is_met_with_the_name(given: str, meant: str):
 
 def test_no_hint_to_a_method_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tersor.methods, "names", lambda: ("soft_targets",))
-    with pytest.raises(InputError, match=r"unknown method 'quantize'\. Possible: soft_targets\."):
+    own = r"Write a method of your own as package\.module:Class\."
+    with pytest.raises(InputError, match=rf"unknown method 'quantize'\. Possible: soft_targets\. {own}"):
         get("quantize")
 
 

@@ -8,11 +8,15 @@ from torch import nn
 from recorded_progress import RecordedProgress
 from tersor.checkpoint.store import Checkpoints
 from tersor.core import device
+from tersor.core.plain_values import plain_dataclass
 from tersor.core.progress import NullProgress
 from tersor.data import load
 from tersor.pipeline.setup import prepare
-from tersor.pipeline.stages import run_stages, train_teacher
+from tersor.pipeline.stages import attach, run_stages, train_teacher
 from tersor.recipe import parse
+from tersor.training.attachment import Attachment
+from tersor.training.method import Method
+from tersor.training.objective import LossTerm
 
 RECIPE = """\
 model: {name: "toy_networks:resnet8"}
@@ -168,3 +172,33 @@ def test_the_default_learning_rate_depends_on_trained_weights(tmp_path):
         ["learning rate 0.0001, the default for trained weights"],
         [],
     ]
+
+
+class Projection(LossTerm):
+    """Creates a layer."""
+
+    name = "projection"
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(10, 10)
+
+    def forward(self, batch, student, teacher):
+        return self.layer(student.outputs).square().mean()
+
+
+@plain_dataclass(frozen=True)
+class Projects(Method):
+    def attach(self, model, context):
+        return Attachment(model, [Projection()])
+
+
+def test_layers_that_a_term_creates_have_the_seed_of_the_recipe(tmp_path):
+    text = RECIPE.replace("SEED", "1").replace("soft_targets", f'"{__name__}:Projects"')
+    experiment = prepare(parse(text, "recipe.yaml"), model=None, data=None, progress=NullProgress())
+    weights = []
+    for noise in (1, 7):
+        torch.rand(noise)
+        attached = attach(experiment, experiment.recipe.stages[0], experiment.model, NullProgress())
+        weights.append(attached.terms[0].layer.weight.detach().clone())
+    assert torch.equal(*weights)

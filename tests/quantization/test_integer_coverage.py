@@ -317,7 +317,7 @@ def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
 @pytest.mark.parametrize(
     ("first", "reason"),
     [
-        (nn.Conv2d(3, 3, 1), "it is called from within Sequential, which is not traced"),
+        (nn.Conv2d(3, 3, 1), "it is not in the part of the network that was quantized"),
         (SameConv(3, 3, 3), "SameConv is a subclass with its own forward method"),
         (nn.ConvTranspose2d(3, 3, 1), TRANSPOSED),
         (

@@ -108,4 +108,7 @@ def _unknown(given: str) -> InputError:
     if "." in given:
         given_class = ":".join(given.rsplit(".", 1))
         return InputError(f"unknown method '{given}'. Write a method of your own as '{given_class}', with a colon.")
-    return unknown("method", given, options, "the class of a method")
+    error = unknown("method", given, options, "the class of a method")
+    return (
+        error if given.endswith(".py") else InputError(f"{error} Write a method of your own as package.module:Class.")
+    )

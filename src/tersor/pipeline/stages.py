@@ -14,7 +14,7 @@ from tersor.checkpoint.checkpoint_folder import Checkpoint
 from tersor.checkpoint.store import Checkpoints, StageCheckpointer
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core import distributed
-from tersor.core.device import precision_for
+from tersor.core.device import precision_for, seeded
 from tersor.core.progress import ProgressReporter, StageProgress
 from tersor.evaluation.results import StageRecord
 from tersor.evaluation.scoring import network_score
@@ -127,7 +127,8 @@ def attach(
         progress=StageProgress(stage.name, progress),
         checkpoint=checkpoint,
     )
-    return chain(stage.methods, model, context)
+    with seeded(experiment.recipe.seed):
+        return chain(stage.methods, model, context)
 
 
 def _run_stage(
@@ -277,7 +278,6 @@ def _validation_score(experiment: Experiment, network: nn.Module) -> float:
 
 
 def _restored(model: nn.Module, end: Checkpoint) -> nn.Module:
-    """The network of a checkpoint at the end of a stage."""
     with restoring(str(end.path)):
         network = rebuild(model, end.structure())
         network.load_state_dict(end.network())

@@ -252,6 +252,8 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
         return f"{kind} is a subclass with its own forward method"
     around = model.get_submodule(product.parent)
     if not isinstance(around, fx.GraphModule):
+        if any(isinstance(part, fx.GraphModule) for part in model.modules()):
+            return "it is not in the part of the network that was quantized"
         return f"it is called from within {type(around).__name__}, which is not traced"
     quantizer = next((each for each in parametrizations_of(module) if isinstance(each, FakeQuantize)), None)
     if quantizer is None:

@@ -23,7 +23,10 @@ PerChannel = Annotated[
     bool, Field(description="true: one scale per output channel; false: one scale for the whole weight tensor")
 ]
 ActivationRange = Annotated[Range, Field(description="how an activation's range is chosen")]
-Exclude = Annotated[tuple[str, ...], Field(description="patterns of layers that stay in float")]
+Exclude = Annotated[
+    tuple[str, ...],
+    Field(description="layers that stay in float: names of layers or modules, or patterns such as layer1.*.conv2"),
+]
 CalibrationImages = Annotated[int, Field(ge=1, description="number of unlabeled images to calibrate with")]
 ReconstructionImages = Annotated[int, Field(ge=32, description="number of unlabeled images to calibrate with")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of the random batches")]
