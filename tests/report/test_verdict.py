@@ -187,10 +187,18 @@ def test_a_baseline_that_loses_more_than_a_point_is_not_recommended(ms, expected
     assert verdict(numbers_at(ms, candidates=candidates, speedup=speedups(4 / ms, 1 / ms))).endswith(expected)
 
 
+def test_larger_batches_are_listed_if_slower():
+    numbers = numbers_at(1.0)
+    assert verdict(numbers).startswith("4.0x faster")
+    assert "than the baseline at batch 32" not in verdict(numbers)
+    numbers["speedup"]["baseline"]["32"] = ratio_of(0.4)
+    assert verdict(numbers).endswith(" The artifact is 2.5x slower (2.4 to 2.6) than the baseline at batch 32.")
+
+
 def test_larger_batches_are_listed_if_faster():
     numbers = numbers_at(8.0)
     numbers["speedup"]["baseline"]["32"] = ratio_of(4.0)
-    assert verdict(numbers).endswith(" It is 4.0x faster (3.8 to 4.2) than the baseline at batch 32.")
+    assert verdict(numbers).endswith(" The artifact is 4.0x faster (3.8 to 4.2) than the baseline at batch 32.")
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,10 @@ def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_pat
         "original-8bit: accuracy 93.40 %, -0.20 points on the test images; a baseline that needs no search, chosen "
         "because no faster"
     )
+    limits = {"limits": {"max_drop": 0.5, "latency_ms": {}, "megabytes": None}}
+    assert "Warning: the drop on the test images is more than allowed. Use " in last_line(
+        made.model_copy(update=limits), tmp_path
+    )
     missed = {"met": False, "shortfall": "it is 0.262 MB, 262.00 times the limit"}
     closest = made.model_copy(update={"best": "original-8bit", "speedup": {}, **missed})
     assert last_line(closest, tmp_path) == (

@@ -26,8 +26,9 @@ _CONVERSIONS = {
 def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
     """Latency at batch 1 against the original and the baseline, if measured; size and metric against the original.
 
-    If the artifact is not faster than the baseline, the text also has possible reasons and the file to deploy: the
-    fastest at batch 1 that loses at most one point of the metric.
+    Batch sizes with another result than batch 1 are named, too. If the artifact is not faster than the baseline at
+    batch 1, the text also has possible reasons and the file to deploy: the fastest at batch 1 that loses at most one
+    point of the metric.
 
     Args:
         numbers: the content of `numbers.json`.
@@ -43,12 +44,12 @@ def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
         reasons = _reasons(numbers, evidence)
         sentences += [f"Possible reasons: {'; '.join(reasons)}."] if reasons else []
         sentences.append(_recommendation(numbers))
-        faster = [
-            f"{describe_speedup(ratio)} than the baseline at batch {size}"
-            for size, ratio in speedups.items()
-            if _direction(ratio) > 0
-        ]
-        sentences += [f"The artifact is {' and '.join(faster)}."] if faster else []
+    differing = [
+        f"{describe_speedup(ratio)} than the baseline at batch {size}"
+        for size, ratio in speedups.items()
+        if _direction(ratio) not in {0, _direction(speedups["1"])}
+    ]
+    sentences += [f"The artifact is {' and '.join(differing)}."] if differing else []
     return " ".join(sentences)
 
 

@@ -240,7 +240,7 @@ def _another_runtime(search: Search) -> list[str]:
         point for point in baselines if point.runtime != search.runtime and point.mean_ms < here.mean_ms
     ]
     return [
-        f"Another runtime: the latency of the original in {point.runtime} is {point.mean_ms / here.mean_ms:.2f} times "
-        f"its latency in {search.runtime}."
+        f"Another runtime: the latency of {point.description} in {point.runtime} is {point.mean_ms / here.mean_ms:.2f} "
+        f"times that of the original in {search.runtime}."
         for point in faster
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tersor.core.errors import InputError
+from tersor.deploy.static_batch import dynamic_batch_crashes
 from tersor.evaluation.costs import costs
 from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.evaluation.session import installed_runtimes, open_session
@@ -35,7 +36,7 @@ _MOST_KNOWN = 20
 
 
 def feasible_range(search: Search) -> None:
-    """Export and measure the free baselines: float32, the default precision of each runtime, and 8 bits.
+    """Export and measure the free baselines: float32, the default precision of each runtime, and 8 bits in each.
 
     A usable `model.onnx` exists as soon as the original is exported.
     """
@@ -126,6 +127,7 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
         files[FLOAT32] = (original, runtime, "float32")
     if integers is not None:
         files[Candidate().name] = (integers, runtime, None)
+        files |= {f"{Candidate().name}-{each}": (integers, each, None) for each in _other_runtimes(integers, runtime)}
     openers = {name: partial(open_session, path, each, precision=kind) for name, (path, each, kind) in files.items()}
     with search.timed("finish"):
         latencies = search.measurement.baselines(openers, ORIGINAL)
@@ -150,6 +152,20 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
         )
         for name, (path, each, _) in files.items()
     ]  # fmt: skip
+
+
+def _other_runtimes(integers: Path, runtime: str) -> list[str]:
+    """The other installed runtimes that can run the file in 8 bits."""
+    found: list[str] = []
+    for each in installed_runtimes():
+        if each == runtime or (each == "openvino" and dynamic_batch_crashes()):
+            continue
+        try:
+            open_session(integers, each)
+        except InputError:
+            continue
+        found.append(each)
+    return found
 
 
 def _add_free(search: Search, point: Point) -> None:

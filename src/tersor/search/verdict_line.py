@@ -69,9 +69,17 @@ def _on_test_images(front: Front, budget: Budget) -> list[str]:
         f"On the {front.test_images} test images: {change:+.2f} points, with a standard error of "
         f"{best.test_drop_error:.2f}."
     )
-    if front.met and budget.points is not None and -change > budget.points:
+    if _exceeds_on_test(front, budget):
         line += " Warning: this is more than the allowed drop, which was met on the validation images."
     return [line]
+
+
+def _exceeds_on_test(front: Front, budget: Budget) -> bool:
+    """Whether a network that meets the budget loses more than the allowed drop on the test images."""
+    best, original = front.point(front.best).test, front.point(front.original).test
+    if best is None or original is None or budget.points is None:
+        return False
+    return front.met and original - best > budget.points
 
 
 def _over_original(front: Front) -> list[str]:
@@ -102,7 +110,9 @@ def last_line(front: Front, folder: Path) -> str:
     if elsewhere is not None and not _shortfall(front, elsewhere):
         here = f"{use[:1].lower()}{use[1:]}" if front.met else use
         use = f"Use {folder / elsewhere.file} in {RUNTIMES[elsewhere.runtime]}; in {RUNTIMES[front.runtime]}, {here}"
-    return " ".join([f"{best.name}: {_metric(front)}; {gain}.", *_another_runtime(front), f"{use}; {files}"])
+    warning = ["Warning: the drop on the test images is more than allowed."]
+    doubts = [*_another_runtime(front), *warning * _exceeds_on_test(front, Budget.of_numbers(front.limits))]
+    return " ".join([f"{best.name}: {_metric(front)}; {gain}.", *doubts, f"{use}; {files}"])
 
 
 def faster_elsewhere(front: Front) -> Point | None:
