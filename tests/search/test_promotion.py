@@ -224,7 +224,10 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             "Larger drop: with 2.00 points lost, there is this network, which meets the other limits: "
             f"{first.point.description}."
         ),
-        "Another runtime: the latency of original-openvino in openvino is 0.75 times that of the original in onnxruntime.",
+        (
+            "Another runtime: the latency of original-openvino in openvino is 0.75 times that of the original in "
+            "onnxruntime."
+        ),
     ]
     # the original does not meet the latency; the candidate with the best prospects is named
     lines = finish.advice(search, search.original)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tersor.evaluation.standard_error import standard_error
+from tersor.search.compression_budget import in_points
 from tersor.search.front import shortfall
 from tersor.search.plan import survey_seconds
 from tersor.search.search_context import Search
@@ -58,7 +59,7 @@ def _validation(search: Search) -> list[str]:
     lines = [f"validation: {images} images, on which one standard error of the {metric} is {error:.2f} points"]
     if allowed is not None and allowed < error:
         lines.append(
-            f"warning: the allowed drop of {allowed:g} points is smaller than one standard error ({error:.2f}). "
+            f"warning: the allowed drop of {in_points(allowed)} is smaller than one standard error ({error:.2f}). "
             f"{more_images(tests_chose=bool(search.folder.state.seen))}"
         )
     return lines
