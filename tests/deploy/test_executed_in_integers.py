@@ -12,6 +12,7 @@ from torch import nn
 
 import tersor
 from tersor.core.errors import CompressionWarning, InputError
+from tersor.deploy.file_layers import file_layers
 from tersor.evaluation import executed_precision
 from tersor.evaluation.executed_precision import computed_in_float
 
@@ -55,6 +56,13 @@ def filled(network, features):
     return F.relu(network.second(out))
 
 
+def tokens_in_a_loop(network, features):
+    tokens = features.flatten(2).mT
+    for _ in range(3):
+        tokens = tokens + network.second(tokens).tanh()
+    return tokens.mT.unflatten(2, (16, 16))
+
+
 def padded_conv(mode, **options):
     return nn.Conv2d(16, 16, 3, padding_mode=mode, **{"padding": 1, **options})
 
@@ -82,6 +90,7 @@ NETWORKS = {
     "one norm, called twice": lambda: Network(without_bias(), called_twice, norm()),
     "two norms": lambda: Network(without_bias(), called_twice, norm(), norm()),
     "two norms, one negative": lambda: Network(without_bias(), called_twice, norm(), norm(-1.0)),
+    "tokens in a loop": lambda: Network(nn.Linear(16, 16), tokens_in_a_loop),
     "slices written in place": lambda: Network(nn.Conv2d(16, 16, 3, padding=1), shifted),
     "filled in place": lambda: Network(nn.Conv2d(16, 16, 3, padding=1), filled),
 }
@@ -130,6 +139,14 @@ def test_a_large_convolution_that_is_an_output_is_rounded(tmp_path):
     assert tersor.integer_coverage(quantized, IMAGES).share == 1
     assert computed_in_float(path, "onnxruntime") == []
     assert len(quantized(IMAGES)[1].unique()) <= 256
+
+
+def test_layers_on_tokens_are_layers_of_the_file(tmp_path):
+    _, path = exported(
+        Network(nn.Linear(16, 24), lambda network, x: network.second(x.flatten(2).mT)[:, :, :16].mT[:, :, None]),
+        tmp_path,
+    )
+    assert {each.name: (each.channels, each.bits) for each in file_layers(path)}["second"] == (24, 8)
 
 
 def test_equal_weights_of_several_calls_are_stored_once(tmp_path):

@@ -596,3 +596,18 @@ def test_a_submodule_called_meta_is_refused_and_any_other_meta_is_none_of_the_gr
     network.meta = None
     file = tersor.export(network, images, tmp_path / "model.onnx", normalization=((0.5,), (0.5,)))
     assert np.allclose(run(file, images.numpy(), "onnxruntime"), network(images).detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_file_that_no_runtime_runs_is_an_input_error(tmp_path, layers):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LSTM(48, 16, layers, batch_first=True, proj_size=8)
+
+        def forward(self, x):
+            return self.layer(x.transpose(1, 2).flatten(2))[0]
+
+    with pytest.raises(InputError, match=r"does not run it|wrote an invalid file"):
+        tersor.export(Recurrent().eval(), torch.rand(2, 3, 16, 16), tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()

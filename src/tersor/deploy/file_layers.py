@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from tersor.deploy.onnx_file import read_onnx
 
-_PASSED = {"DequantizeLinear", "Cast"}
+_PASSED = {"DequantizeLinear", "Cast", "Transpose"}
 _BITS = {"INT8": 8, "UINT8": 8, "INT4": 4, "UINT4": 4, "FLOAT16": 16, "BFLOAT16": 16}
 _WEIGHT_INPUT = {"QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3}
 _FLOAT_PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"}
@@ -53,8 +53,11 @@ def file_layers(path: Path) -> list[FileLayer]:
     layers: list[FileLayer] = []
     for node in graph.node:
         axis = _channel_axis(node)
-        weight = None if axis is None else _stored(node.input[_WEIGHT_INPUT.get(node.op_type, 1)], weights, makers)
-        if weight is not None and axis is not None:
+        if axis is None:
+            continue
+        weight, transposed = _stored(node.input[_WEIGHT_INPUT.get(node.op_type, 1)], weights, makers)
+        if weight is not None:
+            axis = -1 - axis if transposed else axis
             bits = _BITS.get(onnx.TensorProto.DataType.Name(weight.data_type), FLOAT_BITS)
             layers.append(FileLayer(node.name or node.output[0], weight.dims[axis], bits))
     return layers
@@ -119,8 +122,10 @@ def _channel_axis(node: Any) -> int | None:
             return None
 
 
-def _stored(value: str, weights: Mapping[str, Any], makers: Mapping[str, Any]) -> Any:
-    """The stored tensor that a weight is computed from, or None."""
+def _stored(value: str, weights: Mapping[str, Any], makers: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The stored tensor that a weight is computed from, or None; and whether it is transposed."""
+    transposed = False
     while value not in weights and value in makers and makers[value].op_type in _PASSED:
+        transposed ^= makers[value].op_type == "Transpose"
         value = makers[value].input[0]
-    return weights.get(value)
+    return weights.get(value), transposed

@@ -29,6 +29,7 @@ from tersor.deploy.integer_graph import to_integer_graph
 from tersor.deploy.mask_packing import pack_masks
 from tersor.deploy.operator_table import one_operator_table
 from tersor.deploy.outputs import output_names
+from tersor.deploy.weight_transposes import separate_transposes
 from tersor.graph.capture import refuse_reserved_names
 from tersor.graph.export_program import refusal_reason, without_exporter_output
 from tersor.graph.forward_call import input_names
@@ -117,6 +118,7 @@ def export(
     proto = program.model_proto
     pack_int4(proto.graph)
     pack_masks(proto.graph)
+    separate_transposes(proto.graph)
     _strip_metadata(proto, output_names(program, [each.name for each in proto.graph.input]))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
@@ -125,7 +127,13 @@ def export(
     if normalization := normalization or pixels:
         mean, std = normalization
         proto.metadata_props.add(key="normalization", value=json.dumps({"mean": list(mean), "std": list(std)}))
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the network cannot be converted to ONNX: the exporter wrote an invalid file ({reason})."
+        ) from error
     write_file(path, proto.SerializeToString())
     return path
 

@@ -135,7 +135,16 @@ def _by_channel(images: Tensor, normalization: Normalization) -> list[Tensor]:
 
 def _of_file(session: Session, inputs: FileArrays) -> list[Tensor]:
     """The logits of a file, or if it is not known which output holds them, all; floating-point outputs only."""
-    values = [session.run(inputs)] if session.logits is not None else session.run_all(inputs).values()
+    try:
+        values = [session.run(inputs)] if session.logits is not None else session.run_all(inputs).values()
+    except InputError:
+        raise
+    except Exception as error:  # the runtimes' own exceptions have no common class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{session.runtime} opens the file, but does not run it: {reason[:300]}. The file is discarded. Use "
+            "another runtime, or replace the layer in the network."
+        ) from error
     return [each.float() for each in map(torch.from_numpy, values) if each.is_floating_point()]
 
 
