@@ -103,6 +103,19 @@ def test_a_functional_batch_norm_that_trains_is_noted():
     assert training_notes(capture(nn.Sequential(nn.Identity(), FrozenNorm()), IMAGES)) == ()
 
 
+class Standardized(nn.Conv2d):
+    def forward(self, images):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(images, weight, self.bias)
+
+
+def test_a_weight_that_forward_computes_is_noted():
+    (note,) = training_notes(capture(nn.Sequential(nn.Identity(), Standardized(3, 4, 1)).eval(), IMAGES))
+    assert note.startswith("the captured network trains the weights of 1.conv2d directly")
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
+    assert training_notes(capture(nn.Sequential(parametrized, nn.ReLU()).eval(), IMAGES)) == ()
+
+
 class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(_context, values):

@@ -28,7 +28,7 @@ from tersor.graph.export_program import exported
 from tersor.graph.fingerprint import FINGERPRINT, fingerprint
 from tersor.graph.forward_call import InputSpec, specs_of, zeros
 from tersor.graph.layer_restoration import calls_of, restore_layers
-from tersor.graph.modes import LOST, RANDOM, lost_in_training, random_numbers
+from tersor.graph.modes import LOST, RANDOM, computed_in_forward, lost_in_training, random_numbers
 from tersor.graph.original_keys import keep_keys
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_modules import is_hooked
@@ -101,7 +101,7 @@ def _recorded(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     captured.meta[INPUTS] = specs_of(images)
     captured.meta["layers"] = _layer_outputs(captured)
     captured.meta[FINGERPRINT] = fingerprint(captured)
-    captured.meta[LOST] = lost_in_training(model, graph.graph)
+    captured.meta[LOST] = [*lost_in_training(model, graph.graph), *computed_in_forward(model, captured)]
     captured.meta[RANDOM] = random_numbers(graph.graph)
     _keep_shapes(captured)
     return captured

@@ -42,6 +42,20 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
     return notes
 
 
+def computed_in_forward(model: nn.Module, captured: nn.Module) -> list[str]:
+    """A note on weights that the forward method of `model` computes, and that are plain weights when `captured`."""
+    own = set(model.parameters())
+    layers = [name.rpartition(".")[0] for name, parameter in captured.named_parameters() if parameter not in own]
+    if not layers:
+        return []
+    shown = _all(list(dict.fromkeys(layers)))
+    note = (
+        f"the captured network trains the weights of {shown} directly, although the forward method computes them (as "
+        "in weight standardization, low-rank adapters, binary weights): compress after the training"
+    )
+    return [note]
+
+
 def _switched_batch_norm(node: fx.Node, own: Mapping[str, nn.Module]) -> str | None:
     """The path of the module whose code calls this F.batch_norm and reads `self.training`; None for other nodes."""
     path = place_of(node)
