@@ -7,7 +7,7 @@ straight-through estimator (round, sign) it is not, and training the captured ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def _gradients(model: nn.Module, parameters: list[nn.Parameter], images: Network
     draw = torch.Generator(images.device).manual_seed(0)
     factors = [torch.randn(each.shape, generator=draw, dtype=each.dtype, device=each.device) for each in outputs]
     try:
-        found: Sequence[Tensor | None] = torch.autograd.grad(outputs, wanted, factors, allow_unused=True)
+        found = cast("Sequence[Tensor | None]", torch.autograd.grad(outputs, wanted, factors, allow_unused=True))
     except (RuntimeError, TypeError, ValueError):
         return None
     return [torch.zeros_like(of) if each is None else each for each, of in zip(found, wanted, strict=True)]
