@@ -6,6 +6,7 @@ import textwrap
 import pytest
 import torch
 from torch import nn
+from torch.nn import utils
 
 import tersor
 from tersor.checkpoint import model_folder
@@ -145,3 +146,18 @@ def test_the_network_after_a_stage_is_loaded_from_its_checkpoint(tmp_path):
     path = path.rename(tmp_path / "renamed")
     with pytest.raises(InputError, match="is damaged, or its folder was renamed"):
         tersor.load(small(), path)
+
+
+@pytest.mark.parametrize(
+    "norm", [utils.spectral_norm, utils.parametrizations.spectral_norm, utils.parametrizations.weight_norm]
+)
+def test_a_network_with_normalized_weights_is_loaded(norm, tmp_path):
+    def made():
+        return nn.Sequential(
+            norm(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+        )
+
+    images = torch.rand(8, 3, 8, 8)
+    for place, network in enumerate((made().eval(), tersor.quantize(made().eval(), images))):
+        again = tersor.load(made(), tersor.save(network, tmp_path / str(place)))
+        torch.testing.assert_close(again(images), network(images))

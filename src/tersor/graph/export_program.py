@@ -172,8 +172,8 @@ def refusal_reason(error: BaseException) -> str:
     way_out = _WAY_OUT if "data-dependent" in str(error) or "data-dependent" in type(error).__name__ else ""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)).rstrip(".")
     if "fake tensor in the exported program" in reason:
-        reason = "it assigns to the values of its parameters or buffers (.data)"
-        way_out = "Write values into buffers with copy_(), and change no parameter in the forward method."
+        reason = "it uses the .data of a tensor"
+        way_out = "Read values with detach(), write into buffers with copy_(), and change no parameter in forward."
     if unknown := _UNKNOWN_OUTPUT.search(reason):
         reason = f"it returns a {unknown[1].rpartition('.')[2]}, which may hold tensors that torch cannot find"
         way_out = "Return tensors in a tuple, list, dict, named tuple or dataclass."

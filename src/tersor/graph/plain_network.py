@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
-from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.swa_utils import AveragedModel
 
@@ -156,13 +156,22 @@ def _folded(model: nn.Module) -> nn.Module:
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(module, hook.name)
             elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(module, hook.name)
+                _remove_spectral_norm(module, hook.name)
             elif isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # pyright: ignore[reportPrivateUsage]
     of_torch = {
         id(module) for module in model.modules() if parametrize.is_parametrized(module) and _is_of_torch(module)
     }
     return strip(model, of_torch) if of_torch else model
+
+
+def _remove_spectral_norm(module: nn.Module, name: str) -> None:
+    """Fold the norm, and remove its hook for loading, which torch does not find because it is wrapped."""
+    remove_spectral_norm(module, name)
+    hooks = vars(module)["_load_state_dict_pre_hooks"]
+    for key, hook in list(hooks.items()):
+        if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+            del hooks[key]
 
 
 def _hooks(module: nn.Module) -> list[object]:
