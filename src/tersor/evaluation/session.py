@@ -284,10 +284,11 @@ def _require_inputs(path: Path, inputs: int, outputs: int) -> None:
 def _unreadable(path: Path, runtime: str, error: Exception) -> InputError:
     lines = str(error).strip().splitlines() or [repr(error)]
     reason = lines[-1]
-    if unconverted := reason.partition("Conversion is failed for:")[2]:  # the file is intact
-        details = [line.strip() for line in lines if line.startswith("Unsupported")]
+    unconverted = reason.partition("Conversion is failed for:")[2].strip()
+    details = "; ".join(line.strip() for line in lines if line.startswith("Unsupported")) or unconverted
+    if details:  # the file is intact
         return InputError(
-            f"{runtime} does not support {path}: it has no equivalent for operators of the file "
-            f"({'; '.join(details) or unconverted.strip()}). Use another runtime, or another layer in the network."
+            f"{runtime} does not support {path}: it has no equivalent for operators of the file ({details}). Use "
+            "another runtime, or another layer in the network."
         )
     return InputError(f"{runtime} cannot read {path} as a network: {reason.rpartition('failed:')[2].strip()}")
