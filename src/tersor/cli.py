@@ -183,7 +183,7 @@ def methods(
 ) -> None:
     """List the methods, or describe one: formula, paper, parameters."""
     from tersor import methods as registry
-    from tersor.recipe import describe, parameters
+    from tersor.recipe import describe, documentation, parameters
 
     if as_json:
         print_json({each: describe(registry.get(each)) for each in ([name] if name else registry.names())})
@@ -205,7 +205,7 @@ def methods(
         )
         return
     cls = registry.get(name)
-    console.print((sys.modules[cls.__module__].__doc__ or "").strip(), soft_wrap=True)
+    console.print(documentation(cls), soft_wrap=True)
     table = Table("parameter", "type", "default", "description")
     for row in parameters(cls):
         table.add_row(*row)

@@ -39,3 +39,4 @@ def test_a_method_with_a_required_parameter_is_described_without_being_built():
     described = describe(Rate)
     assert (described.needs_steps, described.needs_teacher) == (True, False)
     assert described.parameters["required"] == ["rate"]
+    assert described.documentation == "A method of the user, which cannot be built without a rate."

@@ -58,6 +58,19 @@ def test_the_table_has_the_latency_of_the_final_measurement(tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("fake_search")
+def test_an_earlier_latency_that_is_more_precise_is_kept(tmp_path, monkeypatch):
+    search = searching(tmp_path / "out", budget=ROOMY)
+    run(search)
+    precise = {"latency_error": dict.fromkeys(SIZES, 0.001)}
+    search.points = [each.model_copy(update=precise) for each in search.points]
+    before = {each.name: each.latency_ms for each in search.points}
+    monkeypatch.setattr(finish, "_speedup", timed_as(lambda _point: 3.0)[0])
+    again = write_front(search, finished=True)
+    assert not again.point(again.best).free
+    assert again.point(again.best).latency_ms == before[again.best]
+
+
+@pytest.mark.usefixtures("fake_search")
 def test_a_point_that_turns_out_slower_than_another_is_not_handed_over(tmp_path, monkeypatch):
     search = searching(tmp_path / "out", budget=ROOMY)
     made = run(search)

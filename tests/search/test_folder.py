@@ -128,7 +128,8 @@ def ranged(tmp_path, monkeypatch):
     )
     search.bench.experiment.model = None
     monkeypatch.setattr(surveys, "_export_original", lambda _search: file)
-    monkeypatch.setattr(surveys, "_integers", lambda _search: log.append("integers"))
+    monkeypatch.setattr(surveys, "_integers", lambda _search: log.append("integers") or {})
+    monkeypatch.setattr(surveys, "_integers_elsewhere", lambda _search: {})
     monkeypatch.setattr(surveys, "_measured", lambda *_: [*measured, other, floats])
     monkeypatch.setattr(
         end_costs, "multiply_peaks", lambda runtimes: search.bench.time.work(50.0) or log.append(runtimes)

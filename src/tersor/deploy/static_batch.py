@@ -27,15 +27,9 @@ def batch_for(model: nn.Module, target: Target) -> int | None:
     """The batch size in the file of `model`: the target's, 1 where a dynamic one would crash, or None for dynamic."""
     if target.batch is not None or target.runtime != "openvino":
         return target.batch
-    quantizers = find_quantizers(model)
+    quantizers, version = find_quantizers(model), installed_version("openvino")
     integers = quantizers is not None and bool(quantizers.activations)
-    return 1 if integers and dynamic_batch_crashes() else None
-
-
-def dynamic_batch_crashes() -> bool:
-    """Whether the installed OpenVINO crashes here on 8-bit networks with a dynamic batch."""
-    version = installed_version("openvino")
-    return bool(version) and crashes_on_dynamic_batches(str(version), cpu_flags())
+    return 1 if integers and version and crashes_on_dynamic_batches(version, cpu_flags()) else None
 
 
 def static_batch_reason() -> str:

@@ -1,7 +1,7 @@
 """A recipe: YAML text, checked and turned into plain data. Needs no torch."""
 
 from tersor.recipe.changes import changes
-from tersor.recipe.parameters import MethodDescription, describe, parameters
+from tersor.recipe.parameters import MethodDescription, describe, documentation, parameters
 from tersor.recipe.schema import DataSource, Network, Recipe, Stage, Teacher, parse, read, schema, write
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Teacher",
     "changes",
     "describe",
+    "documentation",
     "parameters",
     "parse",
     "read",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,12 +34,17 @@ def describe(method: Any) -> MethodDescription:
     fields = method.__pydantic_fields__.values()
     by_default = method if any(field.is_required() for field in fields) else method()
     return MethodDescription(
-        (sys.modules[method.__module__].__doc__ or "").strip(),
+        documentation(method),
         getattr(by_default, "needs_teacher", False) is True,
         getattr(by_default, "needs_steps", False) is True,
         TypeAdapter(method).json_schema(),
         getattr(method, "example", {}),
     )
+
+
+def documentation(method: Any) -> str:
+    """The docstring of the file of a method, or that of the class if the file has none."""
+    return inspect.cleandoc(sys.modules[method.__module__].__doc__ or method.__doc__ or "")
 
 
 def parameters(method: Any) -> Iterator[tuple[str, str, str, str]]:

@@ -83,8 +83,8 @@ def write_front(search: Search, *, finished: bool) -> Front:
 def _time_best(search: Search, tested: list[Point]) -> tuple[Point, list[Point], dict[int, BaselineSpeedup]]:
     """Time the best of the tested points together with the free baselines; returns it, the front, and its speedup.
 
-    Its latency becomes that of the fastest baseline divided by the speedup, so that the two agree. If another point is
-    then better, that one is timed too.
+    Its latency becomes that of the fastest baseline divided by the speedup, so that the two agree, unless the earlier
+    measurement is more precise. If another point is then better, that one is timed too.
     """
     points = {point.name: point for point in tested}
     baselines = {point.name: point for point in search.folder.state.baselines}
@@ -97,6 +97,9 @@ def _time_best(search: Search, tested: list[Point]) -> tuple[Point, list[Point],
             size: round(math.hypot(error_of(each), baselines[each.baseline].latency_error.get(size, 0.0)), 4)
             for size, each in speedup.items()
         }
+        for size, error in [*errors.items()]:  # of two measurements, the more precise one counts
+            if best.latency_error.get(size, math.inf) < error:
+                del latency[size], errors[size]
         points[best.name] = best.model_copy(
             update={"latency_ms": {**best.latency_ms, **latency}, "latency_error": {**best.latency_error, **errors}}
         )

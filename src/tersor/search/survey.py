@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from tersor.core.errors import InputError
-from tersor.deploy.static_batch import dynamic_batch_crashes
 from tersor.evaluation.costs import costs
 from tersor.evaluation.multiply_peak import INTEGERS
 from tersor.evaluation.session import installed_runtimes, open_session
@@ -50,7 +51,7 @@ def feasible_range(search: Search) -> None:
     if not state.baselines:
         with search.timed("export"):
             integers = _integers(search)
-        state.baselines = _measured(search, file, integers)
+        state.baselines = _measured(search, file, integers | _integers_elsewhere(search))
     state.costs.runs = sum(state.baselines[0].latency_ms.values()) / 1000
     search.measurement.compare_with(file, state.baselines[0].latency_ms)
     for point in state.baselines:
@@ -106,28 +107,44 @@ def _export_original(search: Search) -> Path:
     return file
 
 
-def _integers(search: Search) -> Path | None:
-    """The file of the original in 8 bits; None where that is not possible."""
+def _integers(search: Search) -> dict[str, Path]:
+    """The file of the original in 8 bits, by runtime; empty where that is not possible."""
     candidate, file = Candidate(), search.folder.path / BASELINES / f"{INTEGERS}.onnx"
     try:
         search.bench.export(candidate, search.bench.build(candidate), file)
     except InputError as error:
         search.study.fail(candidate, 0, str(error))
         search.bar.tell(f"warning: the original cannot be quantized: {error}")
-        return None
-    return file
+        return {}
+    return {search.runtime: file}
 
 
-def _measured(search: Search, original: Path, integers: Path | None) -> list[Point]:
-    """All free baselines, measured together."""
+def _integers_elsewhere(search: Search) -> dict[str, Path]:
+    """The same for the other installed runtimes: the placement of the quantizers depends on the runtime."""
+    files: dict[str, Path] = {}
+    for runtime in installed_runtimes():
+        if runtime == search.runtime:
+            continue
+        candidate, file = Candidate(), search.folder.path / BASELINES / f"{INTEGERS}-{runtime}.onnx"
+        recipe = search.bench.experiment.recipe
+        target = recipe.target.model_copy(update={"runtime": runtime})
+        experiment = replace(search.bench.experiment, recipe=recipe.model_copy(update={"target": target}))
+        bench = replace(search.bench, experiment=experiment)
+        with suppress(InputError):
+            bench.export(candidate, bench.build(candidate), file)
+            files[runtime] = file
+    return files
+
+
+def _measured(search: Search, original: Path, integers: Mapping[str, Path]) -> list[Point]:
+    """All free baselines, measured together; `integers` are the files in 8 bits, by runtime."""
     bench, runtime = search.bench, search.runtime
     files: dict[str, tuple[Path, str, Literal["float32"] | None]] = {ORIGINAL: (original, runtime, None)}
     files |= {f"{ORIGINAL}-{each}": (original, each, None) for each in installed_runtimes() if each != runtime}
     if open_session(original, runtime).precision != "float32":
         files[FLOAT32] = (original, runtime, "float32")
-    if integers is not None:
-        files[Candidate().name] = (integers, runtime, None)
-        files |= {f"{Candidate().name}-{each}": (integers, each, None) for each in _other_runtimes(integers, runtime)}
+    for each, path in integers.items():
+        files[Candidate().name if each == runtime else f"{Candidate().name}-{each}"] = (path, each, None)
     openers = {name: partial(open_session, path, each, precision=kind) for name, (path, each, kind) in files.items()}
     with search.timed("finish"):
         latencies = search.measurement.baselines(openers, ORIGINAL)
@@ -138,10 +155,10 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
     return [
         Point(
             name=name,
-            description="the original in 8 bits" if path == integers else "the original",
+            description="the original in 8 bits" if path in integers.values() else "the original",
             file=search.folder.relative(path),
             runtime=each,
-            precision=INTEGERS if path == integers else openers[name]().precision,
+            precision=INTEGERS if path in integers.values() else openers[name]().precision,
             free=True,
             validation=measured[name].metric,
             drop_error=0.0 if name == ORIGINAL else search.drop_error(measured[name].right, measured[name].metric),
@@ -152,20 +169,6 @@ def _measured(search: Search, original: Path, integers: Path | None) -> list[Poi
         )
         for name, (path, each, _) in files.items()
     ]  # fmt: skip
-
-
-def _other_runtimes(integers: Path, runtime: str) -> list[str]:
-    """The other installed runtimes that can run the file in 8 bits."""
-    found: list[str] = []
-    for each in installed_runtimes():
-        if each == runtime or (each == "openvino" and dynamic_batch_crashes()):
-            continue
-        try:
-            open_session(integers, each)
-        except InputError:
-            continue
-        found.append(each)
-    return found
 
 
 def _add_free(search: Search, point: Point) -> None:
