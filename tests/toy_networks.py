@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -48,3 +49,18 @@ def short(name: str) -> nn.Module:
     assert name == "regnet_y"
     parameters = BlockParams([1, 2, 1, 1], [8, 8, 16, 16], [4] * 4, [1.0] * 4, [2] * 4, 0.25)
     return models.RegNet(parameters, num_classes=10)
+
+
+class Swish(torch.autograd.Function):
+    """SiLU, with the gradient that autograd would compute."""
+
+    @staticmethod
+    def forward(ctx, values):
+        ctx.save_for_backward(values)
+        return values * values.sigmoid()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (values,) = ctx.saved_tensors
+        share = values.sigmoid()
+        return gradient * share * (1 + values * (1 - share))

@@ -18,6 +18,7 @@ from tersor.graph.forward_call import InputSpec
 from tersor.graph.modes import training_notes
 from tersor.methods.qat import QAT
 from tersor.training.context import AttachContext
+from toy_networks import Swish
 
 IMAGES = torch.rand(2, 3, 4, 4)
 
@@ -126,21 +127,6 @@ class StraightThrough(torch.autograd.Function):
         return gradient
 
 
-class SavesMemory(torch.autograd.Function):
-    """SiLU, with the gradient that autograd would compute."""
-
-    @staticmethod
-    def forward(context, values):
-        context.save_for_backward(values)
-        return values * values.sigmoid()
-
-    @staticmethod
-    def backward(context, gradient):
-        (values,) = context.saved_tensors
-        gate = values.sigmoid()
-        return gradient * gate * (1 + values * (1 - gate))
-
-
 def detached(values):
     return values + (values.round() - values).detach()
 
@@ -150,7 +136,7 @@ def test_a_custom_backward_with_other_gradients_is_noted():
     assert note.startswith("the captured network does not use the custom backward() of StraightThrough")
 
 
-@pytest.mark.parametrize("function", [SavesMemory.apply, detached, F.silu])
+@pytest.mark.parametrize("function", [Swish.apply, detached, F.silu])
 def test_a_gradient_that_autograd_computes_is_not_noted(function):
     assert training_notes(capture(Applied(function).eval(), IMAGES)) == ()
 

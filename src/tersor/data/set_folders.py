@@ -17,8 +17,8 @@ _SETS = {
 def set_folders(folder: Path) -> dict[str, Path] | None:
     """The folders of the "train", "test" and, if there is one, "val" set of `folder`; None if it is not divided.
 
-    `val` is the test set if there is no `test`. `training`, `valid`, `validation`, `testing` and
-    upper case are accepted.
+    `val` is the test set if there is no `test`. The names `training`, `valid`, `validation` and `testing`, and upper
+    case, are accepted.
 
     Raises:
         InputError: a set is missing, or two folders hold the same set.

@@ -19,7 +19,7 @@ _SAME_NUMBERS = {
     *("Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
 FLOAT_BITS = 32
-_MOST_BITS = 8
+MOST_BITS = 8
 """Of a quantized weight."""
 _OPENVINO_INTEGERS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8}
 
@@ -73,7 +73,7 @@ def weight_bits(path: Path) -> tuple[int, ...]:
         constants = [layer.find("data") for layer in ElementTree.parse(path).iter("layer")]  # noqa: S314  # opened before
         types = {data.get("element_type", "") for data in constants if data is not None}
         return tuple(sorted({_OPENVINO_INTEGERS[each] for each in types & set(_OPENVINO_INTEGERS)}))
-    return tuple(sorted({layer.bits for layer in file_layers(path) if layer.bits <= _MOST_BITS}))
+    return tuple(sorted({layer.bits for layer in file_layers(path) if layer.bits <= MOST_BITS}))
 
 
 def stored_precision(path: Path, executed: str) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from tersor.core.machine import default_threads
 from tersor.data.network_inputs import NetworkInput
-from tersor.deploy.file_layers import file_layers
+from tersor.deploy.file_layers import MOST_BITS, file_layers
 from tersor.evaluation.node_profile import layer_of_node
 from tersor.evaluation.session import load_runtime, onnxruntime_options, openvino_compiled, openvino_config
 from tersor.quantization.integer_coverage import integer_coverage
@@ -23,13 +23,12 @@ from tersor.quantization.integer_coverage import integer_coverage
 _FLOAT_PRODUCTS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _OPENVINO_PRODUCTS = {"Convolution", "FullyConnected", "MatMul"}
 _FLOAT_PRECISIONS = {"f32", "bf16", "f16"}
-_FEWER_BITS = 16
 _LISTED = 5
 
 
 def computed_in_float(path: Path, runtime: str) -> list[str]:
     """Names of the layers with integer weights that `runtime` computes in float, in the order of the file."""
-    layers = [each.name for each in file_layers(path) if each.bits < _FEWER_BITS]
+    layers = [each.name for each in file_layers(path) if each.bits <= MOST_BITS]
     if not layers:
         return []
     names = {name: name for name in layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class Experiment:
         """The network that the artifact is compared with: the model, or the teacher if the model has no weights."""
         return self.model if self.model_is_trained or self.teacher is None else self.teacher
 
-    @property
+    @cached_property
     def example(self) -> Tensor:
         """A few training images (N, C, H, W), normalized."""
         return next(iter(self.batches(self.data.train, _EXAMPLE_IMAGES))).only_images.contiguous()
