@@ -77,6 +77,13 @@ def norm(sign=1.0):
     return made
 
 
+def shared_weight(**options):
+    """Two layers with one weight and different biases and `options`."""
+    first, second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, **options)
+    second.weight = first.weight
+    return Network(first, lambda network, x: F.relu(network.norms[0](directly(network, x))), second)
+
+
 def without_bias():
     return nn.Conv2d(16, 16, 3, padding=1, bias=False)
 
@@ -92,6 +99,8 @@ NETWORKS = {
     "two norms, one negative": lambda: Network(without_bias(), called_twice, norm(), norm(-1.0)),
     "tokens in a loop": lambda: Network(nn.Linear(16, 16), tokens_in_a_loop),
     "slices written in place": lambda: Network(nn.Conv2d(16, 16, 3, padding=1), shifted),
+    "one weight, two biases": shared_weight,
+    "one weight, two strides": lambda: shared_weight(stride=2),
     "filled in place": lambda: Network(nn.Conv2d(16, 16, 3, padding=1), filled),
 }
 

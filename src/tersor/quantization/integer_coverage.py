@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from tersor.core.errors import InputError, counted
 from tersor.data.batch import images_of
 from tersor.data.network_inputs import NetworkInput
-from tersor.graph.aten import operator_name, place_of
+from tersor.graph.aten import arguments, operator_name, place_of
 from tersor.graph.capture import INPUTS, layer_of, values_into
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.forward_call import zeros
@@ -36,6 +36,7 @@ ENOUGH = 0.95
 
 _MOST_BITS = 8
 _MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
+_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _UNCOUNTED = "operators in float that the MACs do not include"
 _LISTED = 8
@@ -163,8 +164,7 @@ def _reason_for_float(model: nn.Module, product: Product, *, planned: bool) -> t
     if not _in_integers(model, product):
         return _description(model, product)
     if _returns_float(model, product, planned=planned):
-        kind = parametrize.type_before_parametrizations(model.get_submodule(product.module)).__name__
-        return product.module, kind, "ONNX Runtime has no integer convolution that returns float values"
+        return *_place_and_kind(model, product), "ONNX Runtime has no integer convolution that returns float values"
     return None
 
 
@@ -172,7 +172,8 @@ def _returns_float(model: nn.Module, product: Product, *, planned: bool) -> bool
     """Whether this is a convolution for ONNX Runtime whose output is not quantized."""
     layer = model.get_submodule(product.module)
     graph = model if product.node is not None else model.get_submodule(product.parent)
-    if not (isinstance(layer, Convolution) and isinstance(graph, fx.GraphModule)):
+    convolution = isinstance(layer, Convolution) or _function(product.node) in _CONVOLUTIONS
+    if not (convolution and isinstance(graph, fx.GraphModule)):
         return False
     if graph.meta.get(RUNTIME) != "onnxruntime":
         return False
@@ -190,11 +191,16 @@ def _in_integers(model: nn.Module, product: Product) -> bool:
 
 
 def _is_quantized_product(node: fx.Node | None) -> bool:
-    """Whether a quantizer is directly in front of both operands, and not only of the values that they were moved from.
+    """Whether a quantizer is directly in front of the operands, and not only of the values that they were moved from.
 
-    Without it, the runtime does not compute the product in integers.
+    Without it, the runtime does not compute the product in integers. The weight of a convolution or linear function is
+    that of a layer, which has the quantizer: layers with one weight and different strides, for example.
     """
-    return _function(node) in _MATRIX_PRODUCTS and _has_quantizers(cast("fx.Node", node))
+    if node is None:
+        return False
+    if operator_name(node) in _CONVOLUTIONS | {"linear"}:
+        return isinstance(layer_of(computed(arguments(node)["input"])), FakeQuantize)
+    return operator_name(node) in _MATRIX_PRODUCTS and _has_quantizers(node)
 
 
 def _has_quantizers(node: fx.Node) -> bool:
@@ -208,14 +214,13 @@ def _on_grid(operand: Operand) -> bool:
 def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
     """Name, kind and reason of a product that has no integer operator or whose operands are in float."""
     module = model.get_submodule(product.module)
-    kind = parametrize.type_before_parametrizations(module).__name__
     function = _function(product.node)
-    place = place_of(product.node) if function else product.module
+    place, kind = _place_and_kind(model, product)
     parameter = next((each.parameter for each in product.operands if each.parameter), None)
     if function not in _MATRIX_PRODUCTS and all(map(_on_grid, product.operands)):
-        return place, function or kind, f"there is no integer operator for {function or f'the code of {kind}'}"
+        return place, kind, f"there is no integer operator for {function or f'the code of {kind}'}"
     if parameter is None:
-        return place, function or kind, _reason_without_weight(product)
+        return place, kind, _reason_without_weight(product)
     owner = parameter.rpartition(".")[0].partition(".parametrizations")[0].removeprefix("parametrizations")
     name = owner if owner != place or owner == product.module != "" else parameter
     if function in _RECURRENT:
@@ -227,6 +232,14 @@ def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
     if owner == product.module:
         return name, kind, _reason(model, module, product)
     return name, kind, f"the forward method of {kind} reads the weights directly"
+
+
+def _place_and_kind(model: nn.Module, product: Product) -> tuple[str, str]:
+    """The path of the layer or of the code that multiplies, and the class or the function."""
+    function = _function(product.node)
+    if function:
+        return place_of(cast("fx.Node", product.node)), function
+    return product.module, parametrize.type_before_parametrizations(model.get_submodule(product.module)).__name__
 
 
 def _reason_without_weight(product: Product) -> str:
