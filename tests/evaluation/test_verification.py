@@ -154,6 +154,17 @@ def test_export_refuses_a_wrong_file_and_keeps_the_earlier_one(moved_by, tmp_pat
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_tiny_activations_are_named_when_openvino_computes_them_incorrectly(moved_by, tmp_path):
+    moved = moved_by(20)
+    quantizer = next(each for name, each in moved.named_modules() if name.startswith("quantizers."))
+    moved.tiny = copy.deepcopy(quantizer)  # which is not called, so that the tolerance stays
+    moved.tiny.scale.data.fill_(2e-9)
+    with pytest.raises(InputError, match=r"rounded in steps of 2e-09.* load trained weights"):
+        tersor.export(moved, IMAGES, tmp_path / "model.onnx", runtime="openvino")
+    with pytest.raises(InputError, match="Use another runtime"):
+        tersor.export(moved, IMAGES, tmp_path / "model.onnx")
+
+
 def test_export_warns_about_a_file_that_differs_more_than_usual(moved_by, tmp_path):
     with pytest.warns(CompressionWarning, match=r"16 example images .* differ from torch's by") as found:
         tersor.export(moved_by(3.5), IMAGES, tmp_path / "model.onnx")

@@ -28,12 +28,15 @@ from tersor.evaluation.scoring import arrays_of
 from tersor.evaluation.session import Session
 from tersor.graph.comparison import outputs_of
 from tersor.graph.parametrization import in_float32
-from tersor.quantization.fake_quantize import quantizers_disabled
+from tersor.quantization.fake_quantize import FakeQuantize, quantizers_disabled
 
 _IMAGES = 16
 _WARN_RATIO, _REFUSE_RATIO = 2.0, 5.0
 _FLOAT_TOLERANCES = {"float32": (0.002, 0.02), "bfloat16": (0.05, 0.2), "float16": (0.01, 0.1)}
 _LOOSEST_TOLERANCES = _FLOAT_TOLERANCES["bfloat16"]
+_ON_ONE_IMAGE = (
+    "On several images the outputs agree. Write a forward method whose result does not depend on the batch size."
+)
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 
@@ -99,17 +102,27 @@ def _compare(
             "Use a dropout module, or F.dropout(x, training=self.training)."
         )
     if not difference <= refuse_above:
-        raise InputError(
-            f"{finding}. This is more than rounding can explain, so the file is discarded. "
-            + (
-                "Use another runtime, or keep layers in float with `exclude` of the quantization method."
-                if several
-                else "On several images the outputs agree. Write a forward that does not depend on the batch size."
-            )
-        )
+        advice = _advice(session, model) if several else _ON_ONE_IMAGE
+        raise InputError(f"{finding}. This is more than rounding can explain, so the file is discarded. {advice}")
     if several:
         advice = "Compare the accuracy of the file with that of the network in torch."
         warnings.warn(f"{finding}. {advice}", CompressionWarning, stacklevel=4)
+
+
+def _advice(session: Session, model: nn.Module) -> str:
+    """What to do about a file whose outputs are wrong."""
+    steps = [
+        each.scale.min().item()
+        for name, each in model.named_modules()
+        if isinstance(each, FakeQuantize) and each.enabled and "parametrizations" not in name
+    ]
+    smallest = min(steps, default=1.0)
+    if session.runtime == "openvino" and smallest < torch.finfo(torch.float32).eps:
+        return (
+            f"Activations of the network are so small that they are rounded in steps of {smallest:.1g}. OpenVINO adds "
+            "such values incorrectly. Untrained weights often cause this: load trained weights."
+        )
+    return "Use another runtime, or keep layers in float with `exclude` of the quantization method."
 
 
 def _inputs(images: NetworkInput, pixels: Normalization | None) -> tuple[FileArrays, NetworkInput]:
