@@ -135,6 +135,7 @@ LEVELS = [
         "graph.original_keys",
         "graph.parametrization",
         "graph.plain_modules",
+        "graph.stored_functions",
     ),
     ("graph.forward_call",),
     ("tasks",),

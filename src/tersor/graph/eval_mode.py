@@ -18,12 +18,14 @@ from tersor.graph.forward_call import run, specs_of
 from tersor.tasks.network_outputs import named_entries
 
 _CHANNELS = re.compile(r"expected input\[[\d, ]*\] to have (\d+) channels, but got (\d+) channels")
-
-
+_LOW_PRECISION = re.compile(r"BFloat16|Half|bfloat16|float16")
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError, AttributeError)
 _SQUEEZED = "its forward method squeezes the batch dimension. Write x.flatten(1) or x.squeeze((2, 3)), not x.squeeze()."
-
-
+_OTHER_IMAGES = "Pass images that the network accepts."
+_CONVERTED = (
+    "The weights are in float32 here. Remove conversions to another precision, such as x.bfloat16(), from the forward "
+    "method: training and the runtimes choose a lower precision themselves."
+)
 _CAPTURED = "It was captured for the size of the first images, so all images must have that size."
 
 
@@ -68,20 +70,27 @@ def checked_forward(name: str, images: NetworkInput, *, captured: bool = False) 
                 f"{name} does not run on the inputs {_described(images)}: {reason}. Pass the inputs of its forward "
                 "method in order, or by name: ((left, right), targets) or ({'left': left, 'right': right}, targets)."
             ) from error
-        kind = str(images.dtype).removeprefix("torch.")
-        details, advice = f" of {kind}: {reason}", "Pass images that the network accepts."
-        if found := _CHANNELS.search(reason):
-            details, advice = "", f"It takes images (N, {found[1]}, H, W), but these are (N, {found[2]}, H, W)."
-            if images.shape[1] == 3:
-                advice += (
-                    f" If tersor loads the images, write --channels {found[1]} for `tersor compress`, "
-                    f"data.channels: {found[1]} in a recipe, or channels={found[1]} in Python."
-                )
-            if images.shape[3] == int(found[1]):
-                advice = "These have their channels last: pass images.permute(0, 3, 1, 2)."
-        elif captured:
+        details, advice = _on_images(images, reason)
+        if captured and advice == _OTHER_IMAGES:
             name, advice = f"the captured graph of {name}", _CAPTURED
         raise InputError(f"{name} does not run on images {tuple(images.shape[1:])}{details}. {advice}") from error
+
+
+def _on_images(images: Tensor, reason: str) -> tuple[str, str]:
+    """What went wrong with these images, and what to do."""
+    if found := _CHANNELS.search(reason):
+        if images.shape[3] == int(found[1]):
+            return "", "These have their channels last: pass images.permute(0, 3, 1, 2)."
+        advice = f"It takes images (N, {found[1]}, H, W), but these are (N, {found[2]}, H, W)."
+        if images.shape[1] == 3:
+            advice += (
+                f" If tersor loads the images, write --channels {found[1]} for `tersor compress`, "
+                f"data.channels: {found[1]} in a recipe, or channels={found[1]} in Python."
+            )
+        return "", advice
+    details = f" of {str(images.dtype).removeprefix('torch.')}: {reason}"
+    low = images.dtype == torch.float32 and _LOW_PRECISION.search(reason)
+    return details, _CONVERTED if low else _OTHER_IMAGES
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tersor.core.errors import InputError
 from tersor.graph.parametrization import parametrized, strip
+from tersor.graph.stored_functions import use_copied_modules
 
 _UNCOPIED = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, PicklingError)
 
@@ -115,13 +116,15 @@ def _how_to_get_one(given: object) -> str:
 def _copied(model: nn.Module, name: str) -> nn.Module:
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in _computed(model)}
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except _UNCOPIED as error:
         culprit = next(_uncopied(model), "an attribute")
         reason = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
         raise InputError(
             f"{name} cannot be copied, because of {culprit}: {reason}. Remove it from the network."
         ) from error
+    use_copied_modules(copied, memo)
+    return copied
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:
