@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tersor
 from tersor.checkpoint.structure import structure
@@ -102,6 +105,55 @@ def test_a_functional_batch_norm_that_trains_is_noted():
     (note,) = training_notes(capture(nn.Sequential(nn.Identity(), FunctionalNorm()), IMAGES))
     assert note.startswith("the captured network keeps F.batch_norm of 1 in eval mode")
     assert training_notes(capture(nn.Sequential(nn.Identity(), FrozenNorm()), IMAGES)) == ()
+
+
+class Auxiliary(nn.Module):
+    """Returns a second output in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images):
+        features = self.conv(images)
+        if self.training:
+            return features, features.mean()
+        return features
+
+
+class Attention(nn.Module):
+    """Drops attention weights in training."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.drop = nn.Dropout(rate)
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images):
+        tokens = self.conv(images).flatten(2).mT
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=self.drop.p if self.training else 0.0)
+
+
+class Checkpointed(Auxiliary):
+    use_checkpoint = False
+
+    def forward(self, images):
+        if self.use_checkpoint and self.training:
+            return checkpoint(self.conv, images)
+        return self.conv(images)
+
+
+@pytest.mark.parametrize("network", [Auxiliary(), Attention(0.5)], ids=["output", "rate"])
+def test_a_test_of_the_mode_is_noted_with_its_line(network):
+    (note,) = training_notes(capture(nn.Sequential(nn.Identity(), network), IMAGES))
+    assert re.search(r"code for eval mode, .* method of 1 tests self\.training \(test_modes\.py, line \d+\)", note)
+    line = int(note.rpartition(" ")[2].rstrip(")"))
+    assert "self.training" in Path(__file__).read_text(encoding="utf-8").splitlines()[line - 1]
+
+
+@pytest.mark.parametrize("network", [Attention(0.0), Checkpointed()], ids=["rate", "checkpoint"])
+def test_a_test_of_the_mode_without_effect_is_not_noted(network):
+    assert training_notes(capture(nn.Sequential(nn.Identity(), network), IMAGES)) == ()
 
 
 class Standardized(nn.Conv2d):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import operator
+import textwrap
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import FunctionType
 
 import torch
 from torch import fx, nn
@@ -39,7 +46,73 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
             f"the captured network keeps F.batch_norm of {_all(functional)} in eval mode: in training it uses the "
             "running statistics and does not update them. Use a BatchNorm module"
         )
+    for line, paths in _branches_on_mode({path: each for path, each in own.items() if path in called}).items():
+        notes.append(
+            f"the captured network trains with the code for eval mode, although the forward method of {_all(paths)} "
+            f"tests self.training ({line})"
+        )
     return notes
+
+
+def _branches_on_mode(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The paths of the modules by the line of their code that tests `self.training`."""
+    found: dict[str, list[str]] = {}
+    for path, module in modules.items():
+        if isinstance(module, nn.modules.batchnorm._NormBase) or _rates(module):  # pyright: ignore[reportPrivateUsage]
+            continue
+        lines = [line for line, rate in _tests_of_training(type(module)) if _value_of(module, rate) != 0]
+        if lines:
+            found.setdefault(lines[0], []).append(path or type(module).__name__)
+    return found
+
+
+@cache
+def _tests_of_training(kind: type[nn.Module]) -> list[tuple[str, str | None]]:
+    """`file.py, line 12` of each `if self.training` in the forward methods of a class.
+
+    If it selects a rate, as in `self.drop if self.training else 0.0`, the name of this rate is beside it.
+    """
+    defined = {name: each for base in reversed(kind.__mro__) for name, each in vars(base).items()}
+    found: list[tuple[str, str | None]] = []
+    for name, each in defined.items():
+        if not isinstance(each, FunctionType) or each.__module__.startswith("torch.nn."):
+            continue
+        if not name.lstrip("_").startswith("forward"):
+            continue
+        try:
+            lines, first = inspect.getsourcelines(each)
+            tree = ast.parse(textwrap.dedent("".join(lines)))
+        except (OSError, SyntaxError):
+            continue
+        file = Path(each.__code__.co_filename).name
+        found += [
+            (f"{file}, line {first + node.lineno - 1}", _selected_rate(node))
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If | ast.IfExp | ast.While) and _reads_training(node.test)
+        ]
+    return found
+
+
+def _reads_training(test: ast.expr) -> bool:
+    """Whether a condition reads `self.training`, other than to save memory by checkpointing."""
+    read = [each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)]
+    return "training" in read and not any("checkpoint" in each for each in read)
+
+
+def _selected_rate(node: ast.stmt | ast.expr) -> str | None:
+    """`drop.p` for `self.drop.p if self.training else 0.0`; None for other conditions."""
+    if not isinstance(node, ast.IfExp):
+        return None
+    values = [node.body, node.orelse]
+    rates = [each for each in values if not isinstance(each, ast.Constant)]
+    return ast.unparse(rates[0]).removeprefix("self.") if len(rates) == 1 else None
+
+
+def _value_of(module: nn.Module, name: str | None) -> object:
+    try:
+        return operator.attrgetter(name)(module) if name else None
+    except AttributeError:
+        return None
 
 
 def computed_in_forward(model: nn.Module, captured: nn.Module) -> list[str]:
@@ -66,8 +139,13 @@ def _switched_batch_norm(node: fx.Node, own: Mapping[str, nn.Module]) -> str | N
 
 
 def _drops(module: nn.Module) -> bool:
+    return any(each > 0 for each in _rates(module))
+
+
+def _rates(module: nn.Module) -> list[float]:
+    """The drop rates of a module without parameters, such as stochastic depth."""
     rates = [vars(module).get(name) for name in _RATES]
-    return next(module.parameters(), None) is None and any(isinstance(each, float) and each > 0 for each in rates)
+    return [each for each in rates if isinstance(each, float) and next(module.parameters(), None) is None]
 
 
 def _all(paths: list[str]) -> str:
