@@ -138,7 +138,7 @@ def prune(
         check_targets(goal, network, data, method.importance_images)
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target, latency=latency_ratio))
     attached.begin()
-    warn_of_training(attached.model)
+    warn_of_training(model, attached.model)
     return attached.model
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from recorded_progress import RecordedProgress
 from tersor import models, tasks
 from tersor.core.errors import InputError
+from tersor.core.progress import NO_PROGRESS
 from tersor.data.image_sets import Pixels, Splits, View
 from tersor.data.splitting import drawn_test_set
 from tersor.pipeline import network_checks, setup
@@ -248,11 +249,13 @@ def test_few_images_are_a_random_choice_of_the_seed():
 
 def test_random_weights_follow_from_the_seed_alone():
     name = Network(name="resnet20", num_classes=3)
-    first, same, other = (setup._build(name, None, seed, 3)[0].state_dict() for seed in (1, 1, 2))
+    first, same, other = (setup._build(name, None, seed, 3, NO_PROGRESS)[0].state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
-    assert setup._build(name, splits(), 0, 3)[0].linear.out_features == 3, "the number in the recipe counts"
-    assert setup._build(Network(name="resnet20"), splits(), 0, 3)[0].linear.out_features == 2
+    assert setup._build(name, splits(), 0, 3, NO_PROGRESS)[0].linear.out_features == 3, (
+        "the number in the recipe counts"
+    )
+    assert setup._build(Network(name="resnet20"), splits(), 0, 3, NO_PROGRESS)[0].linear.out_features == 2
 
 
 def test_labels_from_one_and_weights_of_as_many_classes_as_labels_are_explained(tmp_path):
@@ -260,10 +263,10 @@ def test_labels_from_one_and_weights_of_as_many_classes_as_labels_are_explained(
     models.save_weights(models.build("resnet20", 2), file)
     given = Network(name="resnet20", weights=file)
     with pytest.raises(InputError, match="Number the classes from 0 to 1"):
-        setup._build(given, splits(classes=3, train=(1, 2), test=(1, 2)), 0, 3)
+        setup._build(given, splits(classes=3, train=(1, 2), test=(1, 2)), 0, 3, NO_PROGRESS)
     for data in (splits(classes=3, train=(0, 1, 2), test=(1, 2)), splits(classes=4, train=(1, 2, 3), test=(1, 2))):
         with pytest.raises(models.OtherClasses):
-            setup._build(given, data, 0, 3)
+            setup._build(given, data, 0, 3, NO_PROGRESS)
 
 
 def of_any_number(num_classes=2):

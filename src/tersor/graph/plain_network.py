@@ -94,13 +94,23 @@ def refuse_without_weights(model: nn.Module, name: str = "the network") -> None:
         raise InputError(f"{name} (a {type(model).__name__}) has no parameters. Pass a network with layers.")
 
 
-def masked_by_torch(model: nn.Module) -> list[str]:
-    """The layers with a mask of `torch.nn.utils.prune`."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if any(isinstance(hook, prune.BasePruningMethod) for hook in _hooks(module))
-    ]
+def folding_notes(model: nn.Module) -> list[str]:
+    """A line for each layer of a user's network whose reparametrization a plain copy no longer has in training."""
+    notes: list[str] = []
+    for path, module in model.named_modules():
+        kinds = {type(each) for each in _hooks(module)}
+        if any(issubclass(each, prune.BasePruningMethod) for each in kinds):
+            notes.append(
+                f"{path}: the mask of torch.nn.utils.prune was applied to the weight; training can change the masked "
+                "weights"
+            )
+        of_torch = parametrize.is_parametrized(module) and _is_of_torch(module)
+        if of_torch or kinds & {WeightNorm, SpectralNorm}:
+            notes.append(
+                f"{path}: its reparametrization (weight_norm, spectral_norm or another one of torch.nn.utils) was "
+                "folded into the weight, which is trained without it"
+            )
+    return notes
 
 
 def _how_to_get_one(given: object) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from tersor.core.errors import CompressionWarning
 from tersor.data.batch import Batch, images_of, parts_of
 from tersor.graph.modes import training_notes
+from tersor.graph.plain_network import folding_notes
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
@@ -29,9 +30,9 @@ def warn_of_quantized(model: fx.GraphModule | nn.Module, batches: Iterable[Any],
         warnings.warn(sentence, CompressionWarning, stacklevel=3)
 
 
-def warn_of_training(model: nn.Module) -> None:
+def warn_of_training(original: nn.Module, captured: nn.Module) -> None:
     """Warn of what a captured network no longer does in training; called by `prune`, before fine-tuning."""
-    for note in training_notes(model):
+    for note in (*folding_notes(original), *training_notes(captured)):
         warnings.warn(note, CompressionWarning, stacklevel=3)
 
 

@@ -13,14 +13,14 @@ from tersor.checkpoint.structure import structure
 from tersor.core.device import seeded
 from tersor.core.errors import InputError
 from tersor.core.import_path import is_function_path
-from tersor.core.progress import ProgressReporter
+from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data import Splits, load
 from tersor.data.augmentation import described as described_augmentation
 from tersor.data.image_sets import class_numbers
 from tersor.data.splitting import drawn_test_set
 from tersor.evaluation.costs import macs_ratio
 from tersor.evaluation.session import load_runtime
-from tersor.graph.plain_network import masked_by_torch, plain_copy
+from tersor.graph.plain_network import folding_notes, plain_copy
 from tersor.pipeline.artifact_settings import normalization_line
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.loss_check import check_losses
@@ -70,7 +70,7 @@ def prepare(
             raise InputError(f"weights file {network.weights} {problem}. Paths are relative to the working directory.")
     channels = data.train.channels if data else recipe.data.channels
     known = model is None and recipe.model.num_classes
-    early = _build(recipe.model, None, recipe.seed, channels) if known else None
+    early = _build(recipe.model, None, recipe.seed, channels, progress) if known else None
     progress.say("reading images")
     task = recipe.task.build()
     splits = data or load(
@@ -80,15 +80,10 @@ def prepare(
     if recipe.target.input == "uint8" and splits.train.largest > 255:
         raise InputError("the images have 16 bits per channel, and target.input is uint8. Write input: normalized.")
     _say_what_the_data_lacks(splits, progress)
-    network, metadata = (
-        (model, dict[str, str]()) if model else early or _build(recipe.model, splits, recipe.seed, channels)
-    )
-    for path in masked_by_torch(network):
-        progress.say(
-            f"{path}: the mask of torch.nn.utils.prune was applied to the weight; training can change the masked "
-            "weights"
-        )
-    network = plain_copy(network, "model" if model else recipe.model.name)
+    if model is not None:
+        network, metadata = _plain(model, "model", progress), dict[str, str]()
+    else:
+        network, metadata = early or _build(recipe.model, splits, recipe.seed, channels, progress)
     given, (teacher, of_teacher) = teacher, _teacher(recipe, network, splits, teacher)
     named_teacher = None if given else recipe.teacher
     for whose, named in (("the model", None if model else recipe.model), ("the teacher", named_teacher)):
@@ -175,11 +170,17 @@ def _say_unused_classes(whose: str, network: object, progress: ProgressReporter)
 Built = tuple[nn.Module, dict[str, str]]
 
 
-def _build(network: Network, splits: Splits | None, seed: int, channels: int) -> Built:
+def _plain(network: nn.Module, name: str, progress: ProgressReporter) -> nn.Module:
+    for note in folding_notes(network):
+        progress.say(note)
+    return plain_copy(network, name)
+
+
+def _build(network: Network, splits: Splits | None, seed: int, channels: int, progress: ProgressReporter) -> Built:
     """The network; without a weights file, its random weights depend on `seed` alone."""
     classes = network.num_classes or (len(splits.classes) if splits and splits.classes else None)
     with seeded(seed):
-        built = plain_copy(models.build(network.name, classes, channels=channels), network.name)
+        built = _plain(models.build(network.name, classes, channels=channels), network.name, progress)
     if not network.weights:
         return built, {}
     try:
@@ -202,7 +203,7 @@ def _teacher(
         return plain_copy(given, "the teacher"), {}
     if isinstance(recipe.teacher, str):
         return copy.deepcopy(model).eval(), {}
-    built, metadata = _build(recipe.teacher, splits, recipe.seed, splits.train.channels)
+    built, metadata = _build(recipe.teacher, splits, recipe.seed, splits.train.channels, NO_PROGRESS)
     return plain_copy(built, "the teacher"), metadata
 
 
