@@ -398,6 +398,9 @@ def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out
+    assert tersor(monkeypatch, "methods") == 0
+    told = capfd.readouterr().out
+    assert "These cannot:\n  adaround: rounding changes the network even at 8 bits\n  brecq: " in told
 
 
 @pytest.mark.parametrize("name", names())

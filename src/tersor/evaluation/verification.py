@@ -104,7 +104,8 @@ def _compare(
             + (
                 "Use another runtime, or keep layers in float with `exclude` of the quantization method."
                 if several
-                else "On several images the outputs agree. Write a forward that does not depend on the batch size."
+                else "On several images the outputs agree. Write a forward method whose result does not depend on the "
+                "batch size."
             )
         )
     if several:
