@@ -173,7 +173,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     capfd.readouterr()
     assert tersor(monkeypatch, "eval", out) == 0
     artifact = numbers["artifact"]
-    assert f"{artifact['score']:.2f} ± {artifact['score_error']:.2f} % of 359 test" in capfd.readouterr().out
+    assert f"{artifact['score']:.2f} ± {artifact['score_error']:.2f} % on 359 test" in capfd.readouterr().out
     assert tersor(monkeypatch, "eval", out, "--json") == 0
     told = capfd.readouterr()
     assert document(told.out, "eval")["score"] == numbers["artifact"]["score"]

@@ -164,12 +164,11 @@ def advice(search: Search, best: Point) -> list[str]:
 
 def _not_at_once(search: Search) -> str:
     """The advice where every limit is met by some network, but not all by one."""
-    if any(len(violations(point, search.budget, search.reference)) == 1 for point in search.points):
-        return "No measured network meets all limits at once. Raise one of them."
-    return (
-        "No measured network meets all limits at once, and raising a single limit would not be enough. Raise more than "
-        "one."
-    )
+    none = "No measured network meets all limits at once"
+    for point in search.points:
+        if len(violations(point, search.budget, search.reference)) == 1:
+            return f"{none}. It is enough to raise a single limit: {point.description} exceeds only one."
+    return f"{none}, and raising a single limit would not be enough. Raise more than one."
 
 
 def _out_of_reach(search: Search, best: Point) -> list[str]:
