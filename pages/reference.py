@@ -88,8 +88,8 @@ def numbers_page() -> str:
 def front_page() -> str:
     """The entries of front.json."""
     text = (
-        "# front.json\n\nA search writes its budget, its result and all measured points to `front.json`. Beside the "
-        "file of each point, `numbers.json` has the entries of [Point](#point).\n\n"
+        "# front.json\n\nA search writes its budget, its result and all measured points to `front.json`. The "
+        "`numbers.json` next to the file of each point contains the entries of [Point](#point).\n\n"
     )
     return text + "\n\n".join(_tables(Front.model_json_schema(), "front.json"))
 

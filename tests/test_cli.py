@@ -173,7 +173,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     capfd.readouterr()
     assert tersor(monkeypatch, "eval", out) == 0
     artifact = numbers["artifact"]
-    assert f"{artifact['score']:.2f} ± {artifact['score_error']:.2f} % of 359 test" in capfd.readouterr().out
+    assert f"{artifact['score']:.2f} ± {artifact['score_error']:.2f} % on 359 test" in capfd.readouterr().out
     assert tersor(monkeypatch, "eval", out, "--json") == 0
     told = capfd.readouterr()
     assert document(told.out, "eval")["score"] == numbers["artifact"]["score"]
@@ -398,6 +398,9 @@ def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out
+    assert tersor(monkeypatch, "methods") == 0
+    told = capfd.readouterr().out
+    assert "These cannot:\n  adaround: rounding changes the network even at 8 bits\n  brecq: " in told
 
 
 @pytest.mark.parametrize("name", names())

@@ -194,11 +194,11 @@ def methods(
         for each in registry.names():
             cls = registry.get(each)
             table.add_row(each, (sys.modules[cls.__module__].__doc__ or "").splitlines()[0])
-            exempt += [f"{each}, test '{law}': {reason}" for law, reason in getattr(cls, "exempt", {}).items()]
+            reason = getattr(cls, "exempt", {}).get("off")
+            exempt += [f"{each}: {reason}"] if reason else []
         show(console, table)
         console.print(
-            "tersor's own tests check that each method changes nothing when it is switched off, for example with "
-            "loss_weight: 0 or sparsity: 0 (test 'off'). Methods exempt from this or another test:",
+            "Most methods can be switched off, for example with loss_weight: 0 or sparsity: 0. These cannot:",
             *exempt,
             sep="\n  ",
             soft_wrap=True,
@@ -214,7 +214,7 @@ def methods(
     console.print(f"example: {example}", soft_wrap=True)
 
 
-_SCHEMAS_OF = "recipe; results, which run --json prints too; or the name of another command that has --json"
+_SCHEMAS_OF = "recipe, results (also printed by run --json), or a command with --json, such as eval"
 
 
 @app.command()

@@ -102,7 +102,11 @@ def test_a_mask_without_image_is_refused(masks):
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
-    [((0, 100, 200), "0, 100, 200; 255"), ((0, 255), "class indices 0; 255"), ((255,), "no class")],
+    [
+        ((0, 100, 200), "use only the class indices 0, 100, 200, so the number of classes is unclear"),
+        ((0, 255), "use only the class index 0, so"),
+        ((255,), "use no class index, so"),
+    ],
 )
 def test_masks_that_are_pictures_of_classes_are_refused(masks, numbers, message):
     for place, count in (("train", 6), ("test", 3)):

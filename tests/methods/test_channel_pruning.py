@@ -293,7 +293,7 @@ def test_mistakes_are_told(model):
     nn.utils.parametrizations.weight_norm(normed.conv1)
     with pytest.raises(InputError, match="the weight of conv1 has a _WeightNorm parametrization"):
         attached(normed)
-    with pytest.raises(InputError, match="later stage of its own"):
+    with pytest.raises(InputError, match="Move ChannelPruning to a separate, later stage"):
         chain([ChannelPruning(keep_macs=0.8), ChannelPruning(keep_macs=0.7)], model, AttachContext(data=[IMAGES]))
 
 

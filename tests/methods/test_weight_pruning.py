@@ -147,7 +147,7 @@ def test_layers_may_be_named(model):
 def test_mistakes_are_told(model):
     with pytest.raises(InputError, match="matches no layer"):
         WeightPruning(layers=("nothing",)).attach(model, AttachContext())
-    with pytest.raises(InputError, match="rises over the training steps"):
+    with pytest.raises(InputError, match="raises the sparsity during training, but the stage has 0 steps"):
         WeightPruning(sparsity_schedule="cubic").attach(model, AttachContext())
     pruned(model, sparsity=0.5)
     with pytest.raises(InputError, match=r"already has a sparsity of"):
@@ -212,7 +212,7 @@ def test_every_importance_masks_as_much_and_others(model, importance, granularit
 def test_two_of_four(model):
     attached = pruned(model, granularity="2:4")
     (note,) = attached.notes
-    assert note == "these layers are not masked, because their input channels are not a multiple of 4: conv1"
+    assert note == "these layers are not masked, because their number of input channels is not a multiple of 4: conv1"
     for mask in masks_of(model).values():
         groups = mask.movedim(1, -1).reshape(-1, 4)
         assert (groups.sum(1) == 2).all()

@@ -62,7 +62,7 @@ def test_the_same_classes_are_not(images, tmp_path):
     export(always_cats, torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
     found = evaluate(tmp_path / "model.onnx", str(images), None, progress=NullProgress())
     assert (found.metric, found.score, found.images, found.runtime) == ("accuracy", 50.0, 6, "onnxruntime")
-    assert str(found) == "50.00 ± 20.41 % of 6 test images, onnxruntime in float32"
+    assert str(found) == "accuracy 50.00 ± 20.41 % on 6 test images, onnxruntime in float32"
     assert found.score_error == pytest.approx(100 * (0.25 / 6) ** 0.5)
     assert str(dataclasses.replace(found, metric="mIoU", shown="50.00 %")).startswith("mIoU 50.00 % on 6 test images")
 
@@ -245,7 +245,7 @@ def test_the_precision_of_a_quantized_file_is_that_of_its_weights(images, tmp_pa
         for part in ("train", "test"):
             shutil.copytree(images / part / "cat", images / part / name)
     found = evaluate(tmp_path / "int8.onnx", str(images), None, progress=NullProgress())
-    assert str(found).endswith(" of 15 test images, onnxruntime in int8, rest float32")
+    assert str(found).endswith(" on 15 test images, onnxruntime in int8, rest float32")
 
 
 def test_a_truncated_file_is_told(images, tmp_path):

@@ -107,8 +107,9 @@ def test_the_metric_on_the_validation_images(monkeypatch):
     none = dataclasses.replace(made, data=dataclasses.replace(made.data, validation=images(0)))
     assert stages._validate(none, made.model, "a", progress) is None
     assert progress.lines == [
-        f"a: {score:.2f} % on 10 validation images", "a: done (no validation images: data.validation is 0)"
-    ]  # fmt: skip
+        f"a: accuracy {score:.2f} % on 10 validation images",
+        "a: done (no validation images: data.validation is 0)",
+    ]
     monkeypatch.setattr(stages.distributed, "rank", lambda: 1)
     assert stages._validate(made, made.model, "a", progress) is None
 

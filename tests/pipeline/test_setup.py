@@ -81,7 +81,7 @@ def test_a_teacher_that_is_passed_replaces_that_of_the_recipe():
         assert made.teacher_is_trained
         assert made.teacher is not better
         assert all(torch.equal(*pair) for pair in zip(better.parameters(), made.teacher.parameters(), strict=True))
-    with pytest.raises(InputError, match="a teacher was passed, but the recipe has none"):
+    with pytest.raises(InputError, match="but the recipe has no teacher entry to replace"):
         prepare(recipe(), model=given, teacher=better, data=splits(), progress=RecordedProgress())
 
 

@@ -23,6 +23,7 @@ def test_columns_are_as_high_as_their_values(chart):
     heights = re.findall(r'height="([\d.]+%)" class="(?:original|artifact)"', svg)
     assert heights == ["100.00%", "25.00%", "50.00%", "0.00%"]
     assert "<title>a: original 4.00, artifact 1.00</title>" in svg
+    assert "<title>a: 4.00</title>" in chart("columns", [("a", 4.0)], "l")
 
 
 def test_a_histogram_has_a_bar_for_each_level_and_cuts_the_bar_at_zero(chart):

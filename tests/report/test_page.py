@@ -247,7 +247,7 @@ def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
     assert "Stage draw, psgd" in text
     assert text.count("mean distance: 0.250 before the stage, 0.125 after it") == 6, "of all and of a layer"
     assert "weights far from a point move far" in text
-    assert "initial distance 0.25 to 0.30 steps; mean movement: artifact 0.125" in text
+    assert "initial distance 0.25 to 0.30 steps; mean movement: 0.125" in text
     assert "conv, 3 bits" in text
     numbers = numbers_of()
     numbers["stages"][1]["drawn"] = positions_of(target="zero", scale_by="constant")
@@ -276,7 +276,7 @@ def test_levels_and_bit_operations_of_layers_with_the_same_bits(folder, page):
 
 
 def test_output_errors_are_shown_if_a_layer_is_quantized(page):
-    assert "<title>conv: artifact 20.0</title>" in page()
+    assert "<title>conv: 20.0</title>" in page()
     evidence = evidence_of()
     for layer in evidence["layers"]:
         layer["error"] = None

@@ -259,7 +259,7 @@ ONE_FOR_EACH = "Write a list with one number for each channel, as in"
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "resnet20"}, "has no weights. Write weights=FILE \\(`--weights FILE`\\)"),
+        ({"model": "resnet20"}, "has no weights. Pass weights=FILE \\(`--weights FILE`\\)"),
         ({"students": ["resnet20=missing.safetensors"]}, "missing.safetensors of the student resnet20 not found"),
         ({"storage": "nonsense://x"}, "the database nonsense://x cannot be opened"),
         ({"data": "nonsense"}, "unknown data name"),

@@ -103,6 +103,19 @@ def test_the_headline_names_the_baseline_and_has_intervals():
     )
 
 
+def test_the_headline_says_whether_the_network_is_smaller_or_larger():
+    made = front_of(3)
+    best, original = made.point(made.best), made.point(made.original)
+    for share, size in (
+        (0.5, ", 2.0 times smaller than the original, "),
+        (1.3, ", 1.3 times larger than the original, "),
+        (1.02, ", same size as the original, "),
+    ):
+        found = best.model_copy(update={"bytes": int(share * original.bytes)})
+        points = [found if each.name == best.name else each for each in made.points]
+        assert size in verdict_lines(made.model_copy(update={"points": points}))[0]
+
+
 def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_chosen():
     limits = {"max_drop": 1.0, "latency_ms": {"1": 0.9}, "megabytes": 0.5}
     lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))

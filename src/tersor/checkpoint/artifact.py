@@ -230,8 +230,8 @@ def _read_manifest(folder: Path) -> _Manifest:
     if not file.is_file():
         if _files_of_search(folder):
             raise InputError(
-                f"{folder} belongs to a search, but the folder of a run is needed. Create one with `tersor run` and "
-                "the recipe of the point. The report of a search is in the folder of the search."
+                f"{folder} belongs to a search, but the folder of a run is needed. Create one by running `tersor "
+                "run` on the recipe of a point in points/. The report of a search is in the folder of the search."
             )
         raise InputError(f"{folder} is not the folder of a run: it has no {MANIFEST}. {_found_in(folder)}")
     try:

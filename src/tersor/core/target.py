@@ -36,7 +36,10 @@ class Target(PlainRecord):
     runtime: Annotated[Runtime, Field(description="the runtime that will run the file")] = "onnxruntime"
     cpu: Annotated[
         Cpu,
-        Field(description="vnni sums 8-bit products in 32 bits, avx2 in 16, which can saturate; default: this machine"),
+        Field(
+            description="vnni and arm64 sum 8-bit products in 32 bits, avx2 in 16, which can saturate; default: this "
+            "machine"
+        ),
     ] = Field(default_factory=cpu_kind)
     input: Annotated[
         Literal["normalized", "uint8"],

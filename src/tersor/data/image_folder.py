@@ -89,10 +89,10 @@ def _class_files(folder: Path) -> dict[str, list[str]]:
         raise InputError(f"'{folder}' holds no class folders. Expected: '{folder}/<class>/*.jpg'.")
     empty = [name for name, paths in files.items() if not paths]
     if empty:
+        others = f" and {counted(len(empty) - 1, 'other')} ({', '.join(empty[1:6])})" if len(empty) > 1 else ""
         raise InputError(
-            f"there is no image in class folder '{folder / empty[0]}'"
-            + (f" and in {counted(len(empty) - 1, 'other')} ({', '.join(empty[1:6])})" if len(empty) > 1 else "")
-            + f". Add images ({', '.join(SUFFIXES)}) or remove the folder."
+            f"class folder '{folder / empty[0]}'{others} {'contain' if others else 'contains'} no images. Add images "
+            f"({', '.join(SUFFIXES)}) or remove the folder{'s' if others else ''}."
         )
     return files
 

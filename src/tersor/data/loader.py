@@ -134,13 +134,13 @@ class Loader:
             return self._checked(labels, images)
         found = targets_in(batch) if self.targets else None
         if self.targets and found is None:
-            raise InputError("a batch has no targets. Pass batches (images, targets), or write label_weight=0.")
+            raise InputError("a batch has no targets. Pass batches (images, targets), or label_weight=0.")
         return found
 
     def _checked(self, labels: Tensor | None, images: int) -> Tensor:
         """Return valid labels (N,) as int64."""
         if labels is None:
-            raise InputError("a batch has no labels. Pass batches (images, labels), or write label_weight=0.")
+            raise InputError("a batch has no labels. Pass batches (images, labels), or label_weight=0.")
         error = labels_error(labels, images, self.classes, self._least)
         if error is not None:
             raise error

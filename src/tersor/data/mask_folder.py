@@ -111,10 +111,11 @@ def _counted(pairs: list[tuple[str, str]]) -> int:
     classes = 1 + max(used, default=0)
     if classes < 2 or 2 * len(used) < classes:
         shown = ", ".join(map(str, sorted(used)[:5])) + (", ..." if len(used) > 5 else "")
+        found = f"only the class {'index' if len(used) == 1 else 'indices'} {shown}" if used else "no class index"
         raise InputError(
-            f"the masks of '{Path(pairs[0][1]).parent}' hold {f'the class indices {shown}' if used else 'no class'}; "
-            f"{IGNORE} marks pixels to ignore. Write class indices from 0 without large gaps, such as 1 for a "
-            f"foreground, or name all classes in {_NAMES}."
+            f"the masks of '{Path(pairs[0][1]).parent}' use {found}, so the number of classes is unclear ({IGNORE} "
+            "marks pixels to ignore). Number the classes from 0 without large gaps, such as 1 for a foreground, or "
+            f"name all classes in {_NAMES}."
         )
     return classes
 

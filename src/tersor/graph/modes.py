@@ -124,7 +124,7 @@ def computed_in_forward(model: nn.Module, captured: nn.Module) -> list[str]:
     shown = _all(list(dict.fromkeys(layers)))
     note = (
         f"the captured network trains the weights of {shown} directly, although the forward method computes them (as "
-        "in weight standardization, low-rank adapters, binary weights): compress after the training"
+        "in weight standardization, low-rank adapters, or binary weights). Train first, then compress"
     )
     return [note]
 

@@ -4,12 +4,12 @@ Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (magnitude of fil
 Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed together).
 
     magnitude      mean over the layers of the group of ||W[c]||_2^2 / mean_c ||W[c]||_2^2        W: (C_out, C_in, ...)
-    magnitude_l1   the same of ||W[c]||_1
-    fpgm           the same of sum_d ||W[c] - W[d]||_2
+    magnitude_l1   the same with ||W[c]||_1
+    fpgm           the same with sum_d ||W[c] - W[d]||_2
     taylor         sum over the layers of |w * g|                       g: gradient of the task's loss at the weight w
     batchnorm      mean over the BatchNorms of the group of |gamma_c|
-    obs            increase of the squared error of the logits without c, after the layers that read it are refitted
-    W[c]           the rows that write channel c, the columns that read it
+    obs            increase of the squared error of the logits without c, after the layers that consume it are refitted
+    W[c]           the rows that produce channel c, the columns that consume it
 
 `pruning/channel_importance.py` cites the papers; `importance` can also be your own function. Channels are removed in
 blocks that leave a multiple of `round_to`, since runtimes are slow at other widths (bench/pruning_rounding.py). Until

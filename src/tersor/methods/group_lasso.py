@@ -53,7 +53,7 @@ class GroupLasso:
     strength: Annotated[float, Field(ge=0, description="factor of the decay, relative to the gradient of the loss")] = (
         5e-4
     )
-    alpha: Annotated[float, Field(ge=0, description="ratio of the fastest to the slowest decay: 2^alpha")] = 4.0
+    alpha: Annotated[float, Field(ge=0, description="exponent: the fastest decay is 2^alpha times the slowest")] = 4.0
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not decayed")] = ()
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:

@@ -1,4 +1,4 @@
-"""Mixed precision: chooses bits for each layer's weight, within an average bit width.
+"""Mixed precision: chooses a bit width for each layer's weight, subject to a limit on the average.
 
 Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision", ICCV 2019 (arXiv 1905.03696);
 Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization", ICML 2021 (the bits by integer programming).
@@ -101,7 +101,7 @@ def _most(options: Mapping[int, int]) -> int:
 
 @plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class MixedPrecision(RangeOptions):
-    """Post-training quantization that chooses each layer's bit width within an average; needs no labels."""
+    """Choose a bit width for each layer's weight, subject to a limit on the average; needs no training, no labels."""
 
     example: ClassVar[dict[str, Any]] = {"average_bits": 3.5, "widths": (2, 3, 4, 8), "activation_range": "mse"}
     exempt: ClassVar[dict[str, str]] = {"off": "rounding changes the network even at 8 bits"}

@@ -92,7 +92,7 @@ class RigL:
         Distribution, Field(description="erk: small layers are denser; uniform: the same in all layers")
     ] = "erk"
     drop_fraction: Annotated[
-        float, Field(ge=0, lt=1, description="alpha: initial fraction of a layer's weights that is replaced")
+        float, Field(ge=0, lt=1, description="alpha: fraction of a layer's active weights that is replaced at first")
     ] = 0.3
     every: Annotated[int, Field(ge=1, description="steps between two mask updates")] = 100
     end: Annotated[float, Field(gt=0, le=1, description="fraction of the stage after which masks are fixed")] = 0.75

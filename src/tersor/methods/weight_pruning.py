@@ -154,8 +154,8 @@ class WeightPruning:
     def _check(self, steps: int) -> None:
         if self.needs_steps and not steps:
             raise InputError(
-                f"sparsity_schedule: {self.sparsity_schedule} rises over the training steps, but the stage has 0 "
-                "steps. Write epochs or steps, or one_shot."
+                f"sparsity_schedule: {self.sparsity_schedule} raises the sparsity during training, but the stage has 0 "
+                "steps. Write epochs or steps, or sparsity_schedule: one_shot."
             )
         for name in (self.importance, self.sparsity_schedule):
             if is_function_path(name):
@@ -190,7 +190,7 @@ class WeightPruning:
                 "are none. Write another granularity."
             )
         shown = ", ".join(whole[:6]) + (f" and {len(whole) - 6} more" if len(whole) > 6 else "")
-        reason = f"because their input channels are not a multiple of {pattern[1]}"
+        reason = f"because their number of input channels is not a multiple of {pattern[1]}"
         notes = [f"these layers are not masked, {reason}: {shown}"] if whole else []
         return {name: layer for name, layer in layers.items() if name not in whole}, notes
 

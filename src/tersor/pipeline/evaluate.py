@@ -64,9 +64,8 @@ class Evaluation:
     """One standard error of the score, in points; none for metrics other than the accuracy."""
 
     def __str__(self) -> str:
-        """ "91.20 ± 1.49 % of 360 test images, onnxruntime in int8, rest float32"."""
-        score = f"{self.shown} of" if self.metric == "accuracy" else f"{self.metric} {self.shown} on"
-        return f"{score} {self.images} test images, {self.runtime} in {self.precision}"
+        """ "accuracy 91.20 ± 1.49 % on 360 test images, onnxruntime in int8, rest float32"."""
+        return f"{self.metric} {self.shown} on {self.images} test images, {self.runtime} in {self.precision}"
 
 
 def evaluate(

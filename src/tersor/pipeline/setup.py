@@ -196,7 +196,10 @@ def _teacher(
 ) -> tuple[nn.Module | None, dict[str, str]]:
     """The teacher, and the metadata of its weights file."""
     if recipe.teacher is None and given is not None:
-        raise InputError("a teacher was passed, but the recipe has none. Write teacher: original in it.")
+        raise InputError(
+            "a teacher was passed, but the recipe has no teacher entry to replace. Add one, such as teacher: original; "
+            "the network that you passed is used in its place."
+        )
     if recipe.teacher is None:
         return None, {}
     if given is not None:

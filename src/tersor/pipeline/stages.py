@@ -267,8 +267,7 @@ def _validate(experiment: Experiment, network: nn.Module, name: str, progress: P
         progress.say(f"{name}: done (no validation images: data.validation is 0)")
         return None
     score, task = _validation_score(experiment, network), experiment.task
-    metric = "" if task.metric == "accuracy" else f"{task.metric} "
-    progress.say(f"{name}: {metric}{task.shown(score)} on {len(experiment.data.validation)} validation images")
+    progress.say(f"{name}: {task.metric} {task.shown(score)} on {len(experiment.data.validation)} validation images")
     return score
 
 

@@ -127,7 +127,7 @@ def check_targets(task: Task, network: nn.Module, batches: Iterable[Any], images
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         raise InputError(
             f"for two images the network returns {described(outputs)}; the cross entropy needs logits (2, classes). "
-            "Write importance='magnitude', or return only the logits, one for each class."
+            "Pass importance='magnitude', or return only the logits, one for each class."
         )
     all_labels(seen, outputs.shape[1])
 

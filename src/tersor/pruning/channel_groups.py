@@ -1,11 +1,11 @@
 """Groups of coupled channels (DepGraph), and whether their removal leaves the network's function unchanged.
 
-A channel is removed together with every slice that writes or reads it: the filter, its bias and BatchNorm entry, the
-columns of the following layers, the same slices of layers that are coupled by an addition, constants that pad it, and
-arguments that count it. The captured graph determines which (`pruning/dependency`): the network runs once, every index
-of every dimension gets an id, and a rule for each operator couples ids. Fang et al., "DepGraph: Towards Any Structural
-Pruning", CVPR 2023, couple layers; coupling single indices needs no special case for concatenation, shuffles, heads and
-padding.
+A channel is removed together with every slice that produces or consumes it: the filter, its bias and BatchNorm entry,
+the columns of the following layers, the same slices of layers that are coupled by an addition, constants that pad it,
+and arguments that count it. The captured graph determines which (`pruning/dependency`): the network runs once, every
+index of every dimension gets an id, and a rule for each operator couples ids. Fang et al., "DepGraph: Towards Any
+Structural Pruning", CVPR 2023, couple layers; coupling single indices needs no special case for concatenation,
+shuffles, heads and padding.
 
 Then half of every group is removed from a copy, and the copy is compared node by node with the network whose removed
 channels are zero. Groups that differ are not removed, and the reason is reported.
@@ -42,7 +42,7 @@ class Group:
     """Channels that can be removed one by one, each with all of its slices.
 
     Attributes:
-        root: the layer that writes them, by name.
+        root: the layer that produces them, by name.
         slices: what is removed with each channel. Heads and positions within heads are channels, too.
         within_heads: whether a channel is a position within every head.
     """

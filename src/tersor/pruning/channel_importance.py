@@ -1,7 +1,7 @@
 """Importance of coupled channels: one score for each channel of a group; the lowest are removed first.
 
-A channel has rows of the layers that write it and columns of the layers that read it. Each layer W (C_out, C_in, ...)
-is scored index by index; several indices of one channel (a column for every pixel, after a flatten) are summed.
+A channel has rows of the layers that produce it and columns of the layers that consume it. Each layer W (C_out, C_in,
+...) is scored index by index; several indices of one channel (a column for every pixel, after a flatten) are summed.
 
     magnitude      mean over the layers of ||W[c]||_2^2 / mean_c ||W[c]||_2^2
     magnitude_l1   mean over the layers of ||W[c]||_1 / mean_c ||W[c]||_1            Li et al., ICLR 2017

@@ -19,6 +19,7 @@ _Deviation = Annotated[float, Field(gt=0)]
 _Transforms = Annotated[list[str | dict[str, dict[str, Any] | None]], Field(min_length=1)]
 _augmentation = named("augmentation", ("none", "flip", "crop_flip"))
 _SOURCES = ("folder", "csv", "name")
+_DEFAULT = "by default from the weights file, else computed from the training images"
 YOUR_DATA = "your.module:splits"
 """The `name` in recipes of a search whose images were passed in Python: the user has to replace it."""
 
@@ -53,11 +54,11 @@ class DataSource(PlainRecord):
     limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None
     mean: Annotated[
         tuple[_Share, ...] | None,
-        Field(description="mean of each channel, in 0..1; by default from the weights file"),
+        Field(description=f"mean of each channel, in 0..1; {_DEFAULT}"),
     ] = None
     std: Annotated[
         tuple[_Deviation, ...] | None,
-        Field(description="standard deviation of each channel, in 0..1; by default from the weights file"),
+        Field(description=f"standard deviation of each channel, in 0..1; {_DEFAULT}"),
     ] = None
 
     @model_validator(mode="after")

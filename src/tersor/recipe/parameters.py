@@ -20,9 +20,9 @@ class MethodDescription:
     documentation: str
     """Formula and paper."""
     needs_teacher: bool
-    """Whether a recipe must have a teacher, with the default parameters."""
+    """Whether the method, with its default parameters, needs a teacher."""
     needs_steps: bool
-    """Whether the stage must train, with the default parameters."""
+    """Whether the method, with its default parameters, needs training."""
     parameters: Mapping[str, Any]
     """JSON schema of the parameters in a recipe."""
     example: Mapping[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 from tersor.evaluation.results import Execution, FileResults, Reference, Results, Speedup
 from tersor.evaluation.timings import Ratio
@@ -21,6 +21,11 @@ _CONVERSIONS = {
     *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "FakeQuantize", "Cast", "Convert"),
     *("Reorder", "ReorderInput", "ReorderOutput", "Transpose"),
 }
+
+
+class _Sized(Protocol):
+    @property
+    def bytes(self) -> int: ...
 
 
 def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
@@ -154,12 +159,12 @@ def same_runtime(one: Execution, other: Execution) -> bool:
     return (one.runtime, one.precision) == (other.runtime, other.precision)
 
 
-def size_change(before: FileResults, after: FileResults) -> str:
-    """ "4.2x smaller"; a difference below 5 % is "same size"."""
+def size_change(before: _Sized, after: _Sized, times: str = "x") -> str:
+    """ "4.2x smaller"; a difference below 5 % is "same size". `times` follows the ratio."""
     ratio = before.bytes / after.bytes
     if 1 / 1.05 < ratio < 1.05:
         return "same size"
-    return f"{ratio:.1f}x smaller" if ratio > 1 else f"{1 / ratio:.1f}x larger"
+    return f"{ratio:.1f}{times} smaller" if ratio > 1 else f"{1 / ratio:.1f}{times} larger"
 
 
 def _speedups(numbers: Results) -> str:

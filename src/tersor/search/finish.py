@@ -32,7 +32,6 @@ _LARGER = 5
 """The advice names a larger drop up to this multiple of the allowed one, or one point more if that is larger."""
 _MORE_TIME = 3
 """The advice predicts the drop after this multiple of the search time."""
-_NONE_CLOSER = "No measured network is closer to the budget than this one. Raise more than one limit."
 
 
 def write_front(search: Search, *, finished: bool) -> Front:
@@ -160,7 +159,16 @@ def advice(search: Search, best: Point) -> list[str]:
         *_another_runtime(search),
     ]
     met = not violations(best, search.budget, search.reference)
-    return lines if lines or met else [_NONE_CLOSER]
+    return lines if lines or met else [_not_at_once(search)]
+
+
+def _not_at_once(search: Search) -> str:
+    """The advice where every limit is met by some network, but not all by one."""
+    none = "No measured network meets all limits at once"
+    for point in search.points:
+        if len(violations(point, search.budget, search.reference)) == 1:
+            return f"{none}. It is enough to raise a single limit: {point.description} exceeds only one."
+    return f"{none}, and raising a single limit would not be enough. Raise more than one."
 
 
 def _out_of_reach(search: Search, best: Point) -> list[str]:
@@ -229,8 +237,8 @@ def _more_loss(search: Search, best: Point) -> list[str]:
     drop = search.reference - most.validation
     if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
         return []
-    others = ", which meets the other limits" * bool(search.budget.latency_ms or search.budget.megabytes)
-    return [f"Larger drop: with {drop:.2f} points lost, there is this network{others}: {most.description}."]
+    others = " and meets the other limits" * bool(search.budget.latency_ms or search.budget.megabytes)
+    return [f"Larger drop: {most.description} loses {drop:.2f} points{others}."]
 
 
 def _another_runtime(search: Search) -> list[str]:

@@ -142,7 +142,7 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
         )
     if isinstance(request.model, str) and request.weights is None:
         raise InputError(
-            f"the network {request.model} has no weights. Write weights=FILE (`--weights FILE`): compression starts "
+            f"the network {request.model} has no weights. Pass weights=FILE (`--weights FILE`): compression starts "
             "from a trained network."
         )
     if not isinstance(request.model, str) and request.weights is not None:

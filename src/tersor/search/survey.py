@@ -92,8 +92,8 @@ def _seen(search: Search, file: Path) -> bool:
         )
     elif validation - test > _PERHAPS_SEEN * error:
         search.bar.tell(
-            f"the original may have been trained on the validation images: {scores}. The difference is too small to be "
-            "certain, so they stay validation images."
+            f"the original may have been trained on the validation images: {scores}. The difference is too small to "
+            "tell, so they are still used for validation."
         )
     return seen
 
@@ -265,7 +265,10 @@ def space_of(search: Search, students: list[str], pixels: list[int]) -> Space:
     try:
         branches, prunable = bench.branches(Candidate()), True
     except InputError as error:
-        search.bar.tell(f"nothing can be removed from the original: {error}")
+        search.bar.tell(
+            "neither branches nor channels can be removed from the original, so only students, image sizes and bits "
+            f"are tried: {error}"
+        )
         branches, prunable = 0, False
     bits = ("8", "mixed", "4") if search.budget.megabytes is not None else ("8",)
     return Space(branches, prunable, students, bits, pixels)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tersor.core.errors import counted
 from tersor.evaluation.results import Speedup
-from tersor.report.verdict import RUNTIMES, describe_speedup
+from tersor.report.verdict import RUNTIMES, describe_speedup, size_change
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import MODEL, Front
 from tersor.search.front import CEILING, Point, like, reason, share_of_budget, shortfall
@@ -18,13 +18,13 @@ _MOST_NAMES = 8
 def verdict_lines(front: Front) -> list[str]:
     """The gain over the fastest free baseline, the share of the budget, why the network was chosen, and advice."""
     best, original, metric = front.point(front.best), front.point(front.original), _metric(front)
-    ratio = f"{original.bytes / best.bytes:.1f}"
-    smaller = "same size as the original" if ratio == "1.0" else f"{ratio} times smaller than the original"
+    size = size_change(original, best, " times")
+    size += " as the original" if size == "same size" else " than the original"
     if best.free:
         found = f"{_nothing_found(front)}." if front.met else "No network meets the budget."
-        first = f"{best.description}: {metric}, {smaller}. {found}"
+        first = f"{best.description}: {metric}, {size}. {found}"
     else:
-        first = f"{best.description}: {', '.join([*_speedups(front), smaller, metric])}."
+        first = f"{best.description}: {', '.join([*_speedups(front), size, metric])}."
     first = " ".join([first, *_another_runtime(front)])
     budget = Budget.of_numbers(front.limits)
     lines = [

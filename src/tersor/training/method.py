@@ -165,6 +165,6 @@ def _refuse_new_shapes(method: Method, parts: Sequence[Attachment]) -> None:
             )
         if part.holds_shapes:
             raise InputError(
-                f"{type(method).__name__} changes shapes that another method of the stage depends on. Write it in a "
-                "later stage of its own."
+                f"{type(method).__name__} changes shapes that another method of the stage depends on. Move "
+                f"{type(method).__name__} to a separate, later stage."
             )

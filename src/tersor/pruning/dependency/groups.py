@@ -40,7 +40,7 @@ class ChannelGroup:
     """Channels whose slices have the same layers, axes and sizes.
 
     Attributes:
-        root: the layer that writes the channels.
+        root: the layer that produces the channels.
         representatives: representatives of the channel sets.
         slices: slices of every channel.
     """
@@ -99,7 +99,7 @@ class _Pattern(NamedTuple):
     """What all channel sets on the same axes share.
 
     Attributes:
-        root: the layer that writes them, or the parameter that holds them; empty for constants.
+        root: the layer that produces them, or the parameter that holds them; empty for constants.
         written: whether a layer writes them.
         runs: each axis with the range of the indices on it; arguments come last, since not all channels of a group
             need be counted by the same ones.

@@ -165,7 +165,8 @@ def _value(propagation: ChannelPropagation, node: fx.Node, rule_of: Callable[[Ca
     try:
         return rule_of(call)(propagation, call)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"they go into {node.name} ({call.name}) in a way that channel removal does not support: {error}"
+        detail = f": {error}" if str(error) else ""
+        reason = f"they go into {node.name} ({call.name}) in a way that channel removal does not support{detail}"
         return propagation.freeze(call, reason)
 
 
