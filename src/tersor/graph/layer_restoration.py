@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from tersor.graph.aten import arguments, operator_name
@@ -100,7 +101,7 @@ class _Restoration:
 
     def _stays(self, path: str) -> bool:
         module = self.modules.get(path)
-        if module is None or not path or isinstance(module, _IN_PARTS):
+        if module is None or not path or isinstance(module, _IN_PARTS) or _is_without_tensors(module):
             return False
         kind = parametrize.type_before_parametrizations(module)
         of_torch = any(each.__module__.startswith("torch.nn.") and each is not nn.Module for each in kind.__mro__)
@@ -253,6 +254,11 @@ class _Restoration:
     def _parameter(self, node: object) -> nn.Parameter | None:
         value = self._tensor(node)
         return value if isinstance(value, nn.Parameter) else None
+
+
+def _is_without_tensors(module: nn.Module) -> bool:
+    """Whether this is an InstanceNorm whose number of channels only its attribute has."""
+    return isinstance(module, _InstanceNorm) and not [*module.parameters(), *module.buffers()]
 
 
 def _below(node: fx.Node, own: str) -> bool:

@@ -137,6 +137,16 @@ def pooling(propagation: ChannelPropagation, call: Call) -> Any:
     return tracked(call.output)
 
 
+def instance_norm(propagation: ChannelPropagation, call: Call) -> Any:
+    """instance_norm without weights and statistics: per channel; pixels are frozen."""
+    tensor, *others = call.tensors
+    if others:
+        return propagation.freeze(call)
+    for ids in tensor.ids[2:]:
+        propagation.sets.freeze(ids, f"{call.node.name} normalizes over them")
+    return TrackedShape(tuple(call.output), (*tensor.ids[:2], *[None] * (len(tensor.shape) - 2)))
+
+
 def recurrent(propagation: ChannelPropagation, call: Call) -> Any:
     """lstm, gru: the features that go in can be removed, those inside cannot."""
     tensor, _, weights = call.args[:3]
@@ -180,6 +190,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS, reduction),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum"), along_dimension),
     "layer_norm": layer_norm,
+    "instance_norm": instance_norm,
     **dict.fromkeys(("matmul", "bmm"), matmul),
     "einsum": einsum,
     "scaled_dot_product_attention": attention,
