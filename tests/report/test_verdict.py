@@ -34,6 +34,7 @@ def size_change(before, after):
 
 ERROR = Metric(name="mean absolute error", unit="", higher_is_better=False)
 BF16 = {"runtime": "openvino", "precision": "bfloat16"}
+OTHER_TARGET = " To compress for OpenVINO, write target: {runtime: openvino} in the recipe."
 
 
 def test_faster_than_both():
@@ -54,7 +55,7 @@ def test_faster_than_the_original_only():
     assert verdict(numbers_at(3.0, artifact=entry(3.0, size=1_000_000, macs=5_000_000))) == (
         "1.3x faster (1.3 to 1.4) than the original, but 1.5x slower (1.4 to 1.6) than the baseline at batch 1, "
         "4.0x smaller, accuracy unchanged. Possible reasons: the baseline uses the bfloat16 instructions of this CPU. "
-        "Deploy original.onnx in OpenVINO (bfloat16) instead."
+        f"Deploy original.onnx in OpenVINO (bfloat16) instead.{OTHER_TARGET}"
     )
 
 
@@ -63,6 +64,7 @@ def test_slower_than_both():
         "2.0x slower (1.9 to 2.1) than the original and 4.0x slower (3.8 to 4.2) than the baseline at batch 1, "
         "4.0x smaller, accuracy unchanged. Possible reasons: the baseline uses the bfloat16 instructions of this CPU; "
         "the artifact still computes all 10.0 million MACs. Deploy original.onnx in OpenVINO (bfloat16) instead."
+        f"{OTHER_TARGET}"
     )
 
 
@@ -184,7 +186,9 @@ def test_equally_fast_and_smaller_but_inaccurate_is_not_recommended():
 )
 def test_a_baseline_that_loses_more_than_a_point_is_not_recommended(ms, expected):
     candidates = {"onnxruntime": entry(4.0), "openvino": entry(1.0, score=88.9, **BF16)}
-    assert verdict(numbers_at(ms, candidates=candidates, speedup=speedups(4 / ms, 1 / ms))).endswith(expected)
+    assert verdict(numbers_at(ms, candidates=candidates, speedup=speedups(4 / ms, 1 / ms))).endswith(
+        expected + OTHER_TARGET
+    )
 
 
 def test_larger_batches_are_listed_if_slower():
@@ -192,13 +196,20 @@ def test_larger_batches_are_listed_if_slower():
     assert verdict(numbers).startswith("4.0x faster")
     assert "than the baseline at batch 32" not in verdict(numbers)
     numbers["speedup"]["baseline"]["32"] = ratio_of(0.4)
-    assert verdict(numbers).endswith(" The artifact is 2.5x slower (2.4 to 2.6) than the baseline at batch 32.")
+    sentence = " The artifact is 2.5x slower (2.4 to 2.6) than the baseline at batch 32."
+    assert verdict(numbers).endswith(sentence + OTHER_TARGET)
 
 
 def test_larger_batches_are_listed_if_faster():
     numbers = numbers_at(8.0)
     numbers["speedup"]["baseline"]["32"] = ratio_of(4.0)
-    assert verdict(numbers).endswith(" The artifact is 4.0x faster (3.8 to 4.2) than the baseline at batch 32.")
+    sentence = " The artifact is 4.0x faster (3.8 to 4.2) than the baseline at batch 32."
+    assert verdict(numbers).endswith(sentence + OTHER_TARGET)
+
+
+def test_another_target_is_not_recommended_for_a_baseline_of_the_same_runtime_or_without_a_difference():
+    assert OTHER_TARGET not in verdict(alone(8.0))
+    assert OTHER_TARGET not in verdict(numbers_at(4.0, speedup=speedups(1.01, 0.98)))
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,20 @@ def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
         if _direction(ratio) not in {0, _direction(speedups["1"])}
     ]
     sentences += [f"The artifact is {' and '.join(differing)}."] if differing else []
-    return " ".join(sentences)
+    return " ".join([*sentences, *_other_target(numbers)])
+
+
+def _other_target(numbers: Results) -> list[str]:
+    """How to compress for the runtime of a baseline that is faster than the artifact."""
+    runtimes = {
+        numbers.baseline[size].runtime
+        for size, ratio in numbers.speedup["baseline"].items()
+        if _direction(ratio) < 0 and numbers.baseline[size].runtime != numbers.artifact.runtime
+    }
+    return [
+        f"To compress for {RUNTIMES[each]}, write target: {{runtime: {each}}} in the recipe."
+        for each in sorted(runtimes)
+    ]
 
 
 def _error(after: FileResults) -> str:
