@@ -28,7 +28,7 @@ def pick(
     ] = False,
 ) -> None:
     """Choose a point of the Pareto front, without training. By default, the budget of the search is used."""
-    from tersor.search.compression_budget import Budget, parse_latency, parse_size
+    from tersor.search.compression_budget import DEFAULT_DROP, Budget, parse_latency, parse_size
     from tersor.search.folder import read_front
     from tersor.search.result import PickedPoint, Result
 
@@ -40,7 +40,8 @@ def pick(
     if out:
         _write(choice, out)
     title = f"budget: {budget}" if budget else f"budget of the search: {own}"
-    _print(title, front, choice, out, limit=(budget or own).points, named=point is not None, stderr=as_json)
+    limits = [each.points for each in (budget, own) if each is not None and each.points is not None]
+    _print(title, front, choice, out, limit=[*limits, DEFAULT_DROP][0], named=point is not None, stderr=as_json)
     if as_json:
         print_json(
             PickedPoint(str(budget or own), not choice.shortfall, choice.shortfall, choice.point, out or choice.file)
@@ -68,7 +69,7 @@ def _print(
     choice: Choice,
     out: Path | None,
     *,
-    limit: float | None,
+    limit: float,
     named: bool,
     stderr: bool,
 ) -> None:
@@ -79,7 +80,7 @@ def _print(
         front: the front.
         choice: the point that was chosen.
         out: the file that was written.
-        limit: the largest drop in points.
+        limit: drop in points above which a warning is printed.
         named: whether the point was chosen by its name.
         stderr: whether to print to stderr.
     """
@@ -97,7 +98,7 @@ def _print(
     shown = front.points if choice.point in front.points else [*front.points, choice.point]
     show(console, *front_tables(front.model_copy(update={"points": shown, "best": name}), "chosen"))
     after, before = choice.point.test, front.point(front.original).test
-    if limit is not None and after is not None and before is not None and before - after > limit:
+    if after is not None and before is not None and before - after > limit:
         lost = f"{before - after:.2f} points on the test images, more than {limit:g}"
         console.print(f"warning: {name} loses {lost}", soft_wrap=True)
     file = f"written: {out}; it takes {described_input(out)}" if out else f"file: {choice.file}"

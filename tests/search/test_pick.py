@@ -55,6 +55,21 @@ def test_a_drop_on_the_test_images_above_the_limit_is_a_warning_of_pick(tmp_path
     assert ("warning" in shown) == warned
 
 
+@pytest.mark.parametrize(("own", "more_than"), [({"max_drop": 0.5}, "0.5"), ({"megabytes": 9.0}, "1")])
+def test_a_drop_is_a_warning_of_pick_without_a_limit_too(tmp_path, monkeypatch, capfd, own, more_than):
+    made = front_of(3)
+    best = made.point("best")
+    changed = best.model_copy(update={"test": made.point("original").test - 5})
+    limits = {"max_drop": None, "latency_ms": {}, "megabytes": None, **own}
+    points = [changed if each.name == "best" else each for each in made.points]
+    front = made.model_copy(update={"points": points, "limits": limits})
+    (tmp_path / "front.json").write_text(front.model_dump_json())
+    size, ms = next(iter(best.latency_ms.items()))
+    shown = printed(["pick", tmp_path, "--latency", f"{size}:{1.5 * ms}ms"], monkeypatch, capfd)
+    assert "chosen: best" in shown
+    assert f"warning: best loses 5.00 points on the test images, more than {more_than}\n" in shown
+
+
 def test_a_result_is_printed_as_its_verdict(tmp_path):
     made = front_of(3)
     lines = str(Result(tmp_path, made)).splitlines()
