@@ -120,6 +120,8 @@ class LossTerm(nn.Module):
 class Objective(nn.Module):
     """Student, teacher and loss terms: `forward(batch)` returns the named losses, whose sum is minimized.
 
+    Each loss is multiplied by its weight: "labels" is the task's loss times `label_weight`.
+
     Args:
         model: the student.
         terms: the methods' losses.
