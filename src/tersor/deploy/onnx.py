@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tersor.core.errors import InputError
 from tersor.core.files import write_file
 from tersor.data.network_inputs import NetworkInput
+from tersor.deploy.circular_padding import write_as_slices
 from tersor.deploy.int4_packing import pack_int4
 from tersor.deploy.integer_graph import to_integer_graph
 from tersor.deploy.mask_packing import pack_masks
@@ -119,6 +120,7 @@ def export(
     pack_int4(proto.graph)
     pack_masks(proto.graph)
     separate_transposes(proto.graph)
+    write_as_slices(proto.graph)
     _strip_metadata(proto, output_names(program, [each.name for each in proto.graph.input]))
     if classes:
         proto.metadata_props.add(key="classes", value=json.dumps(list(classes)))
