@@ -144,7 +144,8 @@ LEVELS = [
 ]
 """From the top down. A module imports only what is on a lower level; `docs/architecture.md` shows this list.
 
-Four folders are divided into several levels. The modules of any other folder except `methods` may import each other.
+The modules of the top level may import each other. So may those of one folder, except in `methods` and in the four
+folders that are divided into several levels.
 """
 
 
