@@ -21,7 +21,7 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 import tersor
-from tersor.core.errors import InputError
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.target import Target
 from tersor.deploy.onnx import export
 from tersor.evaluation.session import load_runtime, open_session, openvino_compiled, openvino_config
@@ -611,3 +611,27 @@ def test_a_file_that_no_runtime_runs_is_an_input_error(tmp_path, layers):
     with pytest.raises(InputError, match=r"does not run it|wrote an invalid file"):
         tersor.export(Recurrent().eval(), torch.rand(2, 3, 16, 16), tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
+
+
+class Pairs(nn.Module):
+    """Runs both halves of the channels as images of one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, images):
+        features = self.conv(torch.cat([images[:, :3], images[:, 3:]])).relu().mean((2, 3))
+        first, second = features.chunk(2)
+        return (first - second).abs()
+
+
+@runtimes
+def test_a_batch_that_the_exporter_fixes_is_one_image_and_a_warning(runtime, tmp_path):
+    images = torch.rand(4, 6, 8, 8)
+    with pytest.warns(CompressionWarning, match=r"the file has a batch size of 1, .* batch= of tersor.export") as found:
+        path = tersor.export(Pairs().eval(), images, tmp_path / "model.onnx", runtime=runtime)
+    assert found[0].filename == __file__
+    assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+    path = tersor.export(Pairs().eval(), images, tmp_path / "model.onnx", runtime=runtime, batch=4)
+    assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4

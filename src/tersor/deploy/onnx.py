@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tersor.core.errors import InputError
+from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.files import write_file
 from tersor.data.network_inputs import NetworkInput
 from tersor.deploy.circular_padding import write_as_slices
@@ -39,6 +40,11 @@ from tersor.quantization.qdq_placement import RUNTIME
 
 OPSET = 21
 _FIRST_IR_VERSION_OF_OPSET_21 = 10
+_STATIC = (
+    "the file has a batch size of 1, because the forward method combines and separates the images of a batch in a way "
+    "that the exporter supports only for a fixed size. A batch of n images takes n runs. target.batch of a recipe, or "
+    "batch= of tersor.export, sets another size."
+)
 
 
 class MeanPool(nn.Module):
@@ -114,8 +120,10 @@ def export(
         assert isinstance(inputs, Tensor)
         network = PixelInput(network, *pixels, rank=inputs.ndim).eval()
         inputs = torch.zeros(inputs.shape, dtype=torch.uint8)
-    rows = inputs[torch.zeros(batch or 2, dtype=torch.int64)]
-    program = _convert(network, rows, dynamic=batch is None)
+    program = _convert(network, inputs, batch)
+    if batch is None and _is_static(program.model_proto):  # the exporter fixes a size that the code needs
+        program = _convert(network, inputs, 1)
+        warnings.warn(_STATIC, CompressionWarning, stacklevel=3)
     proto = program.model_proto
     pack_int4(proto.graph)
     pack_masks(proto.graph)
@@ -146,12 +154,19 @@ def _replace_global_pooling(network: nn.Module) -> None:
             network.set_submodule(name, MeanPool())
 
 
-def _convert(network: nn.Module, inputs: NetworkInput, *, dynamic: bool) -> torch.onnx.ONNXProgram:
+def _is_static(proto: onnx.ModelProto) -> bool:
+    """Whether an input has a fixed batch size."""
+    return any(each.type.tensor_type.shape.dim[0].HasField("dim_value") for each in proto.graph.input)
+
+
+def _convert(network: nn.Module, inputs: NetworkInput, batch: int | None) -> torch.onnx.ONNXProgram:
+    """Convert for a batch size; None for a dynamic one."""
+    inputs = inputs[torch.zeros(batch or 2, dtype=torch.int64)]
     if not isinstance(network, fx.GraphModule):
         refuse_reserved_names(network)
     names = input_names(network, inputs)
     handled = sys.exception()  # of the caller; it is in the context of every error below
-    batch = {0: torch.export.Dim("batch", min=1)} if dynamic else None
+    dynamic = {0: torch.export.Dim("batch", min=1)} if batch is None else None
     args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else (inputs.args, inputs.kwargs)
     try:
         # The exporter decomposes attention into matrix products. A fused kernel returns another memory layout, for
@@ -163,7 +178,7 @@ def _convert(network: nn.Module, inputs: NetworkInput, *, dynamic: bool) -> torc
                 kwargs=kwargs,
                 dynamo=True,
                 input_names=list(names),
-                dynamic_shapes=dict.fromkeys(kwargs, batch) or (batch,) * len(args),
+                dynamic_shapes=dict.fromkeys(kwargs, dynamic) or (dynamic,) * len(args),
                 opset_version=OPSET,
                 external_data=False,
                 verbose=False,
