@@ -296,12 +296,12 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
-    command = f"To resume: tersor sensitivity {recipe} --out a.json\n"
+    command = f"tersor sensitivity {recipe} --out a.json\n"
     assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
-    assert capfd.readouterr().err == f"interrupted. Nothing has been measured yet. {command}"
+    assert capfd.readouterr().err == f"interrupted. Nothing has been measured yet. To start again: {command}"
     (tmp_path / "a.json").touch()
     assert tersor(monkeypatch, "sensitivity", recipe, "--out", "a.json") == 130
-    assert capfd.readouterr().err == f"interrupted. a.json holds the measurements so far. {command}"
+    assert capfd.readouterr().err == f"interrupted. a.json holds the measurements so far. To resume: {command}"
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,10 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
         (("ptq: {calibration_images: 64}", "weight_pruning: {sparsity: 1.2}"), "less than 1, got 1.2"),
         (("ptq: {calibration_images: 64}", "channel_pruning: {keep_macs: 0}"), "greater than 0, got 0"),
         (("[{ptq: {calibration_images: 64}}]", "[ptq, weight_pruning]"), "masks come before quantizers"),
-        (("[{ptq: {calibration_images: 64}}]", "[weight_pruning, channel_pruning]"), "channels must be removed first"),
+        (
+            ("[{ptq: {calibration_images: 64}}]", "[weight_pruning, channel_pruning]"),
+            "channel_pruning must come before that",
+        ),
         (("ptq: {calibration_images: 64}", "channel_pruning: {exclude: ['*']}"), "no channel of"),
     ],
 )

@@ -91,8 +91,9 @@ def sensitivity(
         try:
             found, figure = measure(checked, out=out, images=images, progress=bars)
         except KeyboardInterrupt:
-            kept = f"{out} holds the measurements so far" if out.is_file() else "Nothing has been measured yet"
-            stop_interrupted(kept)
+            if out.is_file():
+                stop_interrupted(f"{out} holds the measurements so far")
+            stop_interrupted("Nothing has been measured yet", "To start again")
     show(console, sensitivity_table(found))
     console.print(f"written: {out} and {figure}", soft_wrap=True)
     if as_json:

@@ -38,9 +38,13 @@ def _points(text: str) -> float:
         raise typer.BadParameter(f"'{text}' is not a number of points. Write a number such as 2.") from None
 
 
-MaxDrop = Annotated[
-    float | None, typer.Option(parser=_points, metavar="<float>", help="largest allowed drop of the metric, in points")
-]
+def _max_drop(default: str) -> Any:
+    text = f"largest allowed drop of the metric, in points [default: {default}]"
+    return typer.Option(parser=_points, metavar="<float>", help=text)
+
+
+MaxDrop = Annotated[float | None, _max_drop("1 without --latency and --size, else unlimited")]
+PickedDrop = Annotated[float | None, _max_drop("unlimited with --latency or --size, else that of the search")]
 
 Latencies = Annotated[
     list[str] | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tersor.cli_compress import Latencies, MaxDrop, front_tables
+from tersor.cli_compress import Latencies, PickedDrop, front_tables
 from tersor.cli_output import described_input, plain_console, print_json, show
 from tersor.core.errors import InputError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def pick(
     folder: Annotated[Path, typer.Argument(help="folder that `tersor compress` wrote", show_default=False)],
-    max_drop: MaxDrop = None,
+    max_drop: PickedDrop = None,
     latency: Latencies = None,
     size: Annotated[str | None, typer.Option(help="file size limit: 0.5MB")] = None,
     point: Annotated[str | None, typer.Option(metavar="NAME", help="name of a point, instead of limits")] = None,

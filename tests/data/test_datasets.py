@@ -63,7 +63,7 @@ def test_digits_have_no_root(tmp_path):
 
 
 def test_torchvision_sets_need_a_root():
-    with pytest.raises(InputError, match="'CIFAR10' needs root"):
+    with pytest.raises(InputError, match=r"'CIFAR10' needs the folder .*load\(name='CIFAR10', root=FOLDER\)\."):
         from_name("cifar10", None, ImageFormat())
 
 

@@ -99,7 +99,10 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
         ({"name": "digits", "validation": 1}, "validation is 1"),
         ({"name": "digits", "validation": -0.1}, "validation is -0.1"),
         ({"name": "digits", "validation": float("nan")}, "validation is nan"),
-        ({"name": "digits", "validation": 0.999}, "at most 1428 are possible"),
+        (
+            {"name": "digits", "validation": 0.999},
+            r"at most 1428 are possible.*a smaller validation \(0 for none",
+        ),
         ({"name": "digits", "limit": 0}, "limit is 0"),
         ({"name": "digits", "limit": 9}, "limit is 9, but .*from 10 to 1294"),
         ({"name": "digits", "limit": 1295}, "limit is 1295, .*1294 training images"),
@@ -140,6 +143,14 @@ def test_too_few_images_for_validation(draw_images):
     assert len(load(folder=folder, validation=0).train) == 2
 
 
+def test_a_limit_names_the_classes_only_if_there_are_classes():
+    few = [(Image.new("RGB", (4, 4)), target) for target in (0, 1, 0, 1)]
+    for kind, words in ((int, r"\) of 2 classes\. Write a number from 2 to 4"), (float, r"\)\. Write a number from 1")):
+        images = [(image, kind(target)) for image, target in few]
+        with pytest.raises(InputError, match=r"4 training images \(without validation images" + words):
+            load(datasets={"train": images, "test": images}, validation=0, limit=9)
+
+
 def test_test_images_of_another_size(draw_images):
     for name in ("cat", "dog"):
         draw_images(f"train/{name}", 5, size=(8, 8))
@@ -149,7 +160,9 @@ def test_test_images_of_another_size(draw_images):
     assert load(folder=folder, image_size=6).test.size == (6, 6)
 
 
-@pytest.mark.parametrize(("place", "words"), [("none", "does not exist"), ("images.tar.gz", "is a file. Unpack it")])
+@pytest.mark.parametrize(
+    ("place", "words"), [("none", "does not exist"), ("images.tar.gz", "is a file. Unpack an archive; for a CSV")]
+)
 def test_a_folder_that_is_none(tmp_path, place, words):
     (tmp_path / "images.tar.gz").write_bytes(b"")
     with pytest.raises(InputError, match=words):

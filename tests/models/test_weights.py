@@ -212,7 +212,8 @@ def test_wrong_keys_and_shapes_are_counted_and_shown(tmp_path):
 def test_a_wrong_number_of_classes_is_recognised(tmp_path, name, in_file, here):
     save_weights(build(name, in_file), tmp_path / "w.safetensors")
     message = refused(build(name, here), tmp_path / "w.safetensors")
-    assert f"the file has {in_file} classes, but num_classes is {here}. Write num_classes: {in_file}" in message
+    assert f"has weights for {in_file} classes, but the network was built for {here} (num_classes, or the" in message
+    assert message.endswith(f"In Python, build the network with num_classes={in_file}.")
 
 
 def test_another_width_of_the_last_layer_is_not_reported_as_classes(tmp_path):

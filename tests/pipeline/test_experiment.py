@@ -108,7 +108,7 @@ def test_the_metric_on_the_validation_images(monkeypatch):
     assert stages._validate(none, made.model, "a", progress) is None
     assert progress.lines == [
         f"a: accuracy {score:.2f} % on 10 validation images",
-        "a: done (no validation images: data.validation is 0)",
+        "a: done (the data has no validation images)",
     ]
     monkeypatch.setattr(stages.distributed, "rank", lambda: 1)
     assert stages._validate(made, made.model, "a", progress) is None

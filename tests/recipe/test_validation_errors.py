@@ -70,7 +70,7 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
         (
             "epochs: 30",
             "epochs: 30\n    steps: 7",
-            "line 9: a stage needs either epochs or steps, got epochs: 30 and steps: 7. Remove one.",
+            "line 9: a stage cannot have both epochs and steps, got epochs: 30 and steps: 7. Remove one.",
         ),
         ("epochs: 30", "epochs: 0", "line 10: 'soft_targets' needs training, and stage"),
         ("name: quantize", "name: Distil", "line 11: there is already a stage 'distil'"),

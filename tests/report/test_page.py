@@ -42,7 +42,8 @@ def test_medians_with_another_ratio_than_the_speedup_are_explained(page):
     numbers = numbers_of()
     assert "parentheses.</p>" in page(numbers)
     numbers["speedup"]["original"]["1"] = ratio_of(3.0)
-    assert "parentheses. The ratio of the medians is 4.0x (the original, batch 1), outside the" in page(numbers)
+    told = "The median latencies give a ratio of 4.0x (the original, batch 1). It is outside the"
+    assert f"parentheses. {told}" in page(numbers)
 
 
 def test_the_verdict_is_the_heading(page):
@@ -248,11 +249,14 @@ def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
     assert text.count("mean distance: 0.250 before the stage, 0.125 after it") == 6, "of all and of a layer"
     assert "weights far from a point move far" in text
     assert "initial distance 0.25 to 0.30 steps; mean movement: 0.125" in text
+    assert "initial distance to the nearest point, both in steps." in text
     assert "conv, 3 bits" in text
     numbers = numbers_of()
     numbers["stages"][1]["drawn"] = positions_of(target="zero", scale_by="constant")
     text = page(numbers)
     assert "<h2>Weights moved toward zero</h2>" in text
+    assert "mean movement by initial distance from zero, both in units of twice the largest weight." in text
+    assert "initial distance 0.25 to 0.30; mean movement: 0.125" in text
     assert "This is the control" in text
     assert "conv, 3 bits" not in text
     del numbers["stages"][1]["drawn"]

@@ -124,12 +124,15 @@ def test_curves_of_stages_that_moved_masks_or_validated():
 def test_movement_towards_a_grid():
     histogram = training_section.position_histogram({"before": [1, 2, 3, 4], "after": [4, 3, 2, 1]})
     assert (histogram["low"], histogram["width"], histogram["after_width"]) == (-0.5, 0.25, 0.25)
-    assert training_section.movement_groups([0.1, None]) == [
+    assert training_section.movement_groups([0.1, None], to_grid=True) == [
         ("initial distance 0.00 to 0.25 steps; mean movement", 0.1),
         ("initial distance 0.25 to 0.50 steps; mean movement", None)
     ]  # fmt: skip
-    words = training_section.describe_movement([None, 0.125, 0.25, None])
+    moved = [None, 0.125, 0.25, None]
+    words = training_section.describe_movement(moved, to_grid=True)
     assert words == "weights closest to a grid point moved by 0.125 steps, the farthest by 0.250"
+    words = training_section.describe_movement(moved, to_grid=False)
+    assert words == "weights closest to zero moved by 0.125, the farthest by 0.250"
 
 
 def test_the_slowest_operators_and_all_others():

@@ -111,10 +111,10 @@ def test_medians_whose_ratio_is_outside_the_interval_have_a_sentence(original, r
         numbers["speedup"][name] = {"1": ratio_of(1.0) | ratio, "32": ratio_of(original)}
     results = Results.model_validate(numbers)
     reason = (
-        ", outside the interval of the speedup, because the speed of the machine changed between rounds. The speedup "
-        "compares only times of the same round."
+        ". It is outside the interval of the speedup, because the speed of the machine changed between rounds. The "
+        "speedup compares only times of the same round."
     )
-    told = f"The ratio of the medians is {expected}{reason}" if expected else ""
+    told = f"The median latencies give a ratio of {expected}{reason}" if expected else ""
     assert module.medians_note(results) == told
     _, compared = results_tables(results)
     assert compared.caption.endswith(told or "at batch 32.")
@@ -125,8 +125,8 @@ def test_medians_are_also_compared_with_those_of_the_baseline():
     for of in numbers["speedup"].values():
         of["32"] = ratio_of(1.5)
     told = module.medians_note(Results.model_validate(numbers))
-    start = "The ratio of the medians is 4.0x (the original, batch 32) and 2.0x (the baseline, batch 32), outside "
-    assert told.startswith(start)
+    ratios = "4.0x (the original, batch 32) and 2.0x (the baseline, batch 32)"
+    assert told.startswith(f"The median latencies give ratios of {ratios}. They are outside the intervals ")
 
 
 def test_the_baseline_depends_on_the_batch_size():

@@ -39,7 +39,8 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
     )
     rung = [text for name, text in made.dropped.items() if name in first]
     assert rung
-    assert all("ms at batch 128. Not trained further after rung 1 of" in text for text in rung if "100 steps" in text)
+    once = [text for text in rung if "100 steps" in text]
+    assert all("ms at batch 128. Not trained further after training round 1 of" in text for text in once)
     page = (search.folder.path / "report.html").read_text()
     assert all(f"<p>{name}: {reason}</p>" in page for name, reason in made.dropped.items())
 

@@ -165,6 +165,11 @@ def test_no_measured_network_is_not_called_no_faster_one(tmp_path):
     assert "No more accurate network was found within the budget among " in verdict_lines(latency)[0]
     alone = made.model_copy(update={"points": [made.point("original-8bit")], "dominated": []})
     assert "No other network was measured in the given time." in verdict_lines(alone)[0]
+    point = made.point("original-8bit").model_copy(update={"free": False, "description": "a, 8 bits"})
+    trained = [point.model_copy(update={"name": f"a-{steps}steps", "steps": steps}) for steps in (0, 50, 90)]
+    other = point.model_copy(update={"name": "b", "description": "b, 8 bits"})
+    twice = alone.model_copy(update={"dominated": [*trained, other]})
+    assert "within the budget among 2 measured networks, 1 of them trained." in verdict_lines(twice)[0]
     told = last_line(alone, tmp_path)
     assert "; a baseline that needs no search, chosen because no other network was measured in the given time. " in told
 

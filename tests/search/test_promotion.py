@@ -270,7 +270,9 @@ def test_advice_where_every_limit_is_met_but_not_all_at_once(tmp_path):
     (several,) = finish.advice(search, small)
     assert several.startswith("No measured network meets all limits at once, and raising a single limit would not be")
     search.points.append(point.model_copy(update={"latency_ms": limits, "bytes": 150_000}))
-    assert finish.advice(search, small)[0].endswith(f"{small.description} exceeds only one.")
+    assert finish.advice(search, small)[0].endswith(
+        f"a single limit: {small.description} meets all others, but it is 0.150 MB, 1.50 times the limit."
+    )
 
 
 def test_the_speedup_is_measured_over_the_fastest_baseline_of_each_batch_size(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ class Checkpoints:
                 else:
                     (self.folder / _RECIPE).write_text(recipe)
             except OSError as error:
-                raise InputError(f"cannot use {self.folder}: {error}.") from error
+                raise self._unusable(error) from error
             yield
         finally:
             if not self._folders("*"):  # no checkpoint was written
@@ -102,8 +102,14 @@ class Checkpoints:
                 with suppress(OSError):
                     (folder / _LOCK).unlink(missing_ok=True)
                     folder.rmdir()
-            raise InputError(f"cannot use {self.folder}: {error}.") from error
+            raise self._unusable(error) from error
         return lock
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(
+            f"cannot use {self.folder}: {error}. Free disk space, check the permissions, or choose another folder with "
+            "out=... (`--out`)."
+        )
 
     def _check(self, recipe: str, resume: bool, changes: Callable[[str], str]) -> None:
         begun = self.folder / _RECIPE

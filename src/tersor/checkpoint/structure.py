@@ -277,5 +277,5 @@ def _described(module: nn.Module) -> dict[str, Any]:
     raise InputError(
         f"a weight has the parametrization {type(module).__name__}, which tersor cannot save. If it sets weights to "
         "zero, use tersor's masks (tersor.training.mask_attachment.insert_masks) instead; if it modifies weights, do "
-        "that in after_step."
+        "that in `after_step` of your method's Attachment."
     )

@@ -145,7 +145,11 @@ def _from_torchvision(name: str, root: Path | None, form: ImageFormat) -> Splits
     from torchvision import datasets  # imported here because it takes a second
 
     if root is None:
-        raise InputError(f"data '{name}' needs root, the folder of torchvision's files.")
+        raise InputError(
+            f"data '{name}' needs the folder of torchvision's files. Write root: FOLDER in a recipe, or root=FOLDER in "
+            "tersor.data.load. For tersor compress and eval, write --data file.py:function, with a function that "
+            f"returns tersor.data.load(name='{name}', root=FOLDER)."
+        )
     make = cast("Callable[..., Any]", getattr(datasets, name))
     try:
         train, test = (make(root=str(root), **options) for options in TORCHVISION[name])

@@ -177,7 +177,9 @@ def _layers(image: object, channels: int, name: str) -> list[Image.Image]:
     try:
         converted = image if image.mode == MODES[channels] else image.convert(MODES[channels])
     except ValueError as error:
-        raise InputError(f"{name} has Pillow mode '{image.mode}', which cannot be converted: {error}.") from error
+        raise InputError(
+            f"{name} has Pillow mode '{image.mode}', which cannot be converted: {error}. Save it as RGB or grayscale."
+        ) from error
     return list(converted.split()) if channels == 4 else [converted]
 
 

@@ -147,7 +147,8 @@ def _source(given: Mapping[str, Any], root: str | Path | None, targets: SceneTar
 
 def _from_folder(folder: Path, form: ImageFormat) -> Splits:
     if not folder.is_dir():
-        problem = "is a file. Unpack it" if folder.exists() else "does not exist. Correct the path"
+        advice = "Unpack an archive; for a CSV file, write csv instead of folder"
+        problem = f"is a file. {advice}" if folder.exists() else "does not exist. Correct the path"
         raise InputError(f"data folder '{folder}' {problem}. Expected: folder/{{train,test}}/<class>/*.jpg.")
     if is_voc(folder):
         return from_voc(folder, form)

@@ -73,7 +73,9 @@ def with_validation(splits: Splits, share: float, seed: int) -> Splits:
     if count > most:
         raise InputError(
             f"validation {share} would hold out {count} of {len(labels)} training images, but at most {most} are "
-            "possible: at least one image of every class must remain for training. Add images, or write validation: 0."
+            "possible: at least one image of every class must remain for training. Add images, or write "
+            f"{'a smaller validation (0 for none' if most else 'validation: 0 (none'}; tersor compress needs more than "
+            "0)."
         )
     held_out, rest = stratified(labels, count, generator(seed, _VALIDATION), leave=1)
     return replace(splits, train=View(splits.train, rest), validation=View(splits.train, held_out))
@@ -90,9 +92,10 @@ def limited(splits: Splits, limit: int | None, seed: int) -> Splits:
     labels = strata(splits.train)
     classes = int((torch.bincount(labels) > 0).sum())
     if not classes <= limit <= len(labels):
+        of_classes = "" if class_numbers(splits.train) is None else f" of {classes} classes"
         raise InputError(
-            f"limit is {limit}, but there are {len(labels)} training images (without validation images) of {classes} "
-            f"classes. Write a number from {classes} to {len(labels)}, or leave limit out."
+            f"limit is {limit}, but there are {len(labels)} training images (without validation images){of_classes}. "
+            f"Write a number from {classes} to {len(labels)}, or leave limit out."
         )
     drawn, _ = stratified(labels, limit, generator(seed, _LIMIT), at_least=1)
     return replace(splits, train=View(splits.train, drawn))

@@ -142,7 +142,8 @@ def export(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"the network cannot be converted to ONNX: the exporter wrote an invalid file ({reason})."
+            f"the network cannot be converted to ONNX: the exporter wrote an invalid file ({reason}). If this names a "
+            "layer or an operator, use another one in the network."
         ) from error
     write_file(path, proto.SerializeToString())
     return path

@@ -40,7 +40,7 @@ class Spread(_Record):
     p90: Positive
     """90th percentile, in milliseconds."""
     n: Count
-    """Number of timed runs."""
+    """Number of rounds; the time of a round is the median of up to five runs."""
 
 
 class Speedup(_Record):
@@ -253,7 +253,7 @@ class Results(_Record):
     speedup: dict[Reference, dict[BatchSize, Speedup]]
     """Latency of the original, and of the baseline, divided by that of the compressed file, by batch size."""
     rounds: Rounds | None
-    """When the latency measurement of each batch size ended; null if latency was not measured."""
+    """Time limit of the latency measurement, and what ended it at each batch size; null if latency was not measured."""
     peaks: list[Peak] = []
     """Peak throughput of the machine, by runtime and precision."""
     test_images: Count

@@ -291,4 +291,8 @@ def _unreadable(path: Path, runtime: str, error: Exception) -> InputError:
             f"{runtime} does not support {path}: it has no equivalent for operators of the file ({details}). Use "
             "another runtime, or another layer in the network."
         )
-    return InputError(f"{runtime} cannot read {path} as a network: {reason.rpartition('failed:')[2].strip()}")
+    reason = reason.rpartition("failed:")[2].strip().rstrip(".")
+    return InputError(
+        f"{runtime} cannot read {path} as a network: {reason}. Copy or export it again; if the reason names an "
+        "operator, use another layer or another runtime."
+    )

@@ -54,7 +54,7 @@ class Spread:
     p90: float
     """90th percentile, in milliseconds."""
     n: int
-    """Number of timed runs."""
+    """Number of rounds; the time of a round is the median of up to five runs."""
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:

@@ -1,4 +1,4 @@
-"""Factor transfer: the student learns compressed teacher features, the factors of a paraphraser.
+"""Factor transfer: the student learns the teacher's features as compressed by an autoencoder (the paraphraser).
 
 Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018.
 

@@ -77,7 +77,7 @@ class PTQ(CalibrationOptions, BitOptions):
         AnyWeightRange | None,
         Field(
             description="how a weight's range is chosen; output_mse: by the squared error of the layer's output; "
-            "default: mse with variance_correction; without it, output_mse at 8 bits and minmax below 8 bits"
+            "default: mse if variance_correction is on; otherwise output_mse at 8 bits, minmax below"
         ),
     ] = None
     activation_range: Annotated[
@@ -99,8 +99,9 @@ class PTQ(CalibrationOptions, BitOptions):
         float | None,
         Field(
             ge=0,
-            description="largest drop of the task's metric (accuracy in points), estimated on the calibration images; "
-            "as many of the most sensitive layers stay in float as necessary to meet it. Default: quantize all layers",
+            description="largest drop of the task's metric (accuracy in points; without labels, percent of predictions "
+            "that change), measured on the first 2,000 images; as many of the most sensitive layers stay in float as "
+            "necessary to meet it. Default: quantize all layers",
         ),
     ] = None
 

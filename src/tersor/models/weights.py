@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
     try:
         model.load_state_dict({**counters, **tensors})
     except RuntimeError as error:
-        raise InputError(f"'{path}' is damaged: {str(error)[:300]}.") from error
+        raise InputError(f"'{path}' is damaged: {str(error)[:300]}. Copy or save it again.") from error
     return metadata
 
 

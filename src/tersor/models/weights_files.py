@@ -63,7 +63,7 @@ def _first_bytes(path: Path) -> bytes:
     except OSError as error:  # a folder, or no permission
         raise InputError(f"the weights file '{path}' cannot be read: {error.strerror}.") from error
     if not start:
-        raise InputError(f"the weights file '{path}' is empty.")
+        raise InputError(f"the weights file '{path}' is empty. Copy or save it again.")
     return start
 
 
@@ -72,7 +72,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, *_DAMAGE) as error:
-        raise InputError(f"'{path}' is truncated, damaged, or not a safetensors file: {error}.") from error
+        raise InputError(
+            f"'{path}' is truncated, damaged, or not a safetensors file: {error}. Copy or save it again."
+        ) from error
 
 
 def _read_checkpoint(path: Path, start: bytes) -> object:
@@ -92,7 +94,9 @@ def _read_checkpoint(path: Path, start: bytes) -> object:
         if "TorchScript" in str(error):
             raise _refused(path, "a TorchScript program") from error
         reason = str(error).partition("\n")[0][:160] or type(error).__name__
-        raise InputError(f"'{path}' is truncated, damaged, or not a weights file: {reason}.") from error
+        raise InputError(
+            f"'{path}' is truncated, damaged, or not a weights file: {reason}. Copy or save it again."
+        ) from error
 
 
 def _refused(path: Path, content: str) -> InputError:

@@ -32,8 +32,9 @@ class OtherClasses(InputError):  # noqa: N818 - names the difference, not an err
 
     def __init__(self, path: str, in_file: int, here: int) -> None:
         super().__init__(
-            f"'{path}': the file has {in_file} classes, but num_classes is {here}. "
-            f"Write num_classes: {in_file}, or give weights for {here} classes."
+            f"'{path}': the file has weights for {in_file} classes, but the network was built for {here} (num_classes, "
+            f"or the number of classes in the data). Give weights for {here} classes, or data with {in_file} classes. "
+            f"In Python, build the network with num_classes={in_file}."
         )
         self.in_file = in_file
 

@@ -120,7 +120,8 @@ class TimedFile:
     """Latency of one batch."""
     roles: Sequence[Compared]
     """The references that this file serves as: `original` or `baseline` of a folder, or `model` (the artifact of the
-    first folder); without a folder, `first` or `first_fastest` (the first ONNX file in its fastest runtime)."""
+    first folder); without a folder, `first` (the first ONNX file in ONNX Runtime) or `first_fastest` (the same file in
+    its fastest runtime)."""
     speedup: Mapping[Compared, Ratio]
     """Latency of each reference divided by that of the file; empty for the original, or the first file."""
     copies: Sequence[str] = ()

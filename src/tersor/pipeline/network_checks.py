@@ -127,7 +127,10 @@ def _check_logits(experiment: Experiment, logits: Any, name: str) -> None:
     if not isinstance(logits, torch.Tensor):
         advice = "Write a function package.module:function that wraps the network and returns its logits alone."
     else:
-        advice = f"Write num_classes: {classes}, and give weights of a network with {classes} classes."
+        advice = (
+            f"Give a network that returns {classes} logits, and its weights. For a network by name in a recipe, write "
+            f"num_classes: {classes}; your own function must return such a network itself."
+        )
     raise InputError(
         f"for two images {name} returns {described(logits)}, but the data has {classes} classes, so logits "
         f"(2, {classes}) are needed. {advice}"

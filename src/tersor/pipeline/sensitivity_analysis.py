@@ -106,7 +106,7 @@ def measure(
 
 def _subtitle(images: int, task: Task) -> str:
     what = "logits" if isinstance(task, Classification) else "outputs"
-    return f"error of the {what} in % of their mean square, {images:,} validation images"
+    return f"mean squared error of the {what} in % of their mean square, {images:,} validation images"
 
 
 def _require_writable(out: Path) -> None:

@@ -264,7 +264,7 @@ def _validate(experiment: Experiment, network: nn.Module, name: str, progress: P
     if distributed.rank():
         return None
     if not len(experiment.data.validation):
-        progress.say(f"{name}: done (no validation images: data.validation is 0)")
+        progress.say(f"{name}: done (the data has no validation images)")
         return None
     score, task = _validation_score(experiment, network), experiment.task
     progress.say(f"{name}: {task.metric} {task.shown(score)} on {len(experiment.data.validation)} validation images")

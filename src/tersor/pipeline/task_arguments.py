@@ -207,4 +207,7 @@ def _check_same_logits(task: Task, outputs: Mapping[str, Any]) -> None:
         )
     for name, each in logits.items():
         if each is not None and np.isnan(each.numpy()).any():
-            raise InputError(f"{name} returns NaN for the first images, so it has no valid predictions.")
+            raise InputError(
+                f"{name} returns NaN for the first images, so it has no valid predictions. Check the weights, and the "
+                "values and normalization of the images."
+            )

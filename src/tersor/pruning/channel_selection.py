@@ -115,8 +115,9 @@ def refuse_parametrized(graph: fx.GraphModule, method: str) -> None:
             )
         if isinstance(module, FakeQuantize) or parametrize.is_parametrized(module):
             raise InputError(
-                f"{name or 'the network'} is already masked or quantized, but channels must be removed first. "
-                f"Write {method} in a stage before weight_pruning, ptq and qat."
+                f"{name or 'the network'} is already masked or quantized; {method} must come before that. In Python, "
+                f"call tersor.prune before tersor.quantize; in a recipe, write {method} in a stage before "
+                "weight_pruning, ptq and qat."
             )
 
 

@@ -95,4 +95,8 @@ def note_of_lost_zeros(zeros: Mapping[str, Tensor], model: nn.Module) -> tuple[s
     if lost <= _WORTH_A_NOTE * total:
         return ()
     share = f"{100 * lost / total:.1f} % of the weights were zero before this stage and are not zero after it"
-    return (f"{share}: training changes zeros that no mask covers. Use tersor.training.mask_attachment.insert_masks.",)
+    advice = (
+        "In a recipe, put weight_pruning into the same stage, with a sparsity of at least the fraction of zeros before "
+        "it; in your own method, call tersor.training.mask_attachment.insert_masks."
+    )
+    return (f"{share}: training changes zeros that no mask covers. {advice}",)

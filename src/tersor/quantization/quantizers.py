@@ -170,12 +170,7 @@ def find_quantizers(model: nn.Module) -> Quantizers | None:
 
 
 def insert_quantizers(
-    graph: fx.GraphModule,
-    precision: Precision,
-    *,
-    exclude: Sequence[str],
-    target: Target,
-    method: str,
+    graph: fx.GraphModule, precision: Precision, *, exclude: Sequence[str], target: Target, method: str
 ) -> Quantizers:
     """Insert disabled quantizers on the weights of layers, and on the activations that the runtime needs quantized.
 
@@ -198,8 +193,11 @@ def insert_quantizers(
     known, weighted = correct_in_integers(graph, target.runtime), weighted_layers(graph)
     excluded = matching(exclude, [*weighted, *matrix_products(graph)])
     layers = {name: layer for name, layer in weighted.items() if name in known and name not in excluded}
+    if not layers and known & weighted.keys():
+        raise InputError(f"exclude leaves {method} no layer to quantize. Shorten exclude.")
     if not layers:
-        raise InputError(f"{method} found no convolution or fully connected layer to quantize.")
+        none = f"{method} found no convolution or fully connected layer to quantize"
+        raise InputError(f"{none}. Pass a network with such layers.")
     first_and_last = ends(graph)
     eligible = products_faster_in_integers(graph, target) if precision.activation_bits == BYTE else ()
     products, grid = tuple(name for name in eligible if name not in excluded), precision.activation(end=False)

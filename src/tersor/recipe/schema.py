@@ -129,7 +129,7 @@ class Stage(Training):
             problems.append((("name",), f"a stage name may contain letters, digits, - and _, got {self.name!r}."))
         if self.epochs and self.steps:
             given = f"epochs: {self.epochs} and steps: {self.steps}"
-            problems.append((("steps",), f"a stage needs either epochs or steps, got {given}. Remove one."))
+            problems.append((("steps",), f"a stage cannot have both epochs and steps, got {given}. Remove one."))
         if self.validate_every and not self.epochs and not self.steps:
             message = f"validate_every needs training, and stage '{self.name}' has 0 steps. Remove validate_every."
             problems.append((("validate_every",), message))

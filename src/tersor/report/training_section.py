@@ -54,14 +54,15 @@ def position_histogram(positions: Mapping[str, Any]) -> dict[str, Any]:
     return {**positions, "low": -0.5, "width": width, "after_width": width}
 
 
-def movement_groups(means: Sequence[float | None]) -> Groups:
-    """Mean movement by initial distance to the nearest grid point."""
-    width = 0.5 / len(means)
+def movement_groups(means: Sequence[float | None], *, to_grid: bool) -> Groups:
+    """Mean movement by initial distance to the nearest grid point, in steps; or from zero, in another unit."""
+    width, unit = 0.5 / len(means), " steps" if to_grid else ""
     edges = [f"{index * width:.2f} to {(index + 1) * width:.2f}" for index in range(len(means))]
-    return [(f"initial distance {each} steps; mean movement", mean) for each, mean in zip(edges, means, strict=True)]
+    return [(f"initial distance {each}{unit}; mean movement", mean) for each, mean in zip(edges, means, strict=True)]
 
 
-def describe_movement(means: Sequence[float | None]) -> str:
-    """The movement of the weights closest to a grid point, and of those farthest from one."""
+def describe_movement(means: Sequence[float | None], *, to_grid: bool) -> str:
+    """The movement of the weights closest to a grid point (or to zero), and of those farthest from one."""
     known = [mean for mean in means if mean is not None]
-    return f"weights closest to a grid point moved by {number(known[0])} steps, the farthest by {number(known[-1])}"
+    point, unit = ("a grid point", " steps") if to_grid else ("zero", "")
+    return f"weights closest to {point} moved by {number(known[0])}{unit}, the farthest by {number(known[-1])}"

@@ -123,9 +123,12 @@ def medians_note(numbers: Results) -> str:
         outside += [f"{ratio} (the {name}, batch {size})"] if ratio else []
     if not outside:
         return ""
+    one = len(outside) == 1
+    ratios = f"{'a ratio' if one else 'ratios'} of {' and '.join(outside)}"
+    where = "It is outside the interval of the speedup" if one else "They are outside the intervals of the speedups"
     return (
-        f"The ratio of the medians is {' and '.join(outside)}, outside the interval of the speedup, because the speed "
-        "of the machine changed between rounds. The speedup compares only times of the same round."
+        f"The median latencies give {ratios}. {where}, because the speed of the machine changed between "
+        "rounds. The speedup compares only times of the same round."
     )
 
 

@@ -96,8 +96,8 @@ def compress(
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss. A recipe cannot contain a loss
             function: to repeat the training with `tersor run`, write a task class.
         metric: (outputs, targets) -> number from 0 to 1, where higher is better, or a torchmetrics Metric.
-        channels: number of channels: 3 by default, 1 for grayscale images; see `tersor.data.load` for this and the
-            next three.
+        channels: number of channels, 3 by default. Pass 1 to read the images as grayscale; see `tersor.data.load` for
+            this and the next three.
         mean: mean of each channel in [0, 1]; by default from the weights file, else computed from the training images.
         std: standard deviation of each channel in [0, 1].
         image_size: height and width in pixels, or one number for both.

@@ -59,7 +59,7 @@ def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:
     reasons = [] if members else [why_not_trained(search, last)]
     if members and members[-1] < len(rungs):
         reasons.append(
-            f"not trained further after rung {members[-1]} of {len(rungs)}: others were expected to gain more"
+            f"not trained further after training round {members[-1]} of {len(rungs)}: others were expected to gain more"
         )
     better = next((point.name for point in kept if covers(point, last.point)), None)
     if better:

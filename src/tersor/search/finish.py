@@ -167,7 +167,9 @@ def _not_at_once(search: Search) -> str:
     none = "No measured network meets all limits at once"
     for point in search.points:
         if len(violations(point, search.budget, search.reference)) == 1:
-            return f"{none}. It is enough to raise a single limit: {point.description} exceeds only one."
+            lacking = shortfall(point, search.budget, search.reference)
+            others = f"{point.description} meets all others, but {lacking}"
+            return f"{none}. It is enough to raise a single limit: {others}."
     return f"{none}, and raising a single limit would not be enough. Raise more than one."
 
 

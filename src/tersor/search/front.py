@@ -45,11 +45,13 @@ class Point(BaseModel):
     validation: Annotated[float, Field(ge=0, le=100)]
     """The metric on the validation images, in percent."""
     drop_error: Annotated[float, Field(ge=0)] = 0.0
-    """One standard error of the difference from the original on the validation images, in points."""
+    """One standard error of the difference from the original on the validation images, in points; for metrics other
+    than the accuracy, that of the metric itself."""
     test: Annotated[float | None, Field(ge=0, le=100)] = None
     """The metric on the test images, in percent; measured at the end, for the front and the free baselines."""
     test_drop_error: Annotated[float, Field(ge=0)] = 0.0
-    """One standard error of the difference from the original on the test images, in points."""
+    """One standard error of the difference from the original on the test images, in points; for metrics other
+    than the accuracy, that of the metric itself."""
     latency_ms: dict[int, float]
     """Median latency by batch size, in milliseconds."""
     latency_error: dict[int, Annotated[float, Field(ge=0)]] = {}

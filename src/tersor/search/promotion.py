@@ -84,9 +84,13 @@ def why_not_trained(search: Search, record: Record) -> str:
         return "not trained: it is slower, or hardly faster, than the fastest free baseline"
     if not search.folder.state.rungs:
         return "not trained: there was no time for it"
-    count = len(search.folder.state.rungs[0].members)
-    candidates = counted(count, "candidate")
-    return f"not trained: there was time for only {candidates}, chosen evenly over the range of latencies"
+    rungs = search.folder.state.rungs
+    further = {name for rung in rungs for name in rung.further}
+    trained = {name for rung in rungs for name in rung.members} - further
+    return (
+        f"not trained: training was limited to {counted(len(trained), 'candidate')}, chosen by latency, size and the "
+        "metric before training"
+    )
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:

@@ -51,11 +51,12 @@ def _nothing_found(front: Front) -> str:
     if all(point.free for point in (*front.points, *front.dominated)):
         return "No other network was measured in the given time"
     others = [point for point in (*front.points, *front.dominated) if not point.free]
-    trained = sum(bool(point.steps) for point in others)
+    networks = {point.description for point in others}  # a network measured before and after training has two points
+    trained = len({point.description for point in others if point.steps})
     better = "faster" if Budget.of_numbers(front.limits).points is not None else "more accurate"
     return (
-        f"No {better} network was found within the budget among {counted(len(others), 'measured network')}, {trained} "
-        "of them trained"
+        f"No {better} network was found within the budget among {counted(len(networks), 'measured network')}, "
+        f"{trained} of them trained"
     )
 
 
