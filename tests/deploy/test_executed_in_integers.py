@@ -170,5 +170,17 @@ def test_a_layer_in_float_that_is_not_listed_is_a_warning(monkeypatch, tmp_path)
         tersor.export(quantized, IMAGES, path)
 
 
+def test_a_product_that_is_listed_under_the_network_hides_no_layer(monkeypatch, tmp_path):
+    def attended(network, features):
+        tokens = network.second(features).flatten(2)
+        return (tokens @ (tokens.mT @ tokens).softmax(-1)).unflatten(2, features.shape[2:])
+
+    quantized, path = exported(Network(nn.Conv2d(16, 16, 1), attended), tmp_path)
+    assert {each.name for each in tersor.integer_coverage(quantized, IMAGES).operators} == {""}
+    monkeypatch.setattr(executed_precision, "computed_in_float", lambda *_: ["second"])
+    with pytest.warns(CompressionWarning, match=r"computes these layers in float, .* as integers: second\. They"):
+        tersor.export(quantized, IMAGES, path)
+
+
 def test_a_float_network_has_no_integer_weights(tmp_path):
     assert computed_in_float(tersor.export(Features(5).eval(), IMAGES, tmp_path / "m.onnx"), "onnxruntime") == []

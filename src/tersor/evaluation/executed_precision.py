@@ -23,6 +23,8 @@ from tersor.quantization.integer_coverage import integer_coverage
 _FLOAT_PRODUCTS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _OPENVINO_PRODUCTS = {"Convolution", "FullyConnected", "MatMul"}
 _FLOAT_PRECISIONS = {"f32", "bf16", "f16"}
+_OF_ACTIVATIONS = {"matmul", "bmm", "mm", "baddbmm", "einsum", "scaled_dot_product_attention"}
+"""Products that are listed under the module whose forward method computes them, and say nothing about its layers."""
 _LISTED = 5
 
 
@@ -49,8 +51,10 @@ def unlisted_warning(path: Path, runtime: str, model: nn.Module, example: Networ
     in_float = computed_in_float(path, runtime)
     if not in_float:
         return None
-    listed = {each.name for each in integer_coverage(model, example).operators}
-    unlisted = [name for name in in_float if not listed & {name, name.rpartition(".")[0]}]
+    operators = integer_coverage(model, example).operators
+    listed = {each.name for each in operators}
+    owners = {each.name for each in operators if each.name and each.kind not in _OF_ACTIVATIONS}
+    unlisted = [name for name in in_float if name not in listed and name.rpartition(".")[0] not in owners]
     if not unlisted:
         return None
     more = f" and {len(unlisted) - _LISTED} more" if len(unlisted) > _LISTED else ""

@@ -29,7 +29,7 @@ from tersor.graph.plain_network import require_network
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.operators import Operand, Product, run_through
 from tersor.quantization.qdq_placement import RUNTIME, computed, fused_end
-from tersor.quantization.runtime_defects import after_maxima, before_concatenated_constants
+from tersor.quantization.runtime_defects import defect_of
 
 ENOUGH = 0.95
 """Share of the MACs in integers below which the user is warned."""
@@ -273,11 +273,7 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
         if is_hooked(module):
             return "forward hooks are registered on it"
         name = product.module.removeprefix(f"{product.parent}.")
-        if name in before_concatenated_constants(around):
-            return "OpenVINO loses the bias of a convolution before a concatenation with a constant"
-        return (
-            _MAXIMUM if around.meta.get(RUNTIME) == "openvino" and name in after_maxima(around) else "it was excluded"
-        )
+        return defect_of(around, name, around.meta.get(RUNTIME)) or "it was excluded"
     return "its input is in float" if quantizer.enabled else "rounding it would cost too much accuracy"
 
 

@@ -31,6 +31,17 @@ def correct_in_integers(graph: fx.GraphModule, runtime: Runtime) -> set[str]:
     return known - before_concatenated_constants(graph) - after_maxima(graph) if runtime == "openvino" else known
 
 
+def defect_of(graph: fx.GraphModule, name: str, runtime: Runtime | None) -> str | None:
+    """Why `runtime` computes a layer incorrectly in integers; None if it does not."""
+    if runtime != "openvino":
+        return None
+    if name in before_concatenated_constants(graph):
+        return "OpenVINO loses the bias of a convolution before a concatenation with a constant"
+    if name in after_maxima(graph):
+        return "OpenVINO computes a quantized maximum over positions or channels incorrectly"
+    return None
+
+
 def after_maxima(graph: fx.GraphModule) -> set[str]:
     """Names of the layers that read a maximum or minimum over positions or channels."""
     maxima: set[fx.Node] = set()
