@@ -134,6 +134,32 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=self.drop.p if self.training else 0.0)
 
 
+class Noise(nn.Module):
+    """Does nothing in eval mode."""
+
+    def forward(self, features):
+        training = self.training
+        return features + torch.randn_like(features) if training else features
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.noise = nn.Conv2d(3, 4, 1), Noise()
+
+    def forward(self, images):
+        return self.noise(self.conv(images))
+
+
+def dropped(features, training):
+    return F.dropout(features, 0.5, training)
+
+
+class Passed(Auxiliary):
+    def forward(self, images):
+        return dropped(self.conv(images), training=self.training)
+
+
 class Checkpointed(Auxiliary):
     use_checkpoint = False
 
@@ -144,15 +170,20 @@ class Checkpointed(Auxiliary):
 
 
 @pytest.mark.parametrize("network", [Auxiliary(), Attention(0.5)], ids=["output", "rate"])
-def test_a_test_of_the_mode_is_noted_with_its_line(network):
+def test_a_read_of_the_mode_is_noted_with_its_line(network):
     (note,) = training_notes(capture(nn.Sequential(nn.Identity(), network), IMAGES))
-    assert re.search(r"code for eval mode, .* method of 1 tests self\.training \(test_modes\.py, line \d+\)", note)
+    assert re.search(r"code for eval mode, .* method of 1 reads self\.training \(test_modes\.py, line \d+\)", note)
     line = int(note.rpartition(" ")[2].rstrip(")"))
     assert "self.training" in Path(__file__).read_text(encoding="utf-8").splitlines()[line - 1]
 
 
-@pytest.mark.parametrize("network", [Attention(0.0), Checkpointed()], ids=["rate", "checkpoint"])
-def test_a_test_of_the_mode_without_effect_is_not_noted(network):
+def test_a_module_without_operators_in_eval_mode_is_noted():
+    (note,) = training_notes(capture(nn.Sequential(nn.Identity(), Noisy()), IMAGES))
+    assert "the forward method of 1.noise reads self.training" in note
+
+
+@pytest.mark.parametrize("network", [Attention(0.0), Checkpointed(), Passed()], ids=["rate", "checkpoint", "argument"])
+def test_a_read_of_the_mode_without_effect_is_not_noted(network):
     assert training_notes(capture(nn.Sequential(nn.Identity(), network), IMAGES)) == ()
 
 

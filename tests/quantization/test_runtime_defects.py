@@ -23,6 +23,7 @@ class Tokens(nn.Module):
 
     def __init__(self, *, bias=True, token=True):
         super().__init__()
+        torch.manual_seed(0)
         self.patches = nn.Conv2d(3, 16, 4, 4, bias=bias)
         self.token = nn.Parameter(torch.randn(1, 1, 16)) if token else None
         self.norm = nn.LayerNorm(16)
@@ -46,6 +47,7 @@ class Concatenated(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
+        torch.manual_seed(0)
         self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(10, 8, 3)
         self.made = self.MADE[kind]
 
@@ -70,6 +72,7 @@ class Maximum(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
+        torch.manual_seed(0)
         self.first, self.head = nn.Conv2d(3, 16, 3, 2, 1), nn.Linear(32 if kind == "concatenated" else 16, 5)
         self.reduced = self.REDUCED[kind]
 

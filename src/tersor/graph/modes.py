@@ -6,7 +6,7 @@ import ast
 import inspect
 import operator
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -23,6 +23,8 @@ LOST, RANDOM = "lost_in_training", "random_numbers"
 """Keys in a captured network's `meta`: notes, and the line that draws random numbers."""
 
 _RATES = ("p", "drop_prob", "drop_rate")
+_KEPT = ("dropout", "batch_norm")
+"""Functions whose modules are restored, or have a note of their own."""
 _SWITCHES = ("train", "training", "dropout_p")
 """Arguments that are false or 0 where an operator draws no random numbers."""
 
@@ -46,29 +48,29 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
             f"the captured network keeps F.batch_norm of {_all(functional)} in eval mode: in training it uses the "
             "running statistics and does not update them. Use a BatchNorm module"
         )
-    for line, paths in _branches_on_mode({path: each for path, each in own.items() if path in called}).items():
-        notes.append(
-            f"the captured network trains with the code for eval mode, although the forward method of {_all(paths)} "
-            f"tests self.training ({line})"
-        )
+    notes += [
+        f"the captured network trains with the code for eval mode, although the forward method of {_all(paths)} reads "
+        f"self.training ({line})"
+        for line, paths in _readers_of_mode(own).items()
+    ]
     return notes
 
 
-def _branches_on_mode(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """The paths of the modules by the line of their code that tests `self.training`."""
+def _readers_of_mode(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The paths of the modules by the line of their code that reads `self.training`."""
     found: dict[str, list[str]] = {}
     for path, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._NormBase) or _rates(module):  # pyright: ignore[reportPrivateUsage]
             continue
-        lines = [line for line, rate in _tests_of_training(type(module)) if _value_of(module, rate) != 0]
+        lines = [line for line, rate in _reads_of_training(type(module)) if _value_of(module, rate) != 0]
         if lines:
             found.setdefault(lines[0], []).append(path or type(module).__name__)
     return found
 
 
 @cache
-def _tests_of_training(kind: type[nn.Module]) -> list[tuple[str, str | None]]:
-    """`file.py, line 12` of each `if self.training` in the forward methods of a class.
+def _reads_of_training(kind: type[nn.Module]) -> list[tuple[str, str | None]]:
+    """`file.py, line 12` of each `self.training` in the forward methods of a class whose effect capture loses.
 
     If it selects a rate, as in `self.drop if self.training else 0.0`, the name of this rate is beside it.
     """
@@ -85,27 +87,25 @@ def _tests_of_training(kind: type[nn.Module]) -> list[tuple[str, str | None]]:
         except (OSError, SyntaxError):
             continue
         file = Path(each.__code__.co_filename).name
-        found += [
-            (f"{file}, line {first + node.lineno - 1}", _selected_rate(node))
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If | ast.IfExp | ast.While) and _reads_training(node.test)
-        ]
+        found += [(f"{file}, line {first + line - 1}", rate) for line, rate in _reads(tree, None)]
     return found
 
 
-def _reads_training(test: ast.expr) -> bool:
-    """Whether a condition reads `self.training`, other than to save memory by checkpointing."""
-    read = [each.attr for each in ast.walk(test) if isinstance(each, ast.Attribute)]
-    return "training" in read and not any("checkpoint" in each for each in read)
-
-
-def _selected_rate(node: ast.stmt | ast.expr) -> str | None:
-    """`drop.p` for `self.drop.p if self.training else 0.0`; None for other conditions."""
-    if not isinstance(node, ast.IfExp):
-        return None
-    values = [node.body, node.orelse]
-    rates = [each for each in values if not isinstance(each, ast.Constant)]
-    return ast.unparse(rates[0]).removeprefix("self.") if len(rates) == 1 else None
+def _reads(node: ast.AST, rate: str | None) -> Iterator[tuple[int, str | None]]:
+    """Line and rate of each `self.training` below `node`, without those that capture keeps or that change nothing."""
+    if isinstance(node, ast.Attribute) and node.attr == "training":
+        yield node.lineno, rate
+    if isinstance(node, ast.Call) and any(kept in ast.unparse(node.func) for kept in _KEPT):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "training":
+        return  # to a function that passes it to F.dropout
+    if isinstance(node, ast.If | ast.IfExp) and "checkpoint" in ast.unparse(node.test):
+        return  # saves memory
+    if isinstance(node, ast.IfExp):
+        rates = [each for each in (node.body, node.orelse) if not isinstance(each, ast.Constant)]
+        rate = ast.unparse(rates[0]).removeprefix("self.") if len(rates) == 1 else None
+    for child in ast.iter_child_nodes(node):
+        yield from _reads(child, rate)
 
 
 def _value_of(module: nn.Module, name: str | None) -> object:
