@@ -245,7 +245,7 @@ def export(
             )
             session = open_session(written, runtime)
             check_classes(session, classes)
-            verify(session, network, images, pixels)
+            verify(session, network, images, pixels, lambda: open_session(written, runtime, precision="float32"))
             if (warning := unlisted_warning(written, runtime, network, images)) is not None:
                 warnings.warn(warning, CompressionWarning, stacklevel=2)
             written.replace(path)

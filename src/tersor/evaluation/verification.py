@@ -15,7 +15,7 @@ not quantize (OpenVINO).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -34,14 +34,18 @@ _IMAGES = 16
 _WARN_RATIO, _REFUSE_RATIO = 2.0, 5.0
 _FLOAT_TOLERANCES = {"float32": (0.002, 0.02), "bfloat16": (0.05, 0.2), "float16": (0.01, 0.1)}
 _LOOSEST_TOLERANCES = _FLOAT_TOLERANCES["bfloat16"]
-_ON_ONE_IMAGE = (
-    "On several images the outputs agree. Write a forward method whose result does not depend on the batch size."
-)
+_ON_ONE = "On several images the outputs agree. Write a forward method whose result does not depend on the batch size."
 
 Normalization = tuple[Sequence[float], Sequence[float]]
 
 
-def verify(session: Session, model: nn.Module, example: NetworkInput, pixels: Normalization | None = None) -> None:
+def verify(
+    session: Session,
+    model: nn.Module,
+    example: NetworkInput,
+    pixels: Normalization | None = None,
+    in_full_precision: Callable[[], Session] | None = None,
+) -> None:
     """Compare the logits of a file, or all its outputs, with torch's, on the first images of `example` and on one.
 
     Args:
@@ -49,6 +53,7 @@ def verify(session: Session, model: nn.Module, example: NetworkInput, pixels: No
         model: the exported network.
         example: images (N, C, H, W), normalized as for `model`.
         pixels: mean and standard deviation, if the file takes uint8 pixels.
+        in_full_precision: opens the file without bfloat16, to check whether that explains a difference.
 
     Raises:
         InputError: the outputs differ by more than rounding explains.
@@ -58,30 +63,35 @@ def verify(session: Session, model: nn.Module, example: NetworkInput, pixels: No
     """
     model = in_float32(model)
     images = example[:_IMAGES].cpu().float()
-    _compare(session, model, images, pixels, several=True)
+    finding = _difference_found(session, model, images, pixels, advice=_advice(session, model))
+    if finding is not None and session.precision != "float32" and in_full_precision is not None:
+        precise = in_full_precision()
+        _difference_found(precise, model, images, pixels, advice=_advice(session, model))
+    if finding is not None:
+        advice = "Compare the accuracy of the file with that of the network in torch."
+        warnings.warn(f"{finding}. {advice}", CompressionWarning, stacklevel=3)
     if len(images) > 1:
-        _compare(session, model, images[:1], pixels, several=False)
+        _difference_found(session, model, images[:1], pixels, advice=_advice(session, model) if finding else _ON_ONE)
 
 
-def _compare(
-    session: Session, model: nn.Module, example: NetworkInput, pixels: Normalization | None, *, several: bool
-) -> None:
+def _difference_found(
+    session: Session, model: nn.Module, example: NetworkInput, pixels: Normalization | None, *, advice: str
+) -> str | None:
+    """A sentence about a difference that is larger than usual; None without one.
+
+    Raises:
+        InputError: the difference is larger than rounding explains; the message ends with `advice`.
+    """
     inputs, images = _inputs(example, pixels)
     if (parameter := next(model.parameters(), None)) is not None:
         images = images.to(parameter)
     file_outputs = _of_file(session, inputs)
     if not file_outputs:
-        return  # class indices, which have no distance
+        return None  # class indices, which have no distance
     torch_outputs = _of_torch(session, model, images)
     with quantizers_disabled(model):
         float_outputs = _of_torch(session, model, images)
-    shapes = [", ".join(str(tuple(each.shape)) for each in outputs) for outputs in (file_outputs, torch_outputs)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"for {len(images)} images, the file in {session.runtime} returns shape {shapes[0]}, but the "
-            f"network in torch returns {shapes[1]}. The file is discarded. Write a forward method that accepts any "
-            "number of images."
-        )
+    _require_same_shapes(session, file_outputs, torch_outputs, len(images))
     difference, quantization = _difference(file_outputs, torch_outputs), _difference(float_outputs, torch_outputs)
     tolerances = _FLOAT_TOLERANCES.get(session.precision, _LOOSEST_TOLERANCES)
     warn_above, refuse_above = (
@@ -89,24 +99,34 @@ def _compare(
         for ratio, tolerance in zip((_WARN_RATIO, _REFUSE_RATIO), tolerances, strict=True)
     )
     if difference <= warn_above:
-        return
+        return None
     finding = (
         f"on {len(images)} example image{'s' * (len(images) > 1)} the outputs of the file in {session.runtime} differ "
         f"from torch's by {100 * difference:.3g} %; quantization changes them by {100 * quantization:.3g} %"
     )
-    again = _of_torch(session, model, images, seed=1)
-    if not all(map(torch.equal, again, torch_outputs)):
-        difference = 100 * _difference(again, torch_outputs)
-        raise InputError(
-            f"the forward method uses random numbers in eval mode: two runs in torch differ by {difference:.3g} %. "
-            "Use a dropout module, or F.dropout(x, training=self.training)."
-        )
+    _require_deterministic(torch_outputs, _of_torch(session, model, images, seed=1))
     if not difference <= refuse_above:
-        advice = _advice(session, model) if several else _ON_ONE_IMAGE
         raise InputError(f"{finding}. This is more than rounding can explain, so the file is discarded. {advice}")
-    if several:
-        advice = "Compare the accuracy of the file with that of the network in torch."
-        warnings.warn(f"{finding}. {advice}", CompressionWarning, stacklevel=4)
+    return finding
+
+
+def _require_same_shapes(session: Session, of_file: list[Tensor], of_torch: list[Tensor], images: int) -> None:
+    shapes = [", ".join(str(tuple(each.shape)) for each in outputs) for outputs in (of_file, of_torch)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"for {images} images, the file in {session.runtime} returns shape {shapes[0]}, but the "
+            f"network in torch returns {shapes[1]}. The file is discarded. Write a forward method that accepts any "
+            "number of images."
+        )
+
+
+def _require_deterministic(first: list[Tensor], second: list[Tensor]) -> None:
+    """Two runs in torch with different seeds return the same."""
+    if not all(map(torch.equal, second, first)):
+        raise InputError(
+            f"the forward method uses random numbers in eval mode: two runs in torch differ by "
+            f"{100 * _difference(second, first):.3g} %. Use a dropout module, or F.dropout(x, training=self.training)."
+        )
 
 
 def _advice(session: Session, model: nn.Module) -> str:

@@ -42,7 +42,7 @@ def _attention(node: fx.Node) -> fx.Node | None:
     query, key, value = given["query"], given["key"], given["value"]
     (*batch, rows, width), columns = shape_of(query), shape_of(key)[-2]
     scale = given["scale"] if given["scale"] is not None else width**-0.5
-    add, shape = _Adder(node), (*batch, rows, columns)
+    add, shape = OperatorAdder(node), (*batch, rows, columns)
     transposed = add((*batch, width, columns), _aten.transpose.int, key, -2, -1)
     scores = add(shape, _aten.mul.Tensor, add(shape, _aten.matmul.default, query, transposed), scale)
     if mask is not None:
@@ -67,7 +67,7 @@ def _einsum(node: fx.Node) -> fx.Node | None:
     columns = [each for each in right if each not in left]
     if len(contracted) != 1 or len(rows) != 1 or len(columns) != 1 or {*output} != {*batch, *rows, *columns}:
         return None
-    add = _Adder(node)
+    add = OperatorAdder(node)
     first = _permuted(add, operands[0], left, [*batch, *rows, *contracted])
     second = _permuted(add, operands[1], right, [*batch, *contracted, *columns])
     shape = (*shape_of(first)[:-1], shape_of(second)[-1])
@@ -75,7 +75,7 @@ def _einsum(node: fx.Node) -> fx.Node | None:
     return _permuted(add, product, [*batch, *rows, *columns], output)
 
 
-def _permuted(add: _Adder, value: fx.Node, given: Sequence[str], wanted: Sequence[str]) -> fx.Node:
+def _permuted(add: OperatorAdder, value: fx.Node, given: Sequence[str], wanted: Sequence[str]) -> fx.Node:
     order = [list(given).index(each) for each in wanted]
     if order == sorted(order):
         return value
@@ -83,7 +83,7 @@ def _permuted(add: _Adder, value: fx.Node, given: Sequence[str], wanted: Sequenc
     return add(shape, _aten.permute.default, value, order)
 
 
-class _Adder:
+class OperatorAdder:
     """Adds operators before `node`, in its module."""
 
     def __init__(self, node: fx.Node) -> None:

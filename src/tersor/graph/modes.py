@@ -77,7 +77,7 @@ def _reads_of_training(kind: type[nn.Module]) -> list[tuple[str, str | None]]:
     defined = {name: each for base in reversed(kind.__mro__) for name, each in vars(base).items()}
     found: list[tuple[str, str | None]] = []
     for name, each in defined.items():
-        if not isinstance(each, FunctionType) or each.__module__.startswith("torch.nn."):
+        if not isinstance(each, FunctionType) or str(each.__module__).startswith("torch.nn."):
             continue
         if not name.lstrip("_").startswith("forward"):
             continue

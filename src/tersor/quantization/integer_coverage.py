@@ -29,7 +29,7 @@ from tersor.graph.plain_network import require_network
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.operators import Operand, Product, run_through
 from tersor.quantization.qdq_placement import RUNTIME, computed, fused_end
-from tersor.quantization.runtime_defects import defect_of
+from tersor.quantization.runtime_defects import after_maxima
 
 ENOUGH = 0.95
 """Share of the MACs in integers below which the user is warned."""
@@ -272,8 +272,10 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     if quantizer is None:
         if is_hooked(module):
             return "forward hooks are registered on it"
-        name = product.module.removeprefix(f"{product.parent}.")
-        return defect_of(around, name, around.meta.get(RUNTIME)) or "it was excluded"
+        after_maximum = product.module.removeprefix(f"{product.parent}.") in after_maxima(around)
+        if after_maximum and around.meta.get(RUNTIME) == "openvino":
+            return "OpenVINO computes a quantized maximum over positions or channels incorrectly"
+        return "it was excluded"
     return "its input is in float" if quantizer.enabled else "rounding it would cost too much accuracy"
 
 

@@ -1,9 +1,9 @@
-"""Layers that a runtime would compute incorrectly in integers.
+"""What OpenVINO would compute incorrectly in integers: rewritten, or left in float.
 
-OpenVINO, since 2026.0, loses the bias of an 8-bit convolution whose output is concatenated with a constant that is
-expanded to the batch size, directly or after other operators. A ViT is built like this: patch embedding, then the
-class token. Its accuracy fell from 61 to 47 %, and by as much in the 8-bit files of two other tools. With a static
-batch, without a bias, or in float, the convolution is computed correctly.
+OpenVINO, since 2026.0, loses the bias of 8-bit layers in front of a concatenation with a constant that is expanded to a
+dynamic batch size. A ViT is built like this: patch embedding, then the class token. Its accuracy fell from 61 to 47 %,
+and by as much in the 8-bit files of two other tools. A constant to which zeros are added that depend on the images does
+no harm.
 
 OpenVINO 2026.4 also computes a maximum over positions or channels (ReduceMax, not MaxPool) incorrectly if its output is
 quantized: the attention of CBAM, for example. So the layers that read such a maximum stay in float.
@@ -11,35 +11,60 @@ quantized: the attention of CBAM, for example. So the layers that read such a ma
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from tersor.core.target import Runtime
-from tersor.graph.aten import operator_name
-from tersor.graph.batchnorm_behind import norm_behind
+from tersor.graph.aten import arguments, operator_name, shape_of
 from tersor.graph.capture import is_size, layer_of, values_into
-from tersor.graph.layer_selection import Convolution, Layer
+from tersor.graph.layer_selection import Layer
+from tersor.graph.matrix_products import OperatorAdder
 from tersor.quantization.qdq_placement import CONCATENATIONS, quantizable
 
+_aten = torch.ops.aten
 _MAXIMA = {"amax", "amin", "max", "min", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
 _NEW = {"new_zeros", "new_ones", "new_full"}
 """Operators that take only the data type of their input; `zeros` and others have no input."""
 
 
+def add_zeros_of_images(graph: fx.GraphModule) -> None:
+    """Add zeros that depend on the images to the constants in concatenations, in place."""
+    constants: set[fx.Node] = set()
+    for node in list(graph.graph.nodes):
+        values = values_into(node)
+        computed_from_constants = node.op == "call_function" and not is_size(node) and constants.issuperset(values)
+        if node.op == "get_attr" or computed_from_constants or operator_name(node) in _NEW:
+            constants.add(node)
+            _repeat_by_expanding(node)
+        elif operator_name(node) in CONCATENATIONS and not constants.isdisjoint(values):
+            _add_zeros(node, [each for each in values if each in constants])
+    graph.recompile()
+
+
+def _repeat_by_expanding(constant: fx.Node) -> None:
+    """`repeat(n, 1, 1)` as `expand(n, -1, -1)`: ONNX's Tile has the defect even with the zeros."""
+    if operator_name(constant) == "repeat":
+        given = arguments(constant)
+        value, (first, *others) = given["self"], given["repeats"]
+        if shape_of(value)[:1] == (1,) and others == [1] * (len(shape_of(value)) - 1):
+            constant.target, constant.args = _aten.expand.default, (value, [first, *[-1] * len(others)])
+
+
+def _add_zeros(concatenation: fx.Node, constants: list[fx.Node]) -> None:
+    dim = arguments(concatenation)["dim"]
+    other = next(each for each in values_into(concatenation) if each not in constants)
+    add, shape = OperatorAdder(concatenation), list(shape_of(other))
+    shape[dim] = 1
+    part = add(tuple(shape), _aten.slice.Tensor, other, dim, 0, 1)
+    zeros = add(tuple(shape), _aten.zeros_like.default, part)
+    for each in constants:
+        concatenation.replace_input_with(each, add(shape_of(each), _aten.add.Tensor, each, zeros))
+
+
 def correct_in_integers(graph: fx.GraphModule, runtime: Runtime) -> set[str]:
     """Names of the layers of a captured network that `runtime` computes in integers, and correctly."""
     known = quantizable(graph)
-    return known - before_concatenated_constants(graph) - after_maxima(graph) if runtime == "openvino" else known
-
-
-def defect_of(graph: fx.GraphModule, name: str, runtime: Runtime | None) -> str | None:
-    """Why `runtime` computes a layer incorrectly in integers; None if it does not."""
-    if runtime != "openvino":
-        return None
-    if name in before_concatenated_constants(graph):
-        return "OpenVINO loses the bias of a convolution before a concatenation with a constant"
-    if name in after_maxima(graph):
-        return "OpenVINO computes a quantized maximum over positions or channels incorrectly"
-    return None
+    return known - after_maxima(graph) if runtime == "openvino" else known
 
 
 def after_maxima(graph: fx.GraphModule) -> set[str]:
@@ -61,34 +86,3 @@ def _is_maximum(node: fx.Node) -> bool:
     if isinstance(module, nn.modules.pooling._AdaptiveMaxPoolNd):  # pyright: ignore[reportPrivateUsage]
         return True
     return operator_name(node) in _MAXIMA and len(values_into(node)) == 1
-
-
-def before_concatenated_constants(graph: fx.GraphModule) -> set[str]:
-    """Names of the convolutions with a bias whose outputs are concatenated with a constant."""
-    constants: set[fx.Node] = set()
-    found: set[str] = set()
-    for node in graph.graph.nodes:
-        values = values_into(node)
-        computed_from_constants = node.op == "call_function" and not is_size(node) and constants.issuperset(values)
-        if node.op == "get_attr" or computed_from_constants or operator_name(node) in _NEW:
-            constants.add(node)
-        elif operator_name(node) in CONCATENATIONS and not constants.isdisjoint(values):
-            found |= _nearest_convolutions([value for value in values if value not in constants])
-    return found
-
-
-def _nearest_convolutions(values: list[fx.Node]) -> set[str]:
-    """Names of the last convolutions with a bias that the values depend on."""
-    found: set[str] = set()
-    seen: set[fx.Node] = set()
-    while values:
-        node = values.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        layer = layer_of(node)
-        if not isinstance(layer, Layer):
-            values += values_into(node)
-        elif isinstance(layer, Convolution) and (layer.bias is not None or norm_behind(node) is not None):
-            found.add(str(node.target))
-    return found
