@@ -169,7 +169,7 @@ def test_the_batchnorm_is_removed_and_the_original_network_unchanged():
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4)],
+    [nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4)],
     ids=lambda norm: type(norm).__name__,
 )
 def test_a_batchnorm_without_statistics_is_not_folded(norm):
