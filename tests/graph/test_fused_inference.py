@@ -1,4 +1,4 @@
-"""A teacher in fewer passes answers as it did."""
+"""A fused teacher computes what the network does."""
 
 from __future__ import annotations
 
@@ -242,3 +242,26 @@ def test_in_bfloat16_it_is_no_farther_from_float32():
         with torch.autocast("cpu", torch.bfloat16):
             errors = [float((each(given).float() - exact).abs().mean()) for each in (faster, model)]
     assert 0 < errors[0] < 1.5 * errors[1], errors
+
+
+class Shuffled(nn.Module):
+    """The input of the second convolution is contiguous, and the addend channels_last."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        features = self.first(x).relu()
+        halves = features.reshape(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+        return (features + self.second(halves.contiguous())).relu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_addition_takes_values_of_any_memory_format(dtype):
+    network = Shuffled().eval()
+    found = fused(network, images(), precision=None if dtype == torch.float32 else dtype)
+    assert passes(found) == 2
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        outputs, expected = found(images()), network(images())
+    assert torch.allclose(outputs.float(), expected.float(), atol=1e-5 if dtype == torch.float32 else 0.05)

@@ -74,7 +74,7 @@ class FusedConvolution(nn.Module):
         pointwise: Any = torch.ops.mkldnn._convolution_pointwise
         if other is None:
             return pointwise(x, weight, bias, padding, stride, dilation, groups, last or "none", [], "")
-        other = other.to(dtype).contiguous(memory_format=torch.channels_last)
+        x, other = (each.contiguous(memory_format=torch.channels_last) for each in (x, other.to(dtype)))
         return pointwise.binary(x, other, weight, bias, padding, stride, dilation, groups, "add", 1.0, last, [], "")
 
 

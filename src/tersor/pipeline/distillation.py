@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tersor.core.device import precision_for
 from tersor.core.errors import CompressionWarning
 from tersor.core.progress import ProgressReporter
 from tersor.data.loader import Loader, batches_of
@@ -67,6 +68,7 @@ def train_on_outputs(
         attached = Attachment(student, [OutputDistance(method.loss_weight)], method.label_weight * with_targets)
     networks = {"the student": student, "the teacher": teacher}
     training = with_usable_precision(training, networks, few, partial(_warn, stacklevel=5))
+    precision = precision_for(few.device, training.precision)
     steps = epochs * steps_per_epoch(batches, training)
     learning = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     try:
@@ -76,7 +78,7 @@ def train_on_outputs(
                 batches,
                 training,
                 steps=steps,
-                teacher=fused(teacher, few),
+                teacher=fused(teacher, few, precision=precision),
                 progress=progress,
                 task=task,
             )
