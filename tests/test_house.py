@@ -114,6 +114,7 @@ LEVELS = [
     (
         "graph.batch_constants",
         "graph.batchnorm_statistics",
+        "graph.common_operators",
         "graph.comparison",
         "graph.custom_gradients",
         "graph.feature_extraction",

@@ -635,3 +635,21 @@ def test_a_batch_that_the_exporter_fixes_is_one_image_and_a_warning(runtime, tmp
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
     path = tersor.export(Pairs().eval(), images, tmp_path / "model.onnx", runtime=runtime, batch=4)
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"ONNX has no operator for aten\.rrelu\w*\. Replace the layer"):
+        tersor.export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.RReLU()).eval(), torch.rand(2, 3, 8, 8), tmp_path / "m.onnx")
+
+
+def test_a_submodule_with_the_name_of_a_keyword_is_refused(tmp_path):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleDict({"class": nn.Conv2d(3, 4, 3)})
+
+        def forward(self, x):
+            return self.heads["class"](x)
+
+    with pytest.raises(InputError, match=r"the name of the submodule heads\.class is a Python keyword"):
+        tersor.export(Heads().eval(), torch.rand(2, 3, 8, 8), tmp_path / "m.onnx")

@@ -10,6 +10,7 @@ this machine (stack traces with paths) is removed.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections import Counter
@@ -40,6 +41,7 @@ from tersor.quantization.qdq_placement import RUNTIME
 
 OPSET = 21
 _FIRST_IR_VERSION_OF_OPSET_21 = 10
+_UNKNOWN = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 _STATIC = (
     "the file has a batch size of 1, because the forward method combines and separates the images of a batch in a way "
     "that the exporter supports only for a fixed size. A batch of n images takes n runs. target.batch of a recipe, or "
@@ -218,6 +220,8 @@ def _reason(error: BaseException) -> str:
             "an argument of an operator, such as the groups of a convolution, depends on the batch size. Export "
             "with a fixed batch size: batch=1."
         )
+    if found := _UNKNOWN.search(str(error)):
+        return f"ONNX has no operator for {found[1]}. Replace the layer or function that calls it."
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
 

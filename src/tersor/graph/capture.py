@@ -108,7 +108,7 @@ def _recorded(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
 
 
 def refuse_reserved_names(model: nn.Module) -> None:
-    """Check that no submodule, parameter or buffer has the name of an attribute of `torch.fx.GraphModule`.
+    """Check that no submodule, parameter or buffer has a name that the code of a `torch.fx.GraphModule` cannot have.
 
     Raises:
         InputError: one has.
@@ -117,6 +117,11 @@ def refuse_reserved_names(model: nn.Module) -> None:
         raise InputError(
             f"{type(model).__name__} has an attribute named '{taken[0]}', which is reserved in a captured graph. "
             f"Rename it, for example to '{taken[0]}_'."
+        )
+    if keywords := [path for path, _ in model.named_modules() if any(map(iskeyword, path.split(".")))]:
+        raise InputError(
+            f"the graph of {type(model).__name__} cannot be captured: the name of the submodule {keywords[0]} is a "
+            "Python keyword. Rename that submodule."
         )
 
 
@@ -144,11 +149,6 @@ def _require_own_forward(model: nn.Module) -> None:
         raise InputError(
             f"the graph of {type(model).__name__} cannot be captured: {scripts[0]} is a TorchScript program. Replace "
             "it with the torch.nn.Module that it was made from."
-        )
-    if keywords := [path for path, _ in model.named_modules() if any(map(iskeyword, path.split(".")))]:
-        raise InputError(
-            f"the graph of {type(model).__name__} cannot be captured: the name of the submodule {keywords[0]} is a "
-            "Python keyword. Rename that submodule."
         )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,8 +22,9 @@ from torch.utils._pytree import SUPPORTED_NODES
 
 from tersor.core.errors import InputError
 from tersor.data.network_inputs import NetworkInput, TensorInputs, tensors_of
-from tersor.graph.aten import arguments, operator_name
+from tersor.graph.aten import operator_name
 from tersor.graph.batch_constants import compute_batch_sizes
+from tersor.graph.common_operators import use_common_operators
 from tersor.graph.forward_call import input_names, input_nodes
 from tersor.graph.inlined_regions import inline_regions
 from tersor.graph.parametrization import strip
@@ -35,7 +35,6 @@ _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n\s+(.+)')
 _UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+?)'> in output, which is not a known type")
 _OTHER_BATCH = 5
 """Images of a second recording; the first has two, and the captured graph is compared on one and on three."""
-_CONVERSIONS = {"to", "type_as", "_to_copy"}
 _LIBRARY = re.compile(r"/(torch|torchvision)/")
 _TERSOR = str(Path(__file__).parents[1])
 _WAY_OUT = (
@@ -73,7 +72,7 @@ def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
 def _finished(graph: fx.GraphModule, model: nn.Module, images: NetworkInput) -> fx.GraphModule:
     if isinstance(images, TensorInputs):
         _rename_inputs(graph.graph, input_names(model, images))
-    _simplify(graph.graph)
+    use_common_operators(graph.graph)
     return graph
 
 
@@ -222,41 +221,6 @@ def _plain_signature(graph: fx.GraphModule, program: ExportedProgram) -> None:
 def _overwrites_input(node: fx.Node) -> bool:
     """Whether a tensor is copied onto the images, as the exporter writes it for a buffer that `forward` registers."""
     return operator_name(node) == "copy_" and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
-
-
-def _simplify(graph: fx.Graph) -> None:
-    """Remove what does nothing, and write sizes of reshapes that depend on the batch as -1."""
-    for node in graph.nodes:
-        name, value = operator_name(node), node.meta.get("val")
-        if name in _CONVERSIONS and isinstance(value, Tensor):
-            before = node.args[0].meta["val"]
-            if (value.dtype, value.device) == (before.dtype, before.device):
-                node.replace_all_uses_with(node.args[0])
-        elif name == "silu" or (name == "silu_" and len(node.args[0].users) == 1):
-            _divide_silu(node)
-        elif name == "slice" and _takes_all(arguments(node)):
-            node.replace_all_uses_with(node.args[0])
-        elif name in ("view", "reshape"):  # a view fails where autocast or training changes the memory layout
-            node.target = torch.ops.aten.reshape.default
-            sizes = list(node.args[1])
-            if -1 not in sizes and sum(isinstance(size, fx.Node) for size in sizes) == 1:
-                node.args = (node.args[0], [-1 if isinstance(size, fx.Node) else size for size in sizes])
-
-
-def _divide_silu(node: fx.Node) -> None:
-    """x sigmoid(x): ONNX Runtime has integer operators for both, and none for SiLU."""
-    value = cast("fx.Node", node.args[0])
-    with node.graph.inserting_before(node):
-        factor = node.graph.call_function(torch.ops.aten.sigmoid.default, (value,), name="sigmoid")
-        product = node.graph.call_function(torch.ops.aten.mul.Tensor, (value, factor), name="mul")
-    factor.meta, product.meta = dict(node.meta), dict(node.meta)
-    node.replace_all_uses_with(product)
-    node.graph.erase_node(node)
-
-
-def _takes_all(given: dict[str, Any]) -> bool:
-    """Whether a slice is `x[:]`."""
-    return given["start"] in (None, 0) and given["end"] in (None, sys.maxsize) and given["step"] == 1
 
 
 def _unflattened(leaves: list[Any], spec: Any, graph: fx.GraphModule) -> Any:

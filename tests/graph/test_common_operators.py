@@ -1,0 +1,39 @@
+"""Rare spellings of an operator are captured as the common one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tersor.graph.aten import operator_name
+from tersor.graph.capture import capture
+
+IMAGES = torch.rand(3, 3, 4, 4)
+
+
+class Tokens(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 4, 1), function
+        self.weight = nn.Parameter(torch.rand(5, 4))
+
+    def forward(self, images):
+        return self.function(self.conv(images).flatten(2), self.weight)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda tokens, _: tokens.mT, ["transpose"]),
+        (lambda tokens, weight: tokens.mean(2) @ weight.T.abs(), ["transpose", "matmul"]),
+        (lambda tokens, weight: torch.mm(tokens.mean(2), weight.abs().T), ["transpose", "matmul"]),
+    ],
+    ids=["mT", "T", "mm"],
+)
+def test_a_rare_operator_is_captured_as_a_common_one(function, expected):
+    network = Tokens(function).eval()
+    graph = capture(network, IMAGES)
+    names = [operator_name(node) for node in graph.graph.nodes]
+    assert [each for each in names if each in {"transpose", "matmul", "mm", "mT", "numpy_T", "t"}] == expected
+    assert torch.allclose(graph(IMAGES), network(IMAGES), atol=1e-6)
