@@ -109,7 +109,7 @@ def test_channels_part_company(net):
 
 
 def test_it_stands_before_what_changes_shapes(net):
-    with pytest.raises(InputError, match=r"ChannelPruning changes shapes.*stage of its own"):
+    with pytest.raises(InputError, match=r"ChannelPruning changes shapes.*separate, later stage"):
         chain(
             [GroupLasso(), ChannelPruning(keep_macs=0.6, round_to=1)],
             copy.deepcopy(net),

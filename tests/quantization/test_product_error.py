@@ -90,7 +90,7 @@ def test_a_product_that_rounding_distorts_stays_in_float():
 
 @pytest.mark.parametrize(
     ("moved", "rounded"),
-    [(lambda weights: weights, "softmax"), (lambda weights: weights.mT.contiguous(), "m_t_2")],
+    [(lambda weights: weights, "softmax"), (lambda weights: weights.flip(-1).contiguous(), "flip")],
     ids=["as they are", "moved behind the quantizer"],
 )
 def test_the_error_is_that_of_the_two_products(moved, rounded):
