@@ -179,7 +179,7 @@ def apart(name: str, seconds: float) -> dict[str, Any]:
     command = [sys.executable, __file__, "--task", "--only", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-        output, error = done.stdout, done.stderr if done.returncode else ""
+        output, error = done.stdout, (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
     except subprocess.TimeoutExpired as expired:
         output, error = (expired.stdout or b"").decode(), f"more than {seconds:.0f} seconds"
     found: dict[str, Any] = {}

@@ -430,7 +430,7 @@ def test_batches_of_several_sizes_where_the_network_depends_on_the_size():
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda net, x: net.inner(x) if len(x) == 1 else 2 * net.inner(x), "On several images the outputs agree"),
+        (lambda net, x: net.inner(x) if len(x) == 1 else 2 * net.inner(x), "On one image the outputs agree"),
         (lambda net, x: net.inner(nn.functional.dropout(x, 0.5)), "uses random numbers in eval mode"),
     ],
 )

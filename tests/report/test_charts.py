@@ -9,7 +9,7 @@ def test_every_run_is_a_dot_and_those_beyond_the_axis_are_squares(chart):
     svg = chart("dots", [1.0, 2.0, 9.0], 4.0, "original", "three runs")
     assert re.findall(r'cx="([^"]+)"', svg) == ["25.00%", "50.00%"]
     assert svg.count('class="beyond"') == 1
-    assert "run 3: 9.000 ms" in svg
+    assert "round 3: 9.000 ms" in svg
     assert 'x1="50.00%"' in svg, "the median"
 
 
