@@ -12,7 +12,11 @@ _END = 2**63 - 1
 
 def write_as_slices(graph: onnx.GraphProto) -> None:
     """Replace each circular Pad by a concatenation of the input with slices of it, one axis after the other."""
-    constants = {each.name: numpy_helper.to_array(each).tolist() for each in graph.initializer if each.data_type == 7}
+    constants = {
+        each.name: numpy_helper.to_array(each).tolist()
+        for each in graph.initializer
+        if each.data_type == onnx.TensorProto.INT64
+    }
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
