@@ -77,6 +77,17 @@ def norm(sign=1.0):
     return made
 
 
+class PaddedByAModule(nn.Conv2d):
+    """Pads by a module of its own, as in efficientnet_pytorch."""
+
+    def __init__(self):
+        super().__init__(16, 16, 3)
+        self.static_padding = nn.ZeroPad2d((0, 2, 0, 2))
+
+    def forward(self, images):
+        return F.conv2d(self.static_padding(images), self.weight, self.bias)
+
+
 def shared_weight(**options):
     """Two layers with one weight and different biases and `options`."""
     first, second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, **options)
@@ -99,6 +110,7 @@ NETWORKS = {
     "two norms, one negative": lambda: Network(without_bias(), called_twice, norm(), norm(-1.0)),
     "tokens in a loop": lambda: Network(nn.Linear(16, 16), tokens_in_a_loop),
     "slices written in place": lambda: Network(nn.Conv2d(16, 16, 3, padding=1), shifted),
+    "padding module in a layer": lambda: Network(PaddedByAModule(), directly),
     "one weight, two biases": shared_weight,
     "one weight, two strides": lambda: shared_weight(stride=2),
     "filled in place": lambda: Network(nn.Conv2d(16, 16, 3, padding=1), filled),

@@ -88,6 +88,8 @@ class IntegerLayer(nn.Module):
         input_scale: Tensor | None,
     ) -> None:
         super().__init__()
+        for name, child in layer.named_children():  # such as a padding, which the graph calls by its path
+            self.add_module(name, child)
         self.layer = copy.copy(layer)
         self.layer._parameters = {"weight": None, "bias": None}
         if _pads_with_values(layer):  # `_pad_before` does that
