@@ -29,6 +29,8 @@ def test_the_network_is_measured_if_the_predicted_cost_is_wrong():
     assert met(lambda _: 0.0) == [2, 0.6]
     assert met(lambda blocks: 0.1 * blocks) == [4, pytest.approx(0.6)]
     assert met(lambda _: 0.5) == [4, pytest.approx(0.7)], "as near as may be"
+    assert met(lambda _: 0.002) == [3, pytest.approx(0.402)], "a small error counts if the target is missed"
+    assert met(lambda _: -0.002) == [2, pytest.approx(0.598)]
 
 
 def test_a_block_far_larger_than_the_rest_of_the_target_is_postponed():

@@ -66,7 +66,7 @@ def _fewest(
     numbers = range(len(estimates))
     counted = functools.cache(lambda number: estimates[number] if exact is None else exact(order, number))
     blocks = min(bisect_left(numbers, x=True, key=lambda number: estimates[number] <= keep), numbers[-1])
-    if abs(counted(blocks) - estimates[blocks]) > _ROUNDING:
+    if counted(blocks) > keep or abs(counted(blocks) - estimates[blocks]) > _ROUNDING:
         blocks = min(bisect_left(numbers, x=True, key=lambda number: counted(number) <= keep), numbers[-1])
     return blocks, counted(blocks)
 
