@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils import parametrize
 
 from tersor.graph.aten import arguments, operator_name

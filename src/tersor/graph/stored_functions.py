@@ -80,7 +80,7 @@ def _with_copies(function: Callable[..., Any], copies: Memo) -> Callable[..., An
     defaults = tuple(_value(each, copies) for each in function.__defaults__ or ()) or None
     made = FunctionType(function.__code__, function.__globals__, function.__name__, defaults, cells or None)
     functools.update_wrapper(made, function)
-    del made.__wrapped__
+    vars(made).pop("__wrapped__")
     if function.__kwdefaults__:
         made.__kwdefaults__ = {key: _value(each, copies) for key, each in function.__kwdefaults__.items()}
     return made
