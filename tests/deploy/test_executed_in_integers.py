@@ -182,15 +182,23 @@ def test_a_layer_in_float_that_is_not_listed_is_a_warning(monkeypatch, tmp_path)
         tersor.export(quantized, IMAGES, path)
 
 
-def test_a_product_that_is_listed_under_the_network_hides_no_layer(monkeypatch, tmp_path):
-    def attended(network, features):
-        tokens = network.second(features).flatten(2)
+class Attention(nn.Module):
+    """Multiplies activations in its forward method."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Conv2d(16, 16, 1)
+
+    def forward(self, features):
+        tokens = self.values(features).flatten(2)
         return (tokens @ (tokens.mT @ tokens).softmax(-1)).unflatten(2, features.shape[2:])
 
-    quantized, path = exported(Network(nn.Conv2d(16, 16, 1), attended), tmp_path)
-    assert {each.name for each in tersor.integer_coverage(quantized, IMAGES).operators} == {""}
-    monkeypatch.setattr(executed_precision, "computed_in_float", lambda *_: ["second"])
-    with pytest.warns(CompressionWarning, match=r"computes these layers in float, .* as integers: second\. They"):
+
+def test_a_product_that_is_listed_under_a_module_hides_no_layer_in_it(monkeypatch, tmp_path):
+    quantized, path = exported(Network(Attention(), directly), tmp_path)
+    assert {each.name for each in tersor.integer_coverage(quantized, IMAGES).operators} == {"second"}
+    monkeypatch.setattr(executed_precision, "computed_in_float", lambda *_: ["first", "second.values"])
+    with pytest.warns(CompressionWarning, match=r"in float, .* as integers: first, second\.values\. They"):
         tersor.export(quantized, IMAGES, path)
 
 

@@ -80,6 +80,19 @@ def test_tolerances_of_a_network_in_float(factor, precision, expected):
     assert verified(session(in_torch(model, factor), precision=precision), model)[0] == expected
 
 
+@pytest.mark.parametrize(("precise", "expected"), [(1.0, "warned"), (1.1, "refused")])
+def test_a_difference_in_bfloat16_is_checked_in_float32(precise, expected):
+    """Only bfloat16 itself excuses a difference that float32 would not."""
+    model = network()
+    found = verified(
+        session(in_torch(model, 1.1), precision="bfloat16"),
+        model,
+        in_full_precision=lambda: session(in_torch(model, precise), precision="float32"),
+    )
+    assert found[0] == expected
+    assert "differ from torch's by 10 %" in found[1]
+
+
 def quantization_effect(model):
     """Torch's outputs for the first 16 images, and the relative change that quantization makes."""
     with torch.no_grad():

@@ -93,9 +93,15 @@ def test_functions_without_modules_stay_the_same():
     network = Network(a_lambda)
     network.activation, other = F.relu, nn.Linear(2, 2)
     network.scale = lambda features: 2 * other(features)
+
+    def halved(features, times):
+        return halved(features / 2, times - 1) if times else features
+
+    network.halved = halved
     copied = plain_copy(network)
     assert copied.activation is F.relu
     assert copied.scale is network.scale
+    assert copied.halved is halved
 
 
 def test_such_a_network_is_computed_in_integers(network, tmp_path):
