@@ -130,7 +130,8 @@ def test_constants_of_the_forward_method_are_constants(kind, tmp_path):
     assert not in_float(model)
     (zeros,) = zeros_in(model)
     assert shape_of(zeros)[1:] == (1, 8, 8)
-    verify(open_session(export(model, IMAGES, tmp_path / "model.onnx"), "openvino"), model, IMAGES)
+    file = export(model, IMAGES, tmp_path / "model.onnx")
+    verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
 
 
 @pytest.mark.parametrize("kind", Maximum.REDUCED)
@@ -138,7 +139,8 @@ def test_a_layer_that_reads_a_maximum_stays_in_float_for_openvino(kind, tmp_path
     model = quantized(Maximum(kind), "openvino")
     reason = "OpenVINO computes a quantized maximum over positions or channels incorrectly"
     assert in_float(model) == ({} if kind in {"pooled", "added"} else {"head": reason})
-    verify(open_session(export(model, IMAGES, tmp_path / "model.onnx"), "openvino"), model, IMAGES)
+    file = export(model, IMAGES, tmp_path / "model.onnx")
+    verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
     assert not in_float(quantized(Maximum(kind), "onnxruntime"))
 
 
