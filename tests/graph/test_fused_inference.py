@@ -15,6 +15,11 @@ from tersor.graph.fused_inference import FusedConvolution, fused, rewritten
 from tersor.models import build
 from toy_networks import short
 
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN has no bfloat16 convolutions for this processor, and the network stays as it is",
+)
+
 
 def settled(model):
     """With statistics, scales and shifts that are not those of a new BatchNorm."""
@@ -229,10 +234,7 @@ def test_a_network_whose_outputs_would_change_is_not_fused(monkeypatch):
     assert fused(model, 100 * images()) is model
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="oneDNN has no bfloat16 convolutions for this processor, and the network stays as it is",
-)
+@needs_bfloat16
 def test_in_bfloat16_it_is_no_farther_from_float32():
     model = settled(short("resnet8"))
     faster, given = fused(model, images(), precision=torch.bfloat16), images(16, seed=2)
@@ -257,7 +259,7 @@ class Shuffled(nn.Module):
         return (features + self.second(halves.contiguous())).relu()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 def test_an_addition_takes_values_of_any_memory_format(dtype):
     network = Shuffled().eval()
     found = fused(network, images(), precision=None if dtype == torch.float32 else dtype)
