@@ -90,6 +90,8 @@ def measure(name: str, drop: float, minutes: float, runtime: Runtime) -> None:
         budget=Budget(max_drop=drop, minutes=minutes),
         runtime=runtime,
         task=subject.task,
+        mean=subject.splits().mean,
+        std=subject.splits().std,
         out=folder().parent / "compress" / f"{name}-drop{drop:g}-{minutes:g}min-{runtime}",
         progress=compress.Progress(),
     )
