@@ -107,7 +107,7 @@ class Gain:
     def sentence(self) -> str:
         """The gain with its range, as the first lines of a card."""
         ours, theirs = self.accuracies(self.method), self.accuracies(self.reference)
-        doubt = "" if self.distinguishable else " The ranges overlap: no difference was measured."
+        doubt = "" if self.distinguishable else " The ranges overlap, so the difference may be chance."
         return (
             f"**{self.points:+.1f} points** over {self.reference_name}: {_range(ours)} compared with "
             f"{_range(theirs)}.{doubt}\n\n{self.setting} {self.cost_of}: {self.cost()}. "
@@ -260,6 +260,6 @@ def table(family: str) -> str:
             lines.append(f"| {link} | not measured | | | |")
             continue
         gain = GAINS[name]
-        points = f"{gain.points:+.1f}" if gain.distinguishable else f"{gain.points:+.1f} (no difference measured)"
+        points = f"{gain.points:+.1f}" if gain.distinguishable else f"{gain.points:+.1f} (may be chance)"
         lines.append(f"| {link} | {points} | {gain.reference_name} | {gain.cost()} | {gain.avoid} |")
     return "\n".join(lines)
