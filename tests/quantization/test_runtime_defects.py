@@ -14,7 +14,7 @@ from tersor.evaluation.session import open_session
 from tersor.evaluation.verification import verify
 from tersor.graph.aten import operator_name, shape_of
 from tersor.methods.ptq import PTQ
-from tersor.quantization import quantizers, runtime_defects
+from tersor.quantization import runtime_defects
 from tersor.training.context import AttachContext
 
 
@@ -145,6 +145,48 @@ def test_a_layer_that_reads_a_maximum_stays_in_float_for_openvino(kind, tmp_path
         verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
 
 
+class Filled(nn.Module):
+    """Zero padding of one dimension, of values on a grid with a zero point."""
+
+    PADDED = {  # noqa: RUF012
+        "tokens": lambda x: nn.functional.pad(x.flatten(2).transpose(1, 2), (0, 0, 1, 0)).transpose(1, 2).unsqueeze(3),
+        "channels": lambda x: nn.functional.pad(x[:, 1:], (0, 0, 0, 0, 1, 0)),
+        "columns": lambda x: nn.functional.pad(x, (1, 0, 0, 0)),
+        "rows": lambda x: nn.ZeroPad2d((0, 0, 0, 2))(x),
+        "cut": lambda x: nn.functional.pad(x, (0, -1)),
+    }
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
+        self.padded = self.PADDED[kind]
+
+    def forward(self, images):
+        return self.head(nn.functional.gelu(self.second(self.padded(self.first(images)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", Filled.PADDED)
+def test_padding_of_one_dimension_is_right_in_openvino(kind, tmp_path):
+    model = quantized(Filled(kind), "openvino")
+    assert not in_float(model)
+    file = export(model, IMAGES, tmp_path / "model.onnx")
+    verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
+
+
+def test_a_padded_vector_has_no_other_dimension():
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(768, 15), nn.Linear(16, 5)
+
+        def forward(self, images):
+            return self.head(nn.functional.pad(self.first(images.flatten(1)), (1, 0)))
+
+    graph = quantized(Vector(), "openvino")
+    assert [list(node.args[1]) for node in graph.graph.nodes if operator_name(node) == "pad"] == [[1, 0]]
+
+
 class Padded(nn.Module):
     """Padding of a size that depends on the image, as in Swin: here it is 0 on all sides."""
 
@@ -165,13 +207,17 @@ def test_a_padding_of_0_is_removed():
 
 @pytest.mark.skipif(version("openvino") < "2026", reason="OpenVINO has this defect since 2026.0")
 @pytest.mark.parametrize(
-    ("module", "rule", "network"),
-    [(quantizers, "add_zeros_of_images", Tokens()), (runtime_defects, "after_maxima", Maximum("amax"))],
-    ids=["concatenation", "maximum"],
+    ("rule", "network"),
+    [
+        ("add_zeros_of_images", Tokens()),
+        ("after_maxima", Maximum("amax")),
+        ("pad_two_dimensions", Filled("columns")),
+    ],
+    ids=["concatenation", "maximum", "padding"],
 )
-def test_openvino_still_has_the_defect(module, rule, network, tmp_path, monkeypatch):
+def test_openvino_still_has_the_defect(rule, network, tmp_path, monkeypatch):
     """If this fails, OpenVINO computes the network correctly, and the rule can go."""
-    monkeypatch.setattr(module, rule, lambda _: set())
+    monkeypatch.setattr(runtime_defects, rule, lambda _: set())
     model = quantized(network, "openvino")
     file = export(model, IMAGES, tmp_path / "model.onnx")
     with pytest.raises(InputError, match="differ from torch's"):

@@ -81,6 +81,16 @@ def with_validation(splits: Splits, share: float, seed: int) -> Splits:
     return replace(splits, train=View(splits.train, rest), validation=View(splits.train, held_out))
 
 
+def with_test_images_for_validation(splits: Splits, seed: int, *, by_class: bool) -> Splits:
+    """Half of the test images, of each class if `by_class`, become the validation images; the rest are for tests."""
+    draw, half = generator(seed), len(splits.test) // 2
+    if by_class:
+        chosen, rest = stratified(splits.test.targets, half, draw)
+    else:
+        chosen, rest = torch.randperm(len(splits.test), generator=draw).tensor_split([half])
+    return replace(splits, validation=View(splits.test, chosen), test=View(splits.test, rest))
+
+
 def limited(splits: Splits, limit: int | None, seed: int) -> Splits:
     """Draw `limit` training images; all for None.
 

@@ -29,6 +29,7 @@ from tersor.evaluation.measurement import measure
 from tersor.evaluation.results import Results, StageRecord
 from tersor.evaluation.scoring import targets_of
 from tersor.evaluation.standard_error import SEEN, error_of_difference, measures_accuracy
+from tersor.evaluation.unreadable_quantizers import remove_unreadable_quantizers
 from tersor.pipeline import latency_cache
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
@@ -183,6 +184,7 @@ def _fill(
                 normalization=normalization,
                 batch=batch,
             )
+            remove_unreadable_quantizers(path, recipe.target.runtime)
             progress.advance()
         if batch_for(compressed, recipe.target) != recipe.target.batch:
             progress.say(static_batch_reason())

@@ -279,8 +279,13 @@ def _is_mover(node: fx.Node) -> bool:
 
 
 def _pads_with_values_of_the_grid(node: fx.Node) -> bool:
-    given = arguments(node)
-    return given["mode"] != "constant" or given["value"] in (None, 0)
+    return arguments(node)["mode"] != "constant" or pads_with_zeros(node)
+
+
+def pads_with_zeros(padding: fx.Node) -> bool:
+    """Whether a call of `pad` writes zeros."""
+    given = arguments(padding)
+    return given["mode"] == "constant" and given["value"] in (None, 0)
 
 
 def _read_in_integers(node: fx.Node, integer: list[fx.Node]) -> bool:

@@ -30,7 +30,7 @@ from tersor.quantization.qdq_placement import (
     without_quantizers,
 )
 from tersor.quantization.quantizer_options import BYTE, Precision, QuantizedTrainingOptions
-from tersor.quantization.runtime_defects import add_zeros_of_images, correct_in_integers
+from tersor.quantization.runtime_defects import correct_in_integers, rewrite_for_openvino
 
 SATURATION = (
     "the processor accumulates 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if "
@@ -191,7 +191,7 @@ def insert_quantizers(
         )
     write_as_matrix_products(graph)
     if target.runtime == "openvino":
-        add_zeros_of_images(graph)
+        rewrite_for_openvino(graph)
     known, weighted = correct_in_integers(graph, target.runtime), weighted_layers(graph)
     excluded = matching(exclude, [*weighted, *matrix_products(graph)])
     layers = {name: layer for name, layer in weighted.items() if name in known and name not in excluded}

@@ -5,6 +5,9 @@ dynamic batch size. A ViT is built like this: patch embedding, then the class to
 and by as much in the 8-bit files of two other tools. A constant to which zeros are added that depend on the images does
 no harm.
 
+OpenVINO 2026.4 pads 8-bit values with zeros even if zero is stored as another integer, unless two or more dimensions
+are padded: the result is wrong, or the file cannot be read. So one more dimension is padded, and cut off again.
+
 OpenVINO 2026.4 also computes a maximum over positions or channels (ReduceMax, not MaxPool) incorrectly if its output is
 quantized: the attention of CBAM, for example. So the layers that read such a maximum stay in float.
 """
@@ -19,12 +22,18 @@ from tersor.graph.aten import arguments, operator_name, shape_of
 from tersor.graph.capture import is_size, layer_of, values_into
 from tersor.graph.layer_selection import Layer
 from tersor.graph.matrix_products import OperatorAdder
-from tersor.quantization.qdq_placement import CONCATENATIONS, quantizable
+from tersor.quantization.qdq_placement import CONCATENATIONS, pads_with_zeros, quantizable
 
 _aten = torch.ops.aten
 _MAXIMA = {"amax", "amin", "max", "min", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
 _NEW = {"new_zeros", "new_ones", "new_full"}
 """Operators that take only the data type of their input; `zeros` and others have no input."""
+
+
+def rewrite_for_openvino(graph: fx.GraphModule) -> None:
+    """Rewrite what OpenVINO would compute incorrectly, in place."""
+    add_zeros_of_images(graph)
+    pad_two_dimensions(graph)
 
 
 def add_zeros_of_images(graph: fx.GraphModule) -> None:
@@ -59,6 +68,36 @@ def _add_zeros(concatenation: fx.Node, constants: list[fx.Node]) -> None:
     zeros = add(tuple(shape), _aten.zeros_like.default, part)
     for each in constants:
         concatenation.replace_input_with(each, add(shape_of(each), _aten.add.Tensor, each, zeros))
+
+
+def pad_two_dimensions(graph: fx.GraphModule) -> None:
+    """Write zero padding of one dimension as padding of two and a slice, in place."""
+    for node in list(graph.graph.nodes):
+        widths = _zero_padding(node)
+        padded = {place // 2 for place, width in enumerate(widths) if width}
+        if len(padded) != 1:
+            continue
+        other, shape, values = 1 if padded == {0} else 0, list(shape_of(node)), values_into(node)
+        dim = len(shape) - 1 - other
+        if not dim:  # the batch is not padded
+            continue
+        widths += [0] * (2 * other + 2 - len(widths))
+        widths[2 * other + 1] = 1
+        add = OperatorAdder(node)
+        wide = add((*shape[:dim], shape[dim] + 1, *shape[dim + 1 :]), _aten.pad.default, values[0], widths)
+        node.replace_all_uses_with(add(tuple(shape), _aten.slice.Tensor, wide, dim, 0, -1))
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _zero_padding(node: fx.Node) -> list[int]:
+    """The widths of zero padding, from the last dimension on: before and after each; empty for other nodes."""
+    module = layer_of(node)
+    if isinstance(module, nn.ZeroPad2d):
+        return list(module.padding)
+    if operator_name(node) != "pad" or not pads_with_zeros(node):
+        return []
+    return list(arguments(node)["pad"])
 
 
 def correct_in_integers(graph: fx.GraphModule, runtime: Runtime) -> set[str]:

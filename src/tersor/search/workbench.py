@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -20,15 +19,14 @@ from tersor.checkpoint.store import Checkpoints
 from tersor.core.device import seeded
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data import Batches, Splits, load
-from tersor.data.image_sets import View
-from tersor.data.splitting import joined
-from tersor.data.stratified import generator, stratified
+from tersor.data.splitting import joined, with_test_images_for_validation
 from tersor.deploy.onnx import export
 from tersor.deploy.static_batch import batch_for
 from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import Array
 from tersor.evaluation.results import StageRecord
 from tersor.evaluation.scoring import targets_of
+from tersor.evaluation.unreadable_quantizers import remove_unreadable_quantizers
 from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture
 from tersor.graph.plain_network import plain_copy
@@ -95,12 +93,8 @@ class Workbench:
 
     def _with_halves(self, data: Splits) -> Splits:
         """The data with half of the test images for validation, and the other half for tests."""
-        draw, half = generator(self.experiment.recipe.seed), len(data.test) // 2
-        if isinstance(self.experiment.task, Classification):
-            chosen, rest = stratified(data.test.targets, half, draw)
-        else:
-            chosen, rest = torch.randperm(len(data.test), generator=draw).tensor_split([half])
-        return replace(data, validation=View(data.test, chosen), test=View(data.test, rest))
+        by_class = isinstance(self.experiment.task, Classification)
+        return with_test_images_for_validation(data, self.experiment.recipe.seed, by_class=by_class)
 
     @cached_property
     def validation(self) -> Batches:
@@ -206,6 +200,7 @@ class Workbench:
         assert data.std is not None
         batch = batch_for(model, target)
         export(model, example, file, classes=data.classes, normalization=(data.mean, data.std), batch=batch)
+        remove_unreadable_quantizers(file, target.runtime)
         measured = search_metric.of_file(file, target.runtime, validation, experiment)
         return Exported(file, measured.metric, costs(model, example).macs, file.stat().st_size, measured.right)
 

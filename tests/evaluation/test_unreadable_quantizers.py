@@ -1,0 +1,93 @@
+"""Quantizers with which OpenVINO cannot read a file are removed from it, and no others."""
+
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tersor
+from tersor.core.errors import CompressionWarning, InputError
+from tersor.core.target import Target
+from tersor.deploy.onnx import export
+from tersor.evaluation.session import open_session
+from tersor.evaluation.unreadable_quantizers import remove_unreadable_quantizers
+from tersor.evaluation.verification import verify
+from tersor.methods.ptq import PTQ
+from tersor.training.context import AttachContext
+
+IMAGES = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Tokens(nn.Module):
+    """Concatenates the tokens of two convolutions, and reads them by a fully connected layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 1)
+        self.mixed, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, images):
+        features = self.first(images)
+        parts = [each.flatten(2).transpose(1, 2) for each in (features, self.second(features))]
+        return self.head(self.mixed(torch.cat(parts, 1)).mean(1))
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    attached = PTQ().attach(Tokens().eval(), AttachContext(data=[IMAGES], target=Target(runtime="openvino")))
+    attached.begin()
+    return attached.model.eval()
+
+
+@pytest.fixture
+def file(quantized, tmp_path):
+    return export(quantized, IMAGES, tmp_path / "model.onnx")
+
+
+def quantizers(file):
+    return Counter(node.op_type for node in onnx.load(file).graph.node)["QuantizeLinear"]
+
+
+def test_openvino_still_has_the_defect(file):
+    """If this fails, OpenVINO can read the network, and another one is needed here."""
+    with pytest.raises(InputError, match="openvino cannot read"):
+        open_session(file, "openvino")
+
+
+def test_only_those_that_prevent_reading_are_removed(file, quantized):
+    before = quantizers(file)
+    with pytest.warns(CompressionWarning, match=f"with all of its {before} .* without 1 of them, .*: MatMul"):
+        remove_unreadable_quantizers(file, "openvino")
+    assert quantizers(file) == before - 1
+    onnx.checker.check_model(str(file), full_check=True)
+    verify(open_session(file, "openvino", precision="float32"), quantized, IMAGES)
+    written = {each.name for each in onnx.load(file).graph.initializer}
+    assert written == {name for node in onnx.load(file).graph.node for name in node.input if name in written}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_readable_file_stays_as_it_is(file):
+    content = file.read_bytes()
+    remove_unreadable_quantizers(file, "onnxruntime")
+    assert file.read_bytes() == content
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_is_unreadable_for_another_reason_stays_as_it_is(file):
+    proto = onnx.load(file)
+    proto.graph.node[-1].op_type = "Gelatine"
+    onnx.save(proto, file)
+    content = file.read_bytes()
+    remove_unreadable_quantizers(file, "openvino")
+    assert file.read_bytes() == content
+
+
+def test_export_writes_a_file_that_openvino_reads(tmp_path):
+    model = tersor.quantize(Tokens().eval(), [IMAGES], runtime="openvino")
+    with pytest.warns(CompressionWarning) as issued:
+        file = tersor.export(model, IMAGES, tmp_path / "model.onnx", runtime="openvino")
+    assert any("openvino cannot read this network with all of its" in str(each.message) for each in issued)
+    assert open_session(file, "openvino").outputs
