@@ -91,7 +91,7 @@ def _quantizers(graph: onnx.GraphProto) -> Iterator[_Quantizer]:
             readers.setdefault(each, node.op_type)
     for node in graph.node:
         quantize = made_by.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if quantize is not None and quantize.op_type == "QuantizeLinear" and node.output[0] not in outputs:
+        if quantize is not None and quantize.op_type == "QuantizeLinear" and node.output[0] in readers.keys() - outputs:
             yield _Quantizer(quantize.input[0], node.output[0], readers[node.output[0]])
 
 
