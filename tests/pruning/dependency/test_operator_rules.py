@@ -8,6 +8,7 @@ import copy
 import warnings
 from functools import cache
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -221,3 +222,28 @@ def test_an_instance_norm_without_weights_is_narrowed():
     with warnings.catch_warnings():  # torch warns of another number of channels than the module has
         warnings.simplefilter("error", UserWarning)
         assert torch.allclose(pruned(images), masked(images), atol=1e-5)
+
+
+class Square(nn.Module):
+    """As many positions as channels, all of which can be removed: (N, C, L) or (N, L, C) enters the layer."""
+
+    def __init__(self, layer, *, channels_last):
+        super().__init__()
+        self.conv, self.mix, self.layer, self.last = nn.Conv2d(3, 8, 1), nn.Linear(16, 8), layer, channels_last
+        self.over_positions, self.head = nn.Linear(8, 4), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.mix(self.conv(x).flatten(2))
+        x = self.layer(x.transpose(1, 2)).transpose(1, 2) if self.last else self.layer(x)
+        return self.head(self.over_positions(x).transpose(1, 2))
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["last", "first"])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm, nn.PReLU, nn.BatchNorm1d])
+def test_the_weights_of_a_layer_belong_to_its_own_dimension(kind, channels_last):
+    images = torch.randn(3, 3, 4, 4)
+    graph = capture(Square(kind(8), channels_last=channels_last).eval(), images)
+    groups, _ = coupled_channels(graph, images)
+    of = {group.root: {cut.layer for cut in group.cuts([0])} for group in groups}
+    of_channels = channels_last == (kind in {nn.LayerNorm, nn.RMSNorm})
+    assert ("layer" in of["conv"], "layer" in of["mix"]) == (of_channels, not of_channels)

@@ -84,8 +84,8 @@ def per_channel(propagation: ChannelPropagation, call: Call) -> Any:
         return tensor
     if any(each.ndim > 1 for each in own) or len({len(each) for each in own}) > 1:
         return propagation.freeze(call)
-    axis = _channel_axis(layer, tensor, len(own[0]))
-    if axis is None:
+    axis = len(tensor.shape) - 1 if isinstance(layer, nn.LayerNorm | nn.RMSNorm) else 1
+    if tensor.shape[axis] != len(own[0]):
         return propagation.freeze(call)
     ids = propagation.bind(str(call.node.target), "out", tensor.ids[axis])
     if "Norm" in call.name and not isinstance(layer, _BatchNorm):
@@ -95,16 +95,6 @@ def per_channel(propagation: ChannelPropagation, call: Call) -> Any:
         rows = ids.reshape(groups, -1)
         propagation.merge(rows, 0 if groups >= rows.shape[1] else 1)
     return TrackedShape(tensor.shape, (*tensor.ids[:axis], ids, *tensor.ids[axis + 1 :]))
-
-
-def _channel_axis(layer: nn.Module, tensor: TrackedShape, size: int) -> int | None:
-    axes = [axis for axis, each in enumerate(tensor.shape) if each == size]
-    if type(layer) is nn.LayerNorm:
-        return len(tensor.shape) - 1
-    if isinstance(layer, _BatchNorm | nn.GroupNorm):
-        return 1
-    tracked = [axis for axis in axes if tensor.ids[axis] is not None]
-    return (tracked or axes or [None])[0]
 
 
 def pixel_shuffle(propagation: ChannelPropagation, call: Call) -> Any:
