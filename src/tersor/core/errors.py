@@ -79,17 +79,27 @@ def unknown(kind: str, name: str, options: Iterable[str], own: str = "") -> Inpu
     """
     if own and name.endswith(".py"):
         return without_function(name, own)
+    return InputError(f"unknown {kind} '{name}'.{_possible(name, options)}")
+
+
+def missing_in(owner: str, kind: str, name: str, options: Iterable[str]) -> InputError:
+    """Return the error for a `kind` of `owner` that is not among the `options`, with the most similar option."""
+    return InputError(f"{owner} has no {kind} '{name}'.{_possible(name, options)}")
+
+
+def _possible(name: str, options: Iterable[str]) -> str:
     known = sorted(options)
     similar = nearest(name, known)
     hint = f" Did you mean '{similar}'?" if similar else ""
-    return InputError(f"unknown {kind} '{name}'.{hint} Possible: {', '.join(known) or 'none'}.")
+    return f"{hint} Possible: {', '.join(known) or 'none'}."
 
 
 def without_function(file: str, own: str) -> InputError:
     """Return the error for a Python file without the name of a function or class in it."""
     path = Path(file)
     if not path.is_file():
-        return InputError(f"there is no file '{file}' in {Path.cwd()}. Write {file}:NAME, where NAME is {own}.")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        return InputError(f"there is no file '{file}'{where}. Correct the path, and write PATH:NAME; NAME is {own}.")
     defined = _defined_in(path)
     example = f"{file}:{defined[0]}" if len(defined) == 1 else f"{file}:NAME, where NAME is {own}"
     found = f" {file} defines {', '.join(defined)}." if defined else ""

@@ -83,5 +83,5 @@ def read_json(path: Path, advice: str) -> Any:
 
 def _integer(digits: str) -> int:
     if len(digits) > _DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
+        raise ValueError(f"it contains an integer of {len(digits)} digits; at most {_DIGITS} are possible")
     return int(digits)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tersor.core.device import seeded
-from tersor.core.errors import InputError, unknown
+from tersor.core.errors import InputError, missing_in, unknown
 from tersor.core.import_path import import_function, is_function_path
 from tersor.core.user_code import user_code
 
@@ -225,7 +225,7 @@ def _built(entry: Any) -> Transform:
     classes = {key: value for key, value in vars(v2).items() if inspect.isclass(value)}
     transforms = {key: cls for key, cls in classes.items() if issubclass(cls, v2.Transform) and cls is not v2.Transform}
     if name not in transforms:
-        raise unknown("transform of torchvision.transforms.v2", name, transforms)
+        raise missing_in("torchvision.transforms.v2", "transform", name, transforms)
     arguments = {key: _argument(key, value) for key, value in (given or {}).items()}
     try:
         return transforms[name](**arguments)

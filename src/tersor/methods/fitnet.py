@@ -74,7 +74,7 @@ class FitNet:
         tuple[str, ...], Field(description="patterns of student layers; default: the last feature map")
     ] = ()
     teacher_layers: Annotated[
-        tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
+        tuple[str, ...], Field(description="patterns of teacher layers; default: the same as `layers`")
     ] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 10.0
     label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0

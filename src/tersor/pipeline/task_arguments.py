@@ -49,7 +49,7 @@ def task_of(task: str | Task | None, loss: Loss | None = None, metric: Any = Non
                 "the class."
             )
         if function is not None and not callable(function):
-            raise InputError(f"{name} is a {type(function).__name__}. Pass a function of (outputs, targets).")
+            raise InputError(f"{name} is of type {type(function).__name__}. Pass a function of (outputs, targets).")
     if task is None and loss is None and metric is None:
         return None
     base = Distance() if task is None else tasks.build(task)

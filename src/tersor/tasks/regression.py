@@ -52,7 +52,7 @@ def _values(outputs: Any) -> Tensor:
 
 def _fitting(targets: Any, values: Tensor) -> Tensor:
     if not isinstance(targets, Tensor):
-        raise InputError(f"the targets are a {type(targets).__name__}. Pass a tensor of values.")
+        raise InputError(f"the targets are of type {type(targets).__name__}. Pass a tensor of values.")
     if targets.numel() != values.numel() or len(targets) != len(values):
         raise InputError(
             f"the targets have the shape {tuple(targets.shape)}, the outputs {tuple(values.shape)}. Pass as many "
