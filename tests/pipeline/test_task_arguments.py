@@ -49,7 +49,7 @@ def test_the_task_of_the_arguments():
     assert isinstance(task_of("multilabel", metric=max).base, Multilabel)
     with pytest.raises(InputError, match="loss is the class Linear"):
         task_of(None, loss=nn.Linear)
-    with pytest.raises(InputError, match="metric is a int"):
+    with pytest.raises(InputError, match="metric is of type int"):
         task_of(None, metric=3)
 
 

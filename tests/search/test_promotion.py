@@ -220,7 +220,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "
             f"points (standard error {error:.2f}) instead of 2.00. This is still more than allowed."
         ),
-        (f"Larger drop: {first.point.description} loses 2.00 points and meets the other limits."),
+        (f"Larger drop: this network loses 2.00 points and meets the other limits: {first.point.description}."),
         (
             "Another runtime: the latency of original-openvino in openvino is 0.75 times that of the original in "
             "onnxruntime."
@@ -229,11 +229,11 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     # the original does not meet the latency; the candidate with the best prospects is named
     lines = finish.advice(search, search.original)
     assert lines[0].startswith(
-        f"More time: with a total time of 30 minutes, {first.point.description} is expected to lose about"
+        f"More time: with a total time of 30 minutes, one network ({first.point.description}) is expected to lose about"
     )
     assert lines[1].startswith("Larger drop: ")
     add(search, Candidate(branches=9), 1, 40.0, 0.01, seconds=2.0)
-    near = f"{first.point.description} is expected"
+    near = f"one network ({first.point.description}) is expected"
     assert near in finish.advice(search, search.original)[0], "not a faster one that is far away"
     worse = first.point.model_copy(update={"validation": 87.4})
     search.points = [search.original, worse]

@@ -65,7 +65,7 @@ def test_a_task_of_the_user_is_built_from_its_path():
     [
         ("segmantation", {}, "unknown task 'segmantation'. Did you mean 'segmentation'"),
         ("segmentation", {"num_classes": 1}, "num_classes is 1. It must be at least 2"),
-        ("segmentation", {"classes": 3}, "unknown parameter of Segmentation 'classes'. Did you mean 'num_classes'"),
+        ("segmentation", {"classes": 3}, "Segmentation has no parameter 'classes'. Did you mean 'num_classes'"),
         ("math:sqrt", {}, "cannot be called"),
         ("collections:OrderedDict", {}, "the task is of type OrderedDict"),
         (3, {}, "the task is of type int"),

@@ -145,8 +145,9 @@ def _transformed(images: Tensor, targets: Any, transform: Transform) -> tuple[Te
             return _checked(returned, images, transform), targets
         if not isinstance(returned, tuple) or len(cast("tuple[Any, ...]", returned)) != 2:
             raise InputError(
-                f"the augmentation {getattr(transform, '__name__', transform)} returned a {type(returned).__name__}. "
-                "Return images and targets: masks and boxes must be transformed together with the images."
+                f"the augmentation {getattr(transform, '__name__', transform)} returned an object of type "
+                f"{type(returned).__name__}. Return images and targets: masks and boxes must be transformed together "
+                "with the images."
             )
         moved, after = cast("tuple[Any, Any]", returned)
         return _checked(moved, images, transform), _checked(after, targets, transform) if masks else after
@@ -191,7 +192,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _checked(result: Any, before: Tensor, transform: Transform) -> Tensor:
     if not isinstance(result, Tensor):
-        described = f"a {type(result).__name__}"
+        described = f"an object of type {type(result).__name__}"
     elif result.shape == before.shape and result.dtype == before.dtype:
         return result
     else:

@@ -38,8 +38,8 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
     notes: list[str] = []
     if inactive:
         notes.append(
-            f"the compressed network trains without stochastic depth ({_all(inactive)}), because its graph was recorded in "
-            "eval mode"
+            f"the compressed network trains without stochastic depth ({_all(inactive)}), because its graph was "
+            "recorded in eval mode"
         )
     if switching:
         notes.append(
@@ -52,8 +52,8 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
             "running statistics and does not update them. Use a BatchNorm module"
         )
     notes += [
-        f"the compressed network trains with the code for eval mode, although the forward method of {_all(paths)} reads "
-        f"self.training ({line}), because its graph was recorded in eval mode"
+        f"the compressed network trains with the code for eval mode, although the forward method of {_all(paths)} "
+        f"reads self.training ({line}), because its graph was recorded in eval mode"
         for line, paths in _readers_of_mode(own).items()
     ]
     return notes

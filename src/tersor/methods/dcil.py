@@ -8,10 +8,10 @@ Gradients for Pruned Weights", 2021 (arXiv 2109.04660).
     KL   = T^2 * KL of softmax(./T), T = 2; the first argument is detached
 
 z (N, classes, ...) are the logits with masked weights (the masked path), z' those with all weights (the dense path). KL
-is averaged over images and positions. CE stands for the task's loss. The masks are updated as in `dpf`. The paper describes only the refined
-gradient. The authors' code has two more parts, which can be switched off here: a separate BatchNorm and head for the
-dense path (`own_norms`), and mutual distillation of both paths (`mutual`, for tasks with logits) after 70 of 300
-epochs. Without `refined_gradient` both paths update all weights.
+is averaged over images and positions. CE stands for the task's loss. The masks are updated as in `dpf`. The paper
+describes only the refined gradient. The authors' code has two more parts, which can be switched off here: a separate
+BatchNorm and head for the dense path (`own_norms`), and mutual distillation of both paths (`mutual`, for tasks with
+logits) after 70 of 300 epochs. Without `refined_gradient` both paths update all weights.
 
 A step runs the network twice, at twice the cost. The dense path's own modules start as copies of the network's and are
 discarded at the end of the stage. The dense path is not quantized where `qat` quantizes the network. The dense path has

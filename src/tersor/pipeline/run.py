@@ -126,7 +126,8 @@ def _check_types(recipe: object, model: object, teacher: object, data: object) -
     for name, network in (("model", model), ("teacher", teacher)):
         if not isinstance(network, nn.Module | None):
             raise InputError(
-                f"{name} is of type {type(network).__name__}. Pass a torch.nn.Module, or write the {name} in the recipe."
+                f"{name} is of type {type(network).__name__}. Pass a torch.nn.Module, or write the {name} in the "
+                "recipe."
             )
     if not isinstance(data, Splits | None):
         raise InputError(

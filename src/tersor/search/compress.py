@@ -166,8 +166,8 @@ def _names_of(students: object) -> tuple[str, ...]:
     names = _listed("students", students, "names")
     if other := [each for each in names if not isinstance(each, str)]:
         raise InputError(
-            f"students contains an object of type {type(other[0]).__name__}. Pass names, such as 'my_networks.py:build': a student is "
-            "built anew for each training run."
+            f"students contains an object of type {type(other[0]).__name__}. Pass names, such as "
+            "'my_networks.py:build': a student is built anew for each training run."
         )
     return names
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from tersor.evaluation.results import Speedup
-from tersor.search.compression_budget import Budget, in_points
+from tersor.search.compression_budget import Budget
 
 CEILING = 100.0
 """The best possible metric, in percent."""

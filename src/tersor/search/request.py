@@ -147,8 +147,8 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
         )
     if not isinstance(request.model, str) and request.weights is not None:
         raise InputError(
-            f"weights is for a network that is given by name, but the model is of type {type(request.model).__name__}. Load "
-            "them first: tersor.models.load_weights(model, FILE)."
+            f"weights is for a network that is given by name, but the model is of type {type(request.model).__name__}. "
+            "Load them first: tersor.models.load_weights(model, FILE)."
         )
     source = _source(request)
     data = request.data
