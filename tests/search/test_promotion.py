@@ -202,7 +202,9 @@ def test_the_line_about_a_training_has_the_errors_of_its_drop_and_its_latencies(
     )
     search.budget = Budget(latency_ms={1: 0.1})
     search.points = [made.point]
-    assert finish.advice(search, made.point)[0].endswith("3 branches removed, 8 bits with 0.500 ± 0.015 ms.")
+    assert finish.advice(search, made.point)[0].endswith(
+        "takes 0.500 ± 0.015 ms: original, 3 branches removed, 8 bits."
+    )
 
 
 def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
@@ -245,7 +247,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
 
 def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
-    out_of_reach = "Size: no network reached 0.1 MB; the smallest is original with 0.200 MB."
+    out_of_reach = "Size: no network reached 0.1 MB; the smallest has 0.200 MB: original."
     continued = "Continue the search, with a total time of at least 11 minutes."
     assert finish.advice(search, search.original) == [
         out_of_reach, f"More time: no candidate could be trained in the given time. {continued}"
@@ -271,7 +273,7 @@ def test_advice_where_every_limit_is_met_but_not_all_at_once(tmp_path):
     assert several.startswith("No measured network meets all limits at once, and raising a single limit would not be")
     search.points.append(point.model_copy(update={"latency_ms": limits, "bytes": 150_000}))
     assert finish.advice(search, small)[0].endswith(
-        f"a single limit: {small.description} meets all others, but it is 0.150 MB, 1.50 times the limit."
+        f"a single limit: one network ({small.description}) meets all others, but it is 0.150 MB, 1.50 times the limit."
     )
 
 

@@ -53,7 +53,7 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
         )
     notes += [
         f"the compressed network trains with the code for eval mode, although the forward method of {_all(paths)} "
-        f"reads self.training ({line}), because its graph was recorded in eval mode"
+        f"reads self.training ({line})"
         for line, paths in _readers_of_mode(own).items()
     ]
     return notes

@@ -168,8 +168,8 @@ def _not_at_once(search: Search) -> str:
     for point in search.points:
         if len(violations(point, search.budget, search.reference)) == 1:
             lacking = shortfall(point, search.budget, search.reference)
-            others = f"this network meets all others, but {lacking}: {point.description}"
-            return f"{none}. It is enough to raise a single limit; {others}."
+            others = f"one network ({point.description}) meets all others, but {lacking}"
+            return f"{none}. It is enough to raise a single limit: {others}."
     return f"{none}, and raising a single limit would not be enough. Raise more than one."
 
 
