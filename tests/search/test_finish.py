@@ -120,8 +120,10 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
     limits = {"max_drop": 1.0, "latency_ms": {"1": 0.9}, "megabytes": 0.5}
     lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))
     assert lines[1:3] == [
-        "Meets the budget: 0.60 points lost on the validation images (1 allowed), 0.600 ms at batch 1 (limit "
-        "0.9 ms), 0.120 MB (limit 0.5 MB).",
+        (
+            "Meets the budget: 0.60 points lost on the validation images (1 allowed), 0.600 ms at batch 1 (limit "
+            "0.9 ms), 0.120 MB (limit 0.5 MB)."
+        ),
         (
             "Chosen because, of the networks within the budget, it has the lowest latency at batch 1 and 128 "
             "(geometric mean)."

@@ -257,7 +257,7 @@ def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     small = add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0).point
     search.points = [search.original, small.model_copy(update={"bytes": 150_000})]
     (out_of_reach,) = finish.advice(search, search.original)
-    assert out_of_reach == f"Size: no network reached 0.1 MB; the smallest is {small.description} with 0.150 MB."
+    assert out_of_reach == f"Size: no network reached 0.1 MB; the smallest has 0.150 MB: {small.description}."
     search.points = [search.original.model_copy(update={"bytes": 100_000})]
     assert finish.advice(search, search.points[0]) == []
 

@@ -197,6 +197,38 @@ def test_a_detector_returns_its_own_losses_in_training_mode():
         task.loss([detected()], batch.targets)
 
 
+EXPECTED = "a detector returns a dict of boxes, scores, labels for each image"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([detected(), {"boxes": BOX, "labels": torch.tensor([1])}], f"{EXPECTED}; the dict of image 1 has no scores."),
+        ({"boxes": BOX}, f"{EXPECTED}; the dict has no scores, labels."),
+        ([detected(), 3], f"{EXPECTED}, not a int."),
+        (torch.zeros(2, 6), f"{EXPECTED}, not a tensor of shape (2, 6)."),
+    ],
+)
+def test_what_a_detector_lacks_is_named(outputs, message):
+    with pytest.raises(InputError) as caught:
+        tasks.build("detection").predictions(outputs)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "end"),
+    [
+        ("embedding", torch.zeros(4), r"one tensor \(N, dimensions\), not a tensor of shape \(4,\)\.$"),
+        ("multilabel", torch.zeros(4, 10, 1, 1), r"logits \(N, classes\), not a tensor of shape \(4, 10, 1, 1\)\.$"),
+        ("segmentation", torch.zeros(4, 10), r"logits \(N, classes, H, W\), not a tensor of shape \(4, 10\)\.$"),
+        ("embedding", None, r"not a NoneType\.$"),
+    ],
+)
+def test_the_shape_of_a_wrong_tensor_is_named(name, outputs, end):
+    with pytest.raises(InputError, match=end):
+        tasks.build(name).predictions(outputs)
+
+
 def test_regression_takes_one_value_for_each_image_too():
     task = tasks.build("regression")
     outputs, targets = torch.tensor([[1.0], [3.0]]), torch.tensor([2.0, 5.0])

@@ -13,8 +13,9 @@ dropped may be grown again and then keeps its value, and the momentum of grown w
 
 The paper starts from a random network with random masks. Here the given network, usually a trained one, keeps the
 largest weights of each layer. The authors' code skips the optimizer step when it updates masks; here the step is taken
-first, and its gradient decides the growth. The paper's uniform sparsities leave the first layer dense; here no layer is
-left out, so that a sparsity means the same in all methods. `clip_norm` applies to the dense gradient.
+first, and its gradient decides the growth. The paper's uniform sparsities leave the first layer dense; here it is
+masked too. As in the other methods, fully connected layers are masked only if `layers` names them or there is no
+convolution. `clip_norm` applies to the dense gradient.
 """
 
 from __future__ import annotations

@@ -58,6 +58,11 @@ def described(outputs: Any) -> str:
     return f"a {type(outputs).__name__}"
 
 
+def given_instead(outputs: Any, found: Tensor | None) -> str:
+    """The noun for outputs that do not fit: the type, or the shape of the tensor that was found in them."""
+    return type(outputs).__name__ if found is None else f"tensor of shape {tuple(found.shape)}"
+
+
 def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
     """The floating-point tensors of two outputs, in pairs, on the device of the first.
 
