@@ -205,7 +205,7 @@ EXPECTED = "a detector returns a dict of boxes, scores, labels for each image"
     [
         ([detected(), {"boxes": BOX, "labels": torch.tensor([1])}], f"{EXPECTED}; the dict of image 1 has no scores."),
         ({"boxes": BOX}, f"{EXPECTED}; the dict has no scores, labels."),
-        ([detected(), 3], f"{EXPECTED}, not a int."),
+        ([detected(), 3], f"{EXPECTED}, not an object of type int."),
         (torch.zeros(2, 6), f"{EXPECTED}, not a tensor of shape (2, 6)."),
     ],
 )
@@ -221,7 +221,7 @@ def test_what_a_detector_lacks_is_named(outputs, message):
         ("embedding", torch.zeros(4), r"one tensor \(N, dimensions\), not a tensor of shape \(4,\)\.$"),
         ("multilabel", torch.zeros(4, 10, 1, 1), r"logits \(N, classes\), not a tensor of shape \(4, 10, 1, 1\)\.$"),
         ("segmentation", torch.zeros(4, 10), r"logits \(N, classes, H, W\), not a tensor of shape \(4, 10\)\.$"),
-        ("embedding", None, r"not a NoneType\.$"),
+        ("embedding", None, r"not an object of type NoneType\.$"),
     ],
 )
 def test_the_shape_of_a_wrong_tensor_is_named(name, outputs, end):

@@ -42,7 +42,7 @@ class Detection(Task):
         losses = list(cast("Mapping[str, Any]", outputs).values()) if isinstance(outputs, Mapping) else []
         if not losses or not all(isinstance(each, Tensor) and each.ndim == 0 for each in losses):
             raise InputError(
-                f"in training mode a detector returns a dict of losses, as torchvision's do, not a "
+                "in training mode a detector returns a dict of losses, as torchvision's do, not an object of type "
                 f"{type(outputs).__name__}. Write a task of your own (package.module:Task) with a loss."
             )
         return torch.stack(losses).sum()
@@ -136,7 +136,7 @@ def _refused(given: Any, whose: str) -> InputError:
     missing = [key for key in _KEYS if key not in given] if isinstance(given, Mapping) else []
     if missing:
         return InputError(f"{expected}; {whose} has no {', '.join(missing)}.")
-    return InputError(f"{expected}, not a {given_instead(given, given if isinstance(given, Tensor) else None)}.")
+    return InputError(f"{expected}, not {given_instead(given, given if isinstance(given, Tensor) else None)}.")
 
 
 def same_boxes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

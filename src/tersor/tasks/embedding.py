@@ -45,5 +45,5 @@ def _vectors(outputs: Any) -> Tensor:
     vectors = logits_in(outputs)
     if vectors is None or vectors.ndim < 2:
         given = given_instead(outputs, vectors)
-        raise InputError(f"an embedding network returns one tensor (N, dimensions), not a {given}.")
+        raise InputError(f"an embedding network returns one tensor (N, dimensions), not {given}.")
     return vectors.flatten(1)

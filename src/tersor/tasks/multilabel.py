@@ -55,7 +55,7 @@ class Multilabel(Task):
         logits = self.logits(outputs)
         if logits is None or logits.ndim != 2:
             given = given_instead(outputs, logits)
-            raise InputError(f"a multi-label network returns logits (N, classes), not a {given}.")
+            raise InputError(f"a multi-label network returns logits (N, classes), not {given}.")
         return logits
 
     def _f1(self, pairs: list[tuple[Any, Any]]) -> Tensor:

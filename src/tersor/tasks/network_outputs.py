@@ -59,8 +59,8 @@ def described(outputs: Any) -> str:
 
 
 def given_instead(outputs: Any, found: Tensor | None) -> str:
-    """The noun for outputs that do not fit: the type, or the shape of the tensor that was found in them."""
-    return type(outputs).__name__ if found is None else f"tensor of shape {tuple(found.shape)}"
+    """Outputs that do not fit, in words: their type, or the shape of the tensor that was found in them."""
+    return f"an object of type {type(outputs).__name__}" if found is None else f"a tensor of shape {tuple(found.shape)}"
 
 
 def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
-from tersor.tasks.network_outputs import logits_in
+from tersor.tasks.network_outputs import given_instead, logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
 
 
@@ -46,7 +46,7 @@ class Regression(Task):
 def _values(outputs: Any) -> Tensor:
     values = logits_in(outputs)
     if values is None:
-        raise InputError(f"a regression network returns one tensor of values, not a {type(outputs).__name__}.")
+        raise InputError(f"a regression network returns one tensor of values, not {given_instead(outputs, None)}.")
     return values
 
 

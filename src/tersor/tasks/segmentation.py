@@ -99,7 +99,7 @@ class Segmentation(Task):
         logits = self.logits(outputs)
         if logits is None or logits.ndim != 4:
             given = given_instead(outputs, logits)
-            raise InputError(f"a segmentation network returns logits (N, classes, H, W), not a {given}.")
+            raise InputError(f"a segmentation network returns logits (N, classes, H, W), not {given}.")
         return logits
 
     def _iou(self, pairs: list[tuple[Any, Any]], classes: int | None) -> Tensor:
