@@ -243,7 +243,7 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
     for seconds in (0, -1, float("inf"), float("nan")):
         with pytest.raises(InputError, match="Write a finite number above 0"):
             tersor.compare(path, path, [images], seconds=seconds)
-    with pytest.raises(InputError, match="the artifact is a Sequential"):
+    with pytest.raises(InputError, match="the artifact is of type Sequential"):
         tersor.compare(path, networks[0], [images])
 
 
