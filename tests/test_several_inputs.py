@@ -13,6 +13,7 @@ from tersor.data.network_inputs import TensorInputs
 from tersor.evaluation.session import open_session
 from tersor.graph.capture import INPUTS, capture, capture_again
 from tersor.graph.forward_call import input_names, input_nodes, run
+from tersor.methods.adaround import AdaRound
 from tersor.methods.brecq import BRECQ
 from tersor.training.context import AttachContext
 
@@ -149,8 +150,9 @@ def test_wrong_inputs_are_one_message(tmp_path):
     path = tersor.export(Siamese().eval(), (LEFT, RIGHT), tmp_path / "model.onnx")
     with pytest.raises(InputError, match="takes the inputs left, right, but one array was given"):
         open_session(path, "onnxruntime").run(LEFT.numpy())
-    with pytest.raises(InputError, match=r"brecq learns rounding block by block, in networks with one input.* has 2"):
-        BRECQ().attach(Siamese().eval(), AttachContext(data=batches((LEFT, RIGHT))))
+    for method, name in ((BRECQ(), "brecq"), (AdaRound(), "adaround")):
+        with pytest.raises(InputError, match=rf"^{name} supports only networks with one input tensor; this one has 2"):
+            method.attach(Siamese().eval(), AttachContext(data=batches((LEFT, RIGHT))))
 
 
 class AnyNumber(nn.Module):

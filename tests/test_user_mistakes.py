@@ -19,6 +19,7 @@ from tersor.evaluation.scoring import file_predictions
 from tersor.evaluation.session import Session
 from tersor.graph.plain_network import plain_copy, unwrapped
 from tersor.pipeline.arguments import student_of
+from tersor.training.objective import Objective
 
 torch.manual_seed(0)
 IMAGES = torch.randn(40, 3, 8, 8)
@@ -171,7 +172,7 @@ REFUSED = {
     "path": (lambda: "w.pt", r"not a path.*load_weights\(network, 'w.pt'\)"),
     "name": (lambda: "resnet20", r"not a name: tersor.models.build\('resnet20'\)"),
     "state_dict": (lambda: small().state_dict(), "load_state_dict"),
-    "none": (lambda: None, "is a NoneType"),
+    "none": (lambda: None, "is of type NoneType"),
     "meta": (lambda: small().to("meta"), "0.weight .*meta device"),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), "0.weight .*no shape yet"),
     "NaN": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).apply(spoil), "0.weight .*not finite"),
@@ -477,6 +478,23 @@ def test_a_last_batch_of_one_image_under_batchnorm():
     student = nn.Sequential(*small()[:-1], nn.BatchNorm1d(8), nn.Linear(8, 10))
     with pytest.raises(InputError, match=r"a batch has 1 image\. Drop a short last batch"):
         tersor.distill(student, small(), [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_advice_of_distill_names_only_what_distill_takes(monkeypatch):
+    batches = [(IMAGES, LABELS)] * 3
+    with pytest.raises(InputError, match=r"not updated in this step\. Try a smaller learning_rate\.$"):
+        tersor.distill(small(), small(), batches, learning_rate=1e30)
+    monkeypatch.setattr(Objective, "forward", raising(MemoryError()))
+    with pytest.raises(InputError, match=r"Pass a loader with a smaller batch size\.$"):
+        tersor.distill(small(), small(), batches)
+
+
+def raising(error):
+    def fails(*_given, **_options):
+        raise error
+
+    return fails
 
 
 def test_coverage_of_something_else():

@@ -117,7 +117,8 @@ def prune(
         keep_latency: largest fraction of the latency to keep, instead of `keep_macs`; it is measured at batch size 1 in
             `runtime`, which takes about a minute.
         importance: the importance score of a channel; `taylor` needs targets and a task.
-        scope: `layer` removes the same fraction in every layer, `global` compares all layers (best with `obs`).
+        scope: `layer` removes the same fraction of the channels in every layer, `global` the least important channels
+            of the whole network (works best with `importance="obs"`).
         branches: number of residual branches to remove first, those with the smallest effect on the outputs.
         round_to: keep a multiple of this many channels.
         exclude: names of layers or modules whose channels are not removed, or patterns such as "*.conv1".
@@ -126,8 +127,7 @@ def prune(
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:
-        InputError: no channel can be removed, or too few (the message names the layers that limit it), or the
-            forward pass fails on the images.
+        InputError: too few channels can be removed (the message names the layers), or the forward pass fails.
     """
     budget: dict[str, Any] = {"keep_macs": keep_macs, "keep_latency": keep_latency}
     ranking: dict[str, Any] = {"importance": importance, "scope": scope, "exclude": exclude}
@@ -286,9 +286,9 @@ def compare(
         InputError: a file or a batch cannot be used.
     """
     if not 0 < seconds < float("inf"):
-        raise InputError(f"seconds is {seconds}. Write a number above 0.")
+        raise InputError(f"seconds is {seconds}. Write a finite number above 0.")
     if not isinstance(artifact, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"the artifact is a {type(artifact).__name__}. Export it and pass the path of the file.")
+        raise InputError(f"the artifact is of type {type(artifact).__name__}. Export it and pass the path of the file.")
     load_runtime(runtime)
     compressed = read_artifact(artifact).model
     asked = task_of(task, metric=metric)

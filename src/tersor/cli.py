@@ -150,7 +150,7 @@ def bench(
     from tersor.pipeline.bench import LatencyTable, timed
 
     if not 0 < seconds < float("inf"):
-        raise InputError(f"--seconds is {seconds}. Write a number above 0.")
+        raise InputError(f"--seconds is {seconds}. Write a finite number above 0.")
 
     found: list[LatencyTable] = []
     for each in timed(artifacts, seconds):
@@ -215,7 +215,7 @@ def methods(
     console.print(f"example: {example}", soft_wrap=True)
 
 
-_SCHEMAS_OF = "recipe, results (also printed by run --json), or a command with --json, such as eval"
+_SCHEMAS_OF = "recipe; results (the document of run --json); or the name of a command that has --json, such as eval"
 
 
 @app.command()

@@ -28,7 +28,7 @@ def pick(
     ] = False,
 ) -> None:
     """Choose a point of the Pareto front, without training. By default, the budget of the search is used."""
-    from tersor.search.compression_budget import DEFAULT_DROP, Budget, parse_latency, parse_size
+    from tersor.search.compression_budget import Budget, parse_latency, parse_size
     from tersor.search.folder import read_front
     from tersor.search.result import PickedPoint, Result
 
@@ -41,7 +41,7 @@ def pick(
         _write(choice, out)
     title = f"budget: {budget}" if budget else f"budget of the search: {own}"
     limits = [each.points for each in (budget, own) if each is not None and each.points is not None]
-    _print(title, front, choice, out, limit=[*limits, DEFAULT_DROP][0], named=point is not None, stderr=as_json)
+    _print(title, front, choice, out, allowed=[*limits, None][0], named=point is not None, stderr=as_json)
     if as_json:
         print_json(
             PickedPoint(str(budget or own), not choice.shortfall, choice.shortfall, choice.point, out or choice.file)
@@ -69,7 +69,7 @@ def _print(
     choice: Choice,
     out: Path | None,
     *,
-    limit: float,
+    allowed: float | None,
     named: bool,
     stderr: bool,
 ) -> None:
@@ -80,10 +80,11 @@ def _print(
         front: the front.
         choice: the point that was chosen.
         out: the file that was written.
-        limit: drop in points above which a warning is printed.
+        allowed: drop in points above which a warning is printed; None: the default.
         named: whether the point was chosen by its name.
         stderr: whether to print to stderr.
     """
+    from tersor.search.compression_budget import DEFAULT_DROP, in_points
     from tersor.search.verdict_line import single
 
     console, name = plain_console(stderr=stderr), choice.point.name
@@ -98,8 +99,12 @@ def _print(
     shown = front.points if choice.point in front.points else [*front.points, choice.point]
     show(console, *front_tables(front.model_copy(update={"points": shown, "best": name}), "chosen"))
     after, before = choice.point.test, front.point(front.original).test
+    limit = DEFAULT_DROP if allowed is None else allowed
     if after is not None and before is not None and before - after > limit:
-        lost = f"{before - after:.2f} points on the test images, more than {limit:g}"
+        which = (
+            f"{in_points(limit)} (the default limit)" if allowed is None else f"the allowed drop of {in_points(limit)}"
+        )
+        lost = f"{before - after:.2f} points on the test images, more than {which}"
         console.print(f"warning: {name} loses {lost}", soft_wrap=True)
     file = f"written: {out}; it takes {described_input(out)}" if out else f"file: {choice.file}"
     exceeds = f". This file exceeds the budget: {choice.shortfall}" if choice.shortfall else ""

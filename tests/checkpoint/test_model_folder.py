@@ -108,9 +108,9 @@ def test_mistakes_are_told(folder, tmp_path):
     path, model = folder
     with pytest.raises(InputError, match="already exists"):
         tersor.save(model, path)
-    with pytest.raises(InputError, match="is a str"):
+    with pytest.raises(InputError, match="is of type str"):
         tersor.save("resnet20", tmp_path / "new")
-    with pytest.raises(InputError, match="is a str"):
+    with pytest.raises(InputError, match="is of type str"):
         tersor.load("resnet20", path)
     with pytest.raises(InputError, match=r"nowhere does not exist. Pass the folder of a run"):
         tersor.load(build("resnet20", 10), tmp_path / "nowhere")

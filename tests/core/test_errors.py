@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import difflib
 
-from tersor.core.errors import NonFiniteLoss, nearest, unknown
+from tersor.core.errors import NonFiniteLoss, NonFiniteWeights, nearest, unknown
 
 
 def test_two_swapped_letters_come_before_other_similar_names():
@@ -22,11 +22,20 @@ def test_a_loss_of_another_process_has_no_name():
     assert str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None)).startswith("the loss 'labels' is nan at step 4")
 
 
+def test_without_a_recipe_the_learning_rate_is_all_that_can_be_changed():
+    told = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None, recipe=False))
+    assert told.endswith("The weights were not updated in this step. Try a smaller learning_rate.")
+    assert str(NonFiniteWeights("train", recipe=False)).endswith("infinite or NaN. Try a smaller learning_rate.")
+
+
 def test_a_python_file_needs_the_name_of_a_function_in_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = "a function that returns the network"
     message = lambda: str(unknown("model", "net.py", ["resnet20"], own))  # noqa: E731
-    assert message() == f"there is no file 'net.py' in {tmp_path}. Write net.py:NAME, where NAME is {own}."
+    missing = f"there is no file 'net.py' in {tmp_path}. Correct the path, and write PATH:NAME; NAME is {own}."
+    assert message() == missing
+    absolute = str(unknown("model", str(tmp_path / "net.py"), ["resnet20"], own))
+    assert absolute.startswith(f"there is no file '{tmp_path}/net.py'. Correct the path, and write PATH:NAME")
     file = tmp_path / "net.py"
     file.write_text("raise SystemExit\ndef make(): ...\ndef _hidden(): ...\n")
     assert message() == "'net.py' is a file. Write net.py:make. net.py defines make."

@@ -30,6 +30,32 @@ def test_a_file_that_python_cannot_import_is_to_be_renamed(here):
         import_function("my-net.py:make")
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("net.py:my-func", "'my-func' cannot be the name of a Python function. Write one that net.py defines."),
+        ("net.py:", "'net.py' is a file. Write net.py:make. net.py defines make."),
+        ("my-nets/net.py:make", "Python cannot import from the folder 'my-nets'. Rename the folder, so that its name"),
+        ("my-nets/../net.py:my-func", "'my-func' cannot be the name of a Python function."),
+        ("net-a.txt:make", "does not name a function. Write package.module:function"),
+        ("notes.txt:make", "there is no module 'notes'"),
+        ("json/net.py:make", "json/__init__.py, not from this folder. Rename the folder."),
+    ],
+)
+def test_the_part_of_a_path_that_python_cannot_import_is_named(here, path, said):
+    for file in ("net.py", "my-nets/net.py", "json/net.py", "net-a.txt", "notes.txt"):
+        (here / file).parent.mkdir(exist_ok=True)
+        (here / file).write_text("def make(): ...\n")
+    with pytest.raises(InputError) as caught:
+        import_function(path)
+    assert said in str(caught.value)
+
+
+def test_a_path_may_begin_with_the_current_folder(here):
+    (here / "our_nets_f.py").write_text("def build():\n    return 3\n")
+    assert import_function("./our_nets_f.py:build")() == 3
+
+
 def test_a_function_is_named_by_its_file_too(here):
     (here / "nets_d").mkdir()
     (here / "nets_d" / "our_nets_d.py").write_text("def build():\n    return 3\n")
@@ -49,7 +75,7 @@ def test_a_file_may_be_in_another_folder(here, monkeypatch):
     with pytest.raises(InputError, match=r"'our_nets_e' is already the name of .*nets_e/our_nets_e\.py\. Rename our_n"):
         import_function(f"{here}/project/our_nets_e.py:build")
     (here / "nets_e" / "our.nets.py").write_text("def build(): ...")
-    with pytest.raises(InputError, match=r"'our\.nets' cannot be the name of a Python module\. Rename it\."):
+    with pytest.raises(InputError, match=r"'our\.nets' cannot be the name of a Python module\. Rename the file\."):
         import_function("../nets_e/our.nets.py:build")
 
 

@@ -38,7 +38,7 @@ def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
     [
         (
             lambda: SoftTargets(tempeature=4),
-            "unknown parameter of SoftTargets 'tempeature'. Did you mean 'temperature'? Possible: label_weight, loss_",
+            "SoftTargets has no parameter 'tempeature'. Did you mean 'temperature'? Possible: label_weight, loss_",
         ),
         (lambda: SoftTargets(temperature="hot"), "temperature should be a number, got 'hot'."),
         (lambda: SoftTargets("hot"), "temperature should be a number, got 'hot'."),
@@ -51,7 +51,7 @@ def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
             "bits is 9. It must be from 2 to 8.\nfirst_last_bits should be a whole",
         ),
         (lambda: ChannelPruning(scope="glob"), "scope should be 'layer' or 'global', got 'glob'. Did you"),
-        (lambda: Training(optimizer={"nme": "sgd"}), "unknown parameter of Training.optimizer 'nme'. Did you mean"),
+        (lambda: Training(optimizer={"nme": "sgd"}), "Training.optimizer has no parameter 'nme'. Did you mean"),
         (lambda: Training(optimizer={"name": "adamx"}), "optimizer.name should be 'sgd' or 'adamw', got 'adamx'."),
         (lambda: Training(optimizer="sgd"), "optimizer should be a mapping or OptimizerOptions, got 'sgd'."),
         (lambda: LearningRateSchedule(milestones=(0.5, 2)), "milestones.1 should be less than 1, got 2."),
@@ -61,7 +61,7 @@ def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
         (lambda: Stage(name="a b"), "a stage name may contain letters, digits, - and _, got 'a b'."),
         (lambda: DataSource(name="digits", image_size="big"), "image_size should be a whole number or a list, got"),
         (lambda: Network(name=""), "name should be text that is not empty, got ''."),
-        (lambda: tasks.build("segmentation", num_clases=3), "unknown parameter of Segmentation 'num_clases'."),
+        (lambda: tasks.build("segmentation", num_clases=3), "Segmentation has no parameter 'num_clases'."),
     ],
 )  # fmt: skip
 def test_an_invalid_value_is_one_line(make, message):

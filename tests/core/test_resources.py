@@ -34,6 +34,11 @@ def test_a_batch_size_of_one_suggests_smaller_images():
     assert "smaller images" in smaller_batch(1, 4)
 
 
+def test_half_of_an_odd_batch_size_keeps_about_the_number_of_images():
+    assert "To keep the same number of images per step, write batch_size: 4 and accumulate: 2." in smaller_batch(8, 1)
+    assert "To keep about the same number of images per step, write batch_size: 4" in smaller_batch(9, 1)
+
+
 def test_the_error_of_torch_is_recognized():
     with pytest.raises(InputError, match="not enough memory"), enough_memory("."):
         torch.empty(2**60, dtype=torch.uint8)

@@ -145,7 +145,7 @@ def test_crop_flip_is_not_for_boxes():
 
 
 def test_a_function_must_return_masks_too():
-    with pytest.raises(InputError, match=r"returned a Tensor. Return images and targets"):
+    with pytest.raises(InputError, match=r"returned an object of type Tensor. Return images and targets"):
         augmented(*stripes_and_masks(2), lambda images, _: images, torch.Generator())
 
 

@@ -156,7 +156,7 @@ def test_targets_have_a_usual_name_or_are_the_only_other_value():
 @pytest.mark.parametrize("labels", [[1, 0], (1, 0)])
 def test_labels_in_a_list_are_to_be_a_tensor(labels):
     kind = type(labels).__name__
-    with pytest.raises(InputError, match=rf"the labels of a batch are a {kind}\. Write torch\.tensor\(labels\)"):
+    with pytest.raises(InputError, match=rf"the labels of a batch are of type {kind}\. Write torch\.tensor\(labels\)"):
         list(Loader([(torch.rand(2, 3, 4, 4), labels)], 2))
 
 

@@ -34,7 +34,8 @@ def test_external_data_outside_the_folder_is_refused(tmp_path, location, inside_
     (tmp_path / "secret.bin").write_bytes(bytes(48))
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
     (folder / "model.onnx").write_bytes(network(location, inside_a_node=inside_a_node))
-    with pytest.raises(InputError, match="outside of its folder"):
+    advice = r"Export the network again with its weights inside the ONNX file, or beside it\.$"
+    with pytest.raises(InputError, match=f"outside of its folder, and is refused. {advice}"):
         read_artifact(folder / "model.onnx")
 
 

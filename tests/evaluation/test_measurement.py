@@ -22,7 +22,7 @@ from tersor.evaluation.costs import Costs
 from tersor.evaluation.latency import BATCH_SIZES
 from tersor.evaluation.measurement import measure
 from tersor.evaluation.process_footprint import Footprint
-from tersor.evaluation.results import Results, StageRecord
+from tersor.evaluation.results import FileResults, Results, StageRecord
 from tersor.evaluation.timings import NARROW, Timings
 from tersor.tasks.classification import Classification
 from tersor.tasks.functions import FromFunctions
@@ -238,6 +238,8 @@ def test_the_accuracy_has_its_standard_error_and_that_of_the_paired_difference()
         }
     )
     assert (round(artifact["score_error"], 2), round(artifact["difference_error"], 2)) == (1.24, 0.88)
+    for name in ("score_error", "difference_error"):  # `scores` returns neither for other metrics
+        assert "for metrics other than the accuracy" in (FileResults.model_fields[name].description or "")
 
 
 def test_a_metric_of_the_user_has_no_standard_error():

@@ -120,7 +120,7 @@ def test_a_layer_whose_output_is_no_tensor():
         def forward(self, x):
             return self.linear(self.twice(x)[0].flatten(1))
 
-    with pytest.raises(InputError, match="twice is a tuple, not a tensor"):
+    with pytest.raises(InputError, match="twice is of type tuple, not a tensor"):
         FeatureExtractor(Outer(), ["twice"])(images())
 
 

@@ -79,7 +79,7 @@ def test_a_train_of_its_own_is_noted():
     layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
     network = nn.Sequential(nn.Identity(), Frozen(*layers)).train()
     (note,) = training_notes(capture(network, IMAGES))
-    assert note.startswith("the captured network does not use the custom train() of 1:")
+    assert note.startswith("the compressed network does not use the custom train() of 1:")
     assert training_notes(capture(nn.Sequential(*layers), IMAGES)) == ()
 
 
@@ -103,7 +103,7 @@ class FrozenNorm(FunctionalNorm):
 
 def test_a_functional_batch_norm_that_trains_is_noted():
     (note,) = training_notes(capture(nn.Sequential(nn.Identity(), FunctionalNorm()), IMAGES))
-    assert note.startswith("the captured network keeps F.batch_norm of 1 in eval mode")
+    assert note.startswith("the compressed network keeps F.batch_norm of 1 in eval mode")
     assert training_notes(capture(nn.Sequential(nn.Identity(), FrozenNorm()), IMAGES)) == ()
 
 
@@ -195,7 +195,7 @@ class Standardized(nn.Conv2d):
 
 def test_a_weight_that_forward_computes_is_noted():
     (note,) = training_notes(capture(nn.Sequential(nn.Identity(), Standardized(3, 4, 1)).eval(), IMAGES))
-    assert note.startswith("the captured network trains the weights of 1.conv2d directly")
+    assert note.startswith("the compressed network trains the weights of 1.conv2d directly")
     parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
     assert training_notes(capture(nn.Sequential(parametrized, nn.ReLU()).eval(), IMAGES)) == ()
 
@@ -216,7 +216,7 @@ def detached(values):
 
 def test_a_custom_backward_with_other_gradients_is_noted():
     (note,) = training_notes(capture(Applied(StraightThrough.apply).eval(), IMAGES))
-    assert note.startswith("the captured network does not use the custom backward() of StraightThrough")
+    assert note.startswith("the compressed network does not use the custom backward() of StraightThrough")
 
 
 @pytest.mark.parametrize("function", [Swish.apply, detached, F.silu])

@@ -252,10 +252,7 @@ def test_a_fraction_that_is_not_reached_says_by_how_much_and_because_of_which_la
     assert f"Remaining fraction of all MACs: {spent['2'] / total:.3f} in 2 (no part of it is removed), " in told
     assert f"{narrow / total:.3f} in 0.rnn, 0.b, 0.a (as narrow as `floor` and `round_to` allow)" in told
     share = spent["0.head"] / total
-    assert (
-        f"{share:.3f} in 0.head (its output channels are not removed, since without some of them _1 cannot run: "
-        in told
-    )
+    assert f"{share:.3f} in 0.head (output channels not removed: _1 fails if some of them are removed: " in told
     assert told.endswith(f"Write {math.ceil(1000 * left) / 1000:.3f} or more, or a lower `floor` or `round_to`.")
 
 
@@ -273,7 +270,7 @@ def test_layers_that_are_excluded_or_alike_are_told_together(model):
         attached(model, keep_parameters=0.01, exclude=("layer2",), round_to=1, floor=0)
     told = str(caught.value)
     assert "Remaining fraction of all parameters: " in told
-    assert re.search(r"0\.\d+ in layer2\.\d\.conv\d, .*, \.\.\. \(\d+ in all\) \(it is excluded\)", told)
+    assert re.search(r"0\.\d+ in layer2\.\d\.conv\d, .*, \.\.\. \(\d+ in all\) \(excluded\)", told)
     assert told.endswith(" or more.")
 
 

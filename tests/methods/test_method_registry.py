@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import tersor.methods
 from tersor.core.errors import InputError
+from tersor.graph.layer_selection import prunable
 from tersor.methods import get, name_of, names
 from tersor.methods.ptq import PTQ
 from tersor.methods.soft_targets import SoftTargets
@@ -41,6 +43,18 @@ def test_every_file_holds_one_method(name: str):
 def test_a_name_gives_the_class():
     assert get("ptq") is PTQ
     assert get("soft_targets") is SoftTargets
+
+
+def test_cards_say_what_the_code_does():
+    """In each case the card said something else once."""
+    cards = {name: " ".join((sys.modules[get(name).__module__].__doc__ or "").split()) for name in names()}
+    assert get("brecq")().iterations == 2 * get("adaround")().iterations
+    assert "2,000 per block at ten times the learning rate: as many in total as `adaround` runs" in cards["brecq"]
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    assert list(prunable(convolutions)) == ["0", "1"]
+    masked = "fully connected layers are masked only if `layers` names them or there is no convolution"
+    assert f"here it is masked too. As in the other methods, {masked}" in cards["rigl"]
+    assert "without removing channels of the residual stream (`exclude` of `channel_pruning`)" in cards["fitnet"]
 
 
 @pytest.mark.parametrize(

@@ -167,10 +167,14 @@ def test_first_last_bits_count_in_the_average():
     assert found["conv1"] == found["linear"] == 8
     assert mean(found) <= 4.5
     assert {task.total for task in progress if task.name == "sensitivity"} == {12}, "nothing to choose at the ends"
-    with pytest.raises(InputError, match=r"average_bits: 3 is too low.*3\.37.*first_last_bits"):
+    advice = r"Write a larger average_bits, or leave out first_last_bits\.$"  # 2 bits are in `widths`, and the smallest
+    with pytest.raises(InputError, match=rf"average_bits: 3 is too low.*3\.37\. {advice}"):
         MixedPrecision(average_bits=3, first_last_bits=8).attach(Small().eval(), AttachContext(data=[images()]))
     with pytest.raises(InputError, match=r"average_bits: 3\.5 is too low.*4\.00.*`widths`\.$"):
         MixedPrecision(average_bits=3.5, widths=(8, 4)).attach(Small().eval(), AttachContext(data=[images()]))
+    smaller = MixedPrecision(average_bits=3.5, widths=(8, 4), first_last_bits=3)
+    with pytest.raises(InputError, match=r"Write a larger average_bits, or add a smaller width to `widths`\.$"):
+        smaller.attach(Small().eval(), AttachContext(data=[images()]))
 
 
 def test_excluded_layers_do_not_count():

@@ -74,6 +74,17 @@ def test_the_normalization_is_in_the_numbers_else_in_the_file(tmp_path):
         numbers_of(artifact(tmp_path, normalization='{"mean": "x"}'))
 
 
+@pytest.mark.parametrize("text", ["{", '{"mean": 1}'])
+def test_a_damaged_file_of_a_search_is_not_repaired_by_a_recipe(tmp_path, text):
+    run = artifact(tmp_path, numbers=text)
+    with pytest.raises(InputError, match=r"numbers\.json .* Run its recipe\.yaml again\.$"):
+        numbers_of(run)
+    (tmp_path / "front.json").write_text(text)
+    search = Artifact(tmp_path, run.model, {**run.files, "numbers.json": tmp_path / "front.json"})
+    with pytest.raises(InputError, match=r"front\.json .* Repeat the search in another folder\.$"):
+        numbers_of(search)
+
+
 def test_the_data_is_the_one_given_else_that_of_the_recipe(tmp_path):
     folder = artifact(tmp_path, recipe=RECIPE.replace("TASK", "classification"))
     assert data_source(folder, str(tmp_path)) == {"folder": str(tmp_path)}

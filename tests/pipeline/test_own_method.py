@@ -139,7 +139,7 @@ def test_the_scales_of_the_documented_quantizer_are_powers_of_two(tmp_path, monk
     ("block", "name", "values", "message"),
     [
         (0, "Grow", {"rate": 3}, "rate is 3. It must be above 0 and below 1."),
-        (0, "Grow", {"rat": 0.1}, "unknown parameter of Grow 'rat'. Did you mean 'rate'? Possible: rate, sparsity."),
+        (0, "Grow", {"rat": 0.1}, "Grow has no parameter 'rat'. Did you mean 'rate'? Possible: rate, sparsity."),
         (1, "Similarity", {"weight": "x"}, "weight should be a number, got 'x'."),
         (2, "PowerOfTwo", {"bits": 9}, "bits is 9. It must be from 2 to 8."),
     ],
@@ -183,7 +183,7 @@ def test_the_documented_loss_is_the_mean_squared_difference_of_cosines():
 
 
 def test_a_layer_that_does_not_exist_is_one_message():
-    with pytest.raises(InputError, match=r"OtherLayer' compares a layer of the teacher, which has no layer 'layer9'"):
+    with pytest.raises(InputError, match=r"OtherLayer' compares layers, but the teacher has no layer 'layer9'"):
         chain([OtherLayer()], network(), AttachContext(teacher=network()))
 
 

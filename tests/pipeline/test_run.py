@@ -151,10 +151,10 @@ def test_only_the_first_process_writes(tmp_path, faked, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": 1}, "model is a int"),
-        ({"teacher": 1}, "teacher is a int"),
-        ({"data": 1}, "data is a int"),
-        ({"recipe": 1}, "recipe is a int"),
+        ({"model": 1}, "model is of type int"),
+        ({"teacher": 1}, "teacher is of type int"),
+        ({"data": 1}, "data is of type int"),
+        ({"recipe": 1}, "recipe is of type int"),
         ({"out": "."}, "out is '.', which exists. Write the name of a new folder, such as runs/recipe"),
         ({"out": ""}, "out is '.', which exists"),
         ({"out": "/"}, "out is '/', which exists"),

@@ -1,6 +1,7 @@
 """Importance of coupled channels: against a slow second writing, and against torch-pruning where the formula is one."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -167,9 +168,12 @@ def test_a_function_of_the_user(graph, tmp_path, monkeypatch):
         scores(graph, "mine:wrong")
     with pytest.raises(InputError, match="finite"):
         scores(graph, "mine:endless")
-    expected = r"missing a required argument: 'weight'.* graph is .*, group is one group .*, data are .*own-method\.md"
-    with pytest.raises(InputError, match=expected):
+    arguments = r"graph is .*, group is one group .*, data are .*group\.slices, such as: (def .*)\.$"
+    expected = rf"missing a required argument: 'weight'.* {arguments}"
+    with pytest.raises(InputError, match=expected) as caught:
         scores(graph, "mine:of_a_weight")
+    (tmp_path / "example.py").write_text(f"import torch\n{re.search(expected, str(caught.value))[1]}\n")
+    assert scores(graph, "example:random")[1].shape == (6,), "the example of the message works"
 
 
 def test_taylor_without_labels_is_an_error(graph):

@@ -5,13 +5,24 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.evaluation.costs import costs
 from tersor.graph.capture import capture
+from tersor.methods.ptq import PTQ
 from tersor.models import build
 from tersor.pruning.channel_groups import Cut, Group, coupled_channels, remove
-from tersor.pruning.channel_selection import channel_costs, remaining_costs, removable_groups, removal_order
+from tersor.pruning.channel_selection import (
+    channel_costs,
+    refuse_parametrized,
+    remaining_costs,
+    removable_groups,
+    removal_order,
+)
+from tersor.pruning.mask import Mask
+from tersor.quantization.range_tracking import RunningLargest
+from tersor.training.context import AttachContext
 
 IMAGES = torch.rand(1, 3, 32, 32)
 
@@ -36,6 +47,34 @@ def test_scope_layer_removes_from_the_layers_in_turn():
 def test_scope_global_removes_the_least_important_of_all_layers_first():
     order = order_of([2, 3], [[9.0, 8.0], [1.0, 4.0, 2.0]], scope="global")
     assert order.blocks == [(1, 1), (1, 2), (0, 1)]
+
+
+TRACKED = {
+    "masked": (Mask, r"^0 is already masked; .* the one that masks weights, such as weight_pruning\.$"),
+    "psgd": (lambda _shape: RunningLargest(), r"^0 has a running range of an earlier psgd .* before psgd\.$"),
+}
+
+
+@pytest.mark.parametrize("case", TRACKED)
+def test_the_method_that_came_too_early_is_named(case):
+    make, message = TRACKED[case]
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    parametrize.register_parametrization(network[0], "weight", make(network[0].weight.shape))
+    with pytest.raises(InputError, match=message):
+        refuse_parametrized(capture(network, IMAGES), "channel_pruning")
+
+
+@pytest.mark.parametrize(
+    ("method", "end"),
+    [
+        ("channel_pruning", r"such as ptq or qat\. In Python, call tersor\.prune before tersor\.quantize\.$"),
+        ("group_lasso", r"such as ptq or qat\.$"),
+    ],
+)
+def test_only_channel_pruning_has_a_function_of_python(method, end):
+    quantized = PTQ().attach(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), AttachContext(data=[IMAGES])).model
+    with pytest.raises(InputError, match=rf"is already quantized; {method} must come before that\. .*{end}"):
+        refuse_parametrized(quantized, method)
 
 
 def test_importances_are_divided_by_cost():

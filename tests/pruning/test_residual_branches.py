@@ -197,7 +197,7 @@ def test_the_cost_of_several_outputs_is_half_their_relative_squared_error():
 def test_too_few_images_and_nonfinite_costs_are_errors():
     graph = captured(short("resnet8"))
     found = find_branches(graph, IMAGES[:1])
-    with pytest.raises(InputError, match="on 2 or more images; given: 0"):
+    with pytest.raises(InputError, match="measures how the outputs change on at least 2 images; given: 0"):
         removal_cost(graph, found, [], 4)
     with pytest.raises(InputError, match=r"infinite or NaN.* branches: 0"):
         removal_cost(graph, found, [IMAGES / 0], 4)

@@ -149,6 +149,14 @@ def test_with_labels_it_is_accuracy_that_drops(wrap):
     assert attached.metrics["drop"] < -20
 
 
+def test_the_note_names_the_metric_only_where_there_are_labels():
+    x, kept = images(), "these layers stay in float because of max_drop: conv2"
+    unlabelled = tolerated()
+    assert f"{kept}; {unlabelled.metrics['drop']:.2f} % of the predictions still change" in unlabelled.notes
+    labelled = tolerated(data=[(x, answered(Sensitive().eval(), x))])
+    assert f"{kept}; the remaining drop is {labelled.metrics['drop']:.2f} points" in labelled.notes
+
+
 def test_labels_of_some_batches_only_are_no_labels():
     x = images()
     wrong = torch.zeros(60, dtype=torch.int64)

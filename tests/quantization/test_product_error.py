@@ -22,7 +22,7 @@ from tersor.quantization.quantizers import find_quantizers
 from tersor.training.context import AttachContext
 
 IMAGES = torch.rand(4, 3, 14, 14, generator=torch.Generator().manual_seed(0))
-SAVES_NO_TIME = "it multiplies two activations, as in attention, and computing this in integers would not save time"
+SAVES_NO_TIME = "product of two activations, as in attention, which would not be faster in integers"
 TARGET = Target(runtime="onnxruntime", cpu="vnni")
 
 

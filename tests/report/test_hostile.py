@@ -139,8 +139,9 @@ def test_impossible_bit_widths_are_refused(folder, bits):
 @pytest.mark.parametrize("text", ["[]", "null", '"text"', "1", "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
 def test_another_json_type_is_one_message(folder, name, text):
     (folder / name).write_text(text)
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=rf"^{folder / name} is damaged: .* Run its recipe\.yaml again\.$") as caught:
         write_report(folder)
+    assert "InputError" not in str(caught.value), "not blamed on the version"
     assert not (folder / "report.html").exists()
 
 

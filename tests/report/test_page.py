@@ -255,7 +255,7 @@ def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
     numbers["stages"][1]["drawn"] = positions_of(target="zero", scale_by="constant")
     text = page(numbers)
     assert "<h2>Weights moved toward zero</h2>" in text
-    assert "mean movement by initial distance from zero, both in units of twice the largest weight." in text
+    assert "mean movement by initial distance from zero, both divided by twice the largest weight of the layer." in text
     assert "initial distance 0.25 to 0.30; mean movement: 0.125" in text
     assert "This is the control" in text
     assert "conv, 3 bits" not in text

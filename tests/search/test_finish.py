@@ -89,8 +89,8 @@ def test_a_point_that_turns_out_slower_than_another_is_not_handed_over(tmp_path,
 def test_the_advice_names_limits_that_no_network_reached(tmp_path):
     search = searching(tmp_path / "out", minutes=0.1, budget=Budget(latency_ms={1: 1e-6, 128: 1e6}, megabytes=1e-6))
     advice = "\n".join(run(search).advice)
-    assert "Latency: no network reached 1e-06 ms at batch 1; the fastest is " in advice
-    assert "Size: no network reached 1e-06 MB; the smallest is " in advice
+    assert "Latency: no network reached 1e-06 ms at batch 1; the fastest takes " in advice
+    assert "Size: no network reached 1e-06 MB; the smallest has " in advice
     assert "batch 128" not in advice
 
 
@@ -120,7 +120,10 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
     limits = {"max_drop": 1.0, "latency_ms": {"1": 0.9}, "megabytes": 0.5}
     lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))
     assert lines[1:3] == [
-        "Meets the budget: 0.60 of 1 point lost on the validation images, 0.600 of 0.9 ms at batch 1, 0.120 of 0.5 MB.",
+        (
+            "Meets the budget: 0.60 points lost on the validation images (1 allowed), 0.600 ms at batch 1 (limit "
+            "0.9 ms), 0.120 MB (limit 0.5 MB)."
+        ),
         (
             "Chosen because, of the networks within the budget, it has the lowest latency at batch 1 and 128 "
             "(geometric mean)."

@@ -53,9 +53,16 @@ def test_a_state_of_another_version_is_refused(tmp_path, text):
         SearchFolder(tmp_path, {})
 
 
+AGAIN = r"Repeat the search in another folder, or continue it with more time \(`--time`\)\.$"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "Give the folder that"), ("{}", "not written by this version"), ("damaged", "Run `tersor compress` again")],
+    [
+        (None, "Give the folder that"),
+        ("{}", rf"not written by this version of tersor\. {AGAIN}"),
+        ("damaged", f"is damaged.* {AGAIN}"),
+    ],
 )
 def test_a_front_that_cannot_be_read(tmp_path, text, message):
     if text is not None:

@@ -130,7 +130,7 @@ def test_latencies_have_their_errors_in_the_table_the_charts_and_the_data_of_the
     for size, milliseconds in shown.items():
         assert f"<td>{milliseconds}</td>" in text
         assert f"93.40 %, {milliseconds} ms at batch {size}" in text
-    assert "± is half the width of the 95 % interval of the latency" in text
+    assert "± is half the width of the 95 % interval. Latencies and intervals are computed from" in text
 
 
 @pytest.mark.slow

@@ -202,7 +202,9 @@ def test_the_line_about_a_training_has_the_errors_of_its_drop_and_its_latencies(
     )
     search.budget = Budget(latency_ms={1: 0.1})
     search.points = [made.point]
-    assert finish.advice(search, made.point)[0].endswith("3 branches removed, 8 bits with 0.500 ± 0.015 ms.")
+    assert finish.advice(search, made.point)[0].endswith(
+        "takes 0.500 ± 0.015 ms: original, 3 branches removed, 8 bits."
+    )
 
 
 def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
@@ -220,7 +222,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "
             f"points (standard error {error:.2f}) instead of 2.00. This is still more than allowed."
         ),
-        (f"Larger drop: {first.point.description} loses 2.00 points and meets the other limits."),
+        (f"Larger drop: this network loses 2.00 points and meets the other limits: {first.point.description}."),
         (
             "Another runtime: the latency of original-openvino in openvino is 0.75 times that of the original in "
             "onnxruntime."
@@ -229,11 +231,11 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     # the original does not meet the latency; the candidate with the best prospects is named
     lines = finish.advice(search, search.original)
     assert lines[0].startswith(
-        f"More time: with a total time of 30 minutes, {first.point.description} is expected to lose about"
+        f"More time: with a total time of 30 minutes, one network ({first.point.description}) is expected to lose about"
     )
     assert lines[1].startswith("Larger drop: ")
     add(search, Candidate(branches=9), 1, 40.0, 0.01, seconds=2.0)
-    near = f"{first.point.description} is expected"
+    near = f"one network ({first.point.description}) is expected"
     assert near in finish.advice(search, search.original)[0], "not a faster one that is far away"
     worse = first.point.model_copy(update={"validation": 87.4})
     search.points = [search.original, worse]
@@ -245,7 +247,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
 
 def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
-    out_of_reach = "Size: no network reached 0.1 MB; the smallest is original with 0.200 MB."
+    out_of_reach = "Size: no network reached 0.1 MB; the smallest has 0.200 MB: original."
     continued = "Continue the search, with a total time of at least 11 minutes."
     assert finish.advice(search, search.original) == [
         out_of_reach, f"More time: no candidate could be trained in the given time. {continued}"
@@ -255,7 +257,7 @@ def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     small = add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0).point
     search.points = [search.original, small.model_copy(update={"bytes": 150_000})]
     (out_of_reach,) = finish.advice(search, search.original)
-    assert out_of_reach == f"Size: no network reached 0.1 MB; the smallest is {small.description} with 0.150 MB."
+    assert out_of_reach == f"Size: no network reached 0.1 MB; the smallest has 0.150 MB: {small.description}."
     search.points = [search.original.model_copy(update={"bytes": 100_000})]
     assert finish.advice(search, search.points[0]) == []
 
@@ -271,7 +273,7 @@ def test_advice_where_every_limit_is_met_but_not_all_at_once(tmp_path):
     assert several.startswith("No measured network meets all limits at once, and raising a single limit would not be")
     search.points.append(point.model_copy(update={"latency_ms": limits, "bytes": 150_000}))
     assert finish.advice(search, small)[0].endswith(
-        f"a single limit: {small.description} meets all others, but it is 0.150 MB, 1.50 times the limit."
+        f"a single limit: one network ({small.description}) meets all others, but it is 0.150 MB, 1.50 times the limit."
     )
 
 

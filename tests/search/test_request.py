@@ -139,7 +139,7 @@ def test_the_experiment_of_a_request(monkeypatch):
         experiment_of(request(pixels=(8, 7)), NO_PROGRESS)
     with pytest.raises(InputError, match="pixels cannot be used with images that are already loaded"):
         experiment_of(request(pixels=(8,)), NO_PROGRESS)
-    with pytest.raises(InputError, match="weights is for a network that is given by name, but the model is a Sequenti"):
+    with pytest.raises(InputError, match="weights is for a network that is given by name, but the model is of type"):
         experiment_of(request(weights=Path("w.pt")), NO_PROGRESS)
     named = experiment_of(request(model="resnet20", weights=Path("w.pt")), NO_PROGRESS)
     assert named.recipe.model == Network(name="resnet20", weights=Path("w.pt"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from search_fakes import FakeLatency, baseline, searching
+from tersor.core.errors import InputError
 from tersor.search import point_evidence, tested_points
 from tersor.search.candidate import Candidate
 from tersor.search.candidate_latency import Latency
@@ -230,6 +231,9 @@ def test_evidence_is_empty_before_the_end(tmp_path):
     assert read_evidence(tmp_path) == {}
     (tmp_path / "evidence.json").write_text(json.dumps({"a": 1}))
     assert read_evidence(tmp_path) == {"a": 1}
+    (tmp_path / "evidence.json").write_text("{")
+    with pytest.raises(InputError, match=r"Remove the file; report\.html is then written without scores"):
+        read_evidence(tmp_path)
 
 
 def test_an_interrupted_test_counts_its_points_and_repeats_only_the_last_one(tmp_path):

@@ -164,6 +164,7 @@ class FakeRay:
         reserved: cores of a worker.
         pending: actors that wait for cores.
         broken: what an actor raises.
+        refused: what `init` raises.
     """
 
     exceptions = SimpleNamespace(RayError=OSError, RayTaskError=ConnectionError)
@@ -171,9 +172,12 @@ class FakeRay:
     def __init__(self):
         self.folders, self.killed, self.removed = [], 0, []
         self.initialized, self.reserved, self.pending, self.broken, self.address = False, [], (), None, None
+        self.refused = None
 
     def init(self, *, address, **_options):
         self.address = address
+        if self.refused is not None:
+            raise self.refused
 
     def shutdown(self):
         pass
@@ -278,11 +282,19 @@ def test_without_an_address_no_running_cluster_is_used(ray):
         workers_of(ray, 2, None)
 
 
+def test_a_cluster_that_is_not_there_and_a_machine_without_ray_are_told_apart(ray):
+    ray.refused = ConnectionError("no reply")
+    with pytest.raises(InputError, match=r"^there is no Ray cluster at auto: no reply\. .*`--ray-address`\) out\.$"):
+        workers_of(ray, 2)
+    with pytest.raises(InputError, match=r"^Ray cannot be started on this machine: no reply\. Leave workers \(`--work"):
+        workers_of(ray, 2, None)
+
+
 def test_workers_that_do_not_start_are_left_out(ray):
     ray.pending = (1,)
     assert workers_of(ray, 2).count == 1
     ray.pending, ray.folders = (0, 1), []
-    with pytest.raises(InputError, match="no worker has started after 300 s: the cores of the cluster are in use"):
+    with pytest.raises(InputError, match=r"after 300 s\. Possible reasons: other programs use the cores, or loading"):
         workers_of(ray, 2)
     ray.broken = OSError("The actor died\ntersor.core.errors.InputError: there is no folder cars.")
     with pytest.raises(

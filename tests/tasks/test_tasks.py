@@ -65,7 +65,7 @@ def test_a_task_of_the_user_is_built_from_its_path():
     [
         ("segmantation", {}, "unknown task 'segmantation'. Did you mean 'segmentation'"),
         ("segmentation", {"num_classes": 1}, "num_classes is 1. It must be at least 2"),
-        ("segmentation", {"classes": 3}, "unknown parameter of Segmentation 'classes'. Did you mean 'num_classes'"),
+        ("segmentation", {"classes": 3}, "Segmentation has no parameter 'classes'. Did you mean 'num_classes'"),
         ("math:sqrt", {}, "cannot be called"),
         ("collections:OrderedDict", {}, "the task is of type OrderedDict"),
         (3, {}, "the task is of type int"),
@@ -195,6 +195,38 @@ def test_a_detector_returns_its_own_losses_in_training_mode():
     assert Objective(Detector(), task=task).train()(batch)["labels"] == pytest.approx(6.0)
     with pytest.raises(InputError, match="a detector returns a dict of losses"):
         task.loss([detected()], batch.targets)
+
+
+EXPECTED = "a detector returns a dict of boxes, scores, labels for each image"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([detected(), {"boxes": BOX, "labels": torch.tensor([1])}], f"{EXPECTED}; the dict of image 1 has no scores."),
+        ({"boxes": BOX}, f"{EXPECTED}; the dict has no scores, labels."),
+        ([detected(), 3], f"{EXPECTED}, not an object of type int."),
+        (torch.zeros(2, 6), f"{EXPECTED}, not a tensor of shape (2, 6)."),
+    ],
+)
+def test_what_a_detector_lacks_is_named(outputs, message):
+    with pytest.raises(InputError) as caught:
+        tasks.build("detection").predictions(outputs)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "end"),
+    [
+        ("embedding", torch.zeros(4), r"one tensor \(N, dimensions\), not a tensor of shape \(4,\)\.$"),
+        ("multilabel", torch.zeros(4, 10, 1, 1), r"logits \(N, classes\), not a tensor of shape \(4, 10, 1, 1\)\.$"),
+        ("segmentation", torch.zeros(4, 10), r"logits \(N, classes, H, W\), not a tensor of shape \(4, 10\)\.$"),
+        ("embedding", None, r"not an object of type NoneType\.$"),
+    ],
+)
+def test_the_shape_of_a_wrong_tensor_is_named(name, outputs, end):
+    with pytest.raises(InputError, match=end):
+        tasks.build(name).predictions(outputs)
 
 
 def test_regression_takes_one_value_for_each_image_too():

@@ -137,5 +137,5 @@ def test_a_task_that_does_not_fit_is_refused_before_anything_runs():
         tersor.distill(network("regression"), network("regression"), batches("regression"), task="segmentation")
     with pytest.raises(InputError, match="two outputs cannot be compared"):
         tersor.distill(network("segmentation"), network("distance"), batches("distance"), label_weight=0)
-    with pytest.raises(InputError, match=r"loss is a str\. Pass a function"):
+    with pytest.raises(InputError, match=r"loss is of type str\. Pass a function"):
         tersor.prune(network("regression"), batches("regression"), loss="mse")

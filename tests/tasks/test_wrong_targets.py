@@ -142,7 +142,7 @@ def test_boxes_of_another_form_are_refused(targets, message):
 
 
 def test_values_are_tensors():
-    with pytest.raises(InputError, match="the targets are a list"):
+    with pytest.raises(InputError, match="the targets are of type list"):
         tasks.build("regression").loss(torch.zeros(2, 1), ["a", "b"])
 
 

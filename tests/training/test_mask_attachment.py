@@ -284,5 +284,5 @@ def test_an_attachment_needs_masks_and_masks_a_gradient():
     model = network()
     with pytest.raises(InputError, match=r"the layer '0' has no mask\. Call insert_masks"):
         MaskedAttachment(model, {"0": model[0]})
-    with pytest.raises(InputError, match=r"unknown gradient of a mask 'mask'.* Did you mean 'masked'"):
+    with pytest.raises(InputError, match=r"unknown gradient 'mask'.* Did you mean 'masked'"):
         insert_masks({"0": model[0]}, "mask", "a method")

@@ -19,19 +19,25 @@ class CompressionWarning(UserWarning):
 class NonFiniteLoss(InputError):  # noqa: N818 - names the event
     """The loss `term` became infinite or NaN at `step` (from 1). The weights were not updated in that step.
 
-    `term` is empty if only a loss of another process did.
+    `term` is empty if only a loss of another process did. `recipe`: whether a recipe has the training options.
     """
 
-    def __init__(self, step: int, term: str, value: float, learning_rate: float, last_good: str | None) -> None:
+    def __init__(
+        self, step: int, term: str, value: float, learning_rate: float, last_good: str | None, *, recipe: bool = True
+    ) -> None:
+        saved = f"Last good checkpoint: {last_good or 'none was written'}. " if recipe else ""
         super().__init__(
             not_finite(term, value)
             if step == 1
             else f"{_named(term)} is {value} at step {step}, with a learning rate of {learning_rate:g}. The weights "
-            f"were not updated in this step. Last good checkpoint: {last_good or 'none was written'}. Try a smaller "
-            "learning_rate, some warmup_epochs, or clip_norm."
+            f"were not updated in this step. {saved}{_smaller_steps(recipe)}"
         )
         self.step = step
         self.term = term
+
+
+def _smaller_steps(recipe: bool) -> str:
+    return f"Try a smaller learning_rate{', some warmup_epochs, or clip_norm' if recipe else ''}."
 
 
 def _named(term: str) -> str:
@@ -49,11 +55,8 @@ def not_finite(term: str, value: float) -> str:
 class NonFiniteWeights(InputError):  # noqa: N818 - names the event
     """The last step of `task` made weights infinite or NaN, which no later loss can show."""
 
-    def __init__(self, task: str) -> None:
-        super().__init__(
-            f"{task}: the last step made weights infinite or NaN. Try a smaller learning_rate, some "
-            "warmup_epochs, or clip_norm."
-        )
+    def __init__(self, task: str, *, recipe: bool = True) -> None:
+        super().__init__(f"{task}: the last step made weights infinite or NaN. {_smaller_steps(recipe)}")
 
 
 class ProcessLost(InputError):  # noqa: N818 - names the event
@@ -79,17 +82,27 @@ def unknown(kind: str, name: str, options: Iterable[str], own: str = "") -> Inpu
     """
     if own and name.endswith(".py"):
         return without_function(name, own)
+    return InputError(f"unknown {kind} '{name}'.{_possible(name, options)}")
+
+
+def missing_in(owner: str, kind: str, name: str, options: Iterable[str]) -> InputError:
+    """Return the error for a `kind` of `owner` that is not among the `options`, with the most similar option."""
+    return InputError(f"{owner} has no {kind} '{name}'.{_possible(name, options)}")
+
+
+def _possible(name: str, options: Iterable[str]) -> str:
     known = sorted(options)
     similar = nearest(name, known)
     hint = f" Did you mean '{similar}'?" if similar else ""
-    return InputError(f"unknown {kind} '{name}'.{hint} Possible: {', '.join(known) or 'none'}.")
+    return f"{hint} Possible: {', '.join(known) or 'none'}."
 
 
 def without_function(file: str, own: str) -> InputError:
     """Return the error for a Python file without the name of a function or class in it."""
     path = Path(file)
     if not path.is_file():
-        return InputError(f"there is no file '{file}' in {Path.cwd()}. Write {file}:NAME, where NAME is {own}.")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        return InputError(f"there is no file '{file}'{where}. Correct the path, and write PATH:NAME; NAME is {own}.")
     defined = _defined_in(path)
     example = f"{file}:{defined[0]}" if len(defined) == 1 else f"{file}:NAME, where NAME is {own}"
     found = f" {file} defines {', '.join(defined)}." if defined else ""

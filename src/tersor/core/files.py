@@ -82,6 +82,7 @@ def read_json(path: Path, advice: str) -> Any:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
+    count = len(digits.removeprefix("-"))
+    if count > _DIGITS:
+        raise ValueError(f"it contains an integer of {count} digits (at most {_DIGITS} are possible)")
     return int(digits)

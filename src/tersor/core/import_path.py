@@ -30,7 +30,7 @@ def module_and_name(path: str) -> tuple[str, str]:
     module, _, name = path.partition(":")
     if _is_elsewhere(file := Path(module)):
         return file.stem, name
-    return (module.removesuffix(".py").replace("/", ".") if module.endswith(".py") else module), name
+    return (".".join(file.with_suffix("").parts) if file.suffix == ".py" else module), name
 
 
 def _is_elsewhere(file: Path) -> bool:
@@ -54,16 +54,22 @@ def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
 
 
 def _no_function(path: str) -> InputError:
-    file = path.partition(":")[0]
-    if Path(file).is_file():
+    module, _, name = path.partition(":")
+    file = Path(module)
+    if file.suffix != ".py" or not file.is_file():
         return InputError(
-            f"'{path}': Python cannot import {file}. Rename the file, so that its name has only letters, digits and "
-            "underscores, and begins with a letter."
+            f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or the path "
+            "of a Python file, as in 'my_models.py:build'."
         )
-    return InputError(
-        f"'{path}' does not name a function. Write package.module:function, as in 'my_models:build', or the path of a "
-        "Python file, as in 'my_models.py:build'."
-    )
+    if not name:
+        return without_function(module, "a function or class in it")
+    rule = "so that its name has only letters, digits and underscores, and begins with a letter"
+    if not file.stem.isidentifier():
+        return InputError(f"'{path}': Python cannot import {module}. Rename the file, {rule}.")
+    folders = [] if _is_elsewhere(file) else [part for part in file.parent.parts if not part.isidentifier()]
+    if folders:
+        return InputError(f"'{path}': Python cannot import from the folder '{folders[0]}'. Rename the folder, {rule}.")
+    return InputError(f"'{path}': '{name}' cannot be the name of a Python function. Write one that {module} defines.")
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -152,6 +158,15 @@ def import_module(name: str, path: str) -> ModuleType:
     return module
 
 
+def _unreachable(path: str, name: str, file: Path) -> InputError:
+    """The error for an existing file that Python does not find as the module `name`."""
+    folder = name.partition(".")[0]
+    if "." not in file.stem and folder in sys.modules:
+        found = getattr(sys.modules[folder], "__file__", None) or "a built-in module"
+        return InputError(f"'{path}': Python imports '{folder}' from {found}, not from this folder. Rename the folder.")
+    return InputError(f"'{path}': '{file.stem}' cannot be the name of a Python module. Rename the file.")
+
+
 def _imported(name: str, path: str, here: str, file: Path) -> ModuleType:
     try:
         with user_code(f"'{path}': importing '{name}'", name):
@@ -159,8 +174,8 @@ def _imported(name: str, path: str, here: str, file: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise InputError(f"'{path}': importing '{name}' failed: {error}.") from error
-        if file.is_file():
-            raise InputError(f"'{path}': '{file.stem}' cannot be the name of a Python module. Rename it.") from error
+        if file.suffix == ".py" and file.is_file():
+            raise _unreachable(path, name, file) from error
         if file.suffix == ".py":
             missing = file.name if _is_elsewhere(file) else file
             raise InputError(f"'{path}': there is no file '{missing}' in {here}.") from error

@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from tersor.core.errors import InputError, nearest, unknown
+from tersor.core.errors import InputError, missing_in, nearest
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -106,7 +106,7 @@ def invalid(kind: type, error: ValidationError, values: Mapping[str, Any]) -> In
         elif detail["type"] in UNKNOWN_KEY and not fields:
             lines.append(f"{kind.__name__} has no parameter {name}.")
         elif detail["type"] in UNKNOWN_KEY:
-            lines.append(str(unknown(f"parameter of {'.'.join([kind.__name__, *path[:-1]])}", path[-1], fields)))
+            lines.append(str(missing_in(".".join([kind.__name__, *path[:-1]]), "parameter", path[-1], fields)))
         elif detail["type"] in ("missing", "missing_argument"):
             lines.append(f"{'.'.join([kind.__name__, *path[:-1]])} needs {path[-1]}.")
         elif detail["type"] in RAISED:

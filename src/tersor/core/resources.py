@@ -47,11 +47,12 @@ def enough_memory(remedy: str) -> Generator[None]:
 
 
 def smaller_batch(batch_size: int, accumulate: int) -> str:
-    """Return the remedy for a training run that needs too much memory."""
+    """Return the remedy for a training run of a recipe that needs too much memory."""
     if batch_size == 1:
         return "The batch_size is already 1: use smaller images (data.image_size) or a smaller network."
+    same = "about the same" if batch_size % 2 else "the same"
     return (
-        f"The batch_size is {batch_size}. Write a smaller one. To keep the number of images per step, write "
+        f"The batch_size is {batch_size}. Write a smaller one. To keep {same} number of images per step, write "
         f"batch_size: {batch_size // 2} and accumulate: {2 * accumulate}."
     )
 

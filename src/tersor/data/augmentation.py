@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tersor.core.device import seeded
-from tersor.core.errors import InputError, unknown
+from tersor.core.errors import InputError, missing_in, unknown
 from tersor.core.import_path import import_function, is_function_path
 from tersor.core.user_code import user_code
 
@@ -145,8 +145,9 @@ def _transformed(images: Tensor, targets: Any, transform: Transform) -> tuple[Te
             return _checked(returned, images, transform), targets
         if not isinstance(returned, tuple) or len(cast("tuple[Any, ...]", returned)) != 2:
             raise InputError(
-                f"the augmentation {getattr(transform, '__name__', transform)} returned a {type(returned).__name__}. "
-                "Return images and targets: masks and boxes must be transformed together with the images."
+                f"the augmentation {getattr(transform, '__name__', transform)} returned an object of type "
+                f"{type(returned).__name__}. Return images and targets: masks and boxes must be transformed together "
+                "with the images."
             )
         moved, after = cast("tuple[Any, Any]", returned)
         return _checked(moved, images, transform), _checked(after, targets, transform) if masks else after
@@ -191,7 +192,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _checked(result: Any, before: Tensor, transform: Transform) -> Tensor:
     if not isinstance(result, Tensor):
-        described = f"a {type(result).__name__}"
+        described = f"an object of type {type(result).__name__}"
     elif result.shape == before.shape and result.dtype == before.dtype:
         return result
     else:
@@ -225,7 +226,7 @@ def _built(entry: Any) -> Transform:
     classes = {key: value for key, value in vars(v2).items() if inspect.isclass(value)}
     transforms = {key: cls for key, cls in classes.items() if issubclass(cls, v2.Transform) and cls is not v2.Transform}
     if name not in transforms:
-        raise unknown("transform of torchvision.transforms.v2", name, transforms)
+        raise missing_in("torchvision.transforms.v2", "transform", name, transforms)
     arguments = {key: _argument(key, value) for key, value in (given or {}).items()}
     try:
         return transforms[name](**arguments)

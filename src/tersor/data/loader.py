@@ -130,7 +130,9 @@ class Loader:
         if self.classes is not None:
             labels = unchecked_labels(batch)
             if labels is None and isinstance(found := targets_in(batch), list | tuple):
-                raise InputError(f"the labels of a batch are a {type(found).__name__}. Write torch.tensor(labels).")
+                raise InputError(
+                    f"the labels of a batch are of type {type(found).__name__}. Write torch.tensor(labels)."
+                )
             return self._checked(labels, images)
         found = targets_in(batch) if self.targets else None
         if self.targets and found is None:

@@ -31,8 +31,8 @@ def refuse_outside(path: Path) -> None:
         for entry in tensor.external_data:
             if entry.key == "location" and not _inside(folder, entry.value):
                 raise InputError(
-                    f"{path} refers to {entry.value[:100]!r}, a file outside of its folder, and is refused. Put the "
-                    "weights beside the ONNX file, or into it: onnx.save(onnx.load(path), path)."
+                    f"{path} refers to {entry.value[:100]!r}, a file outside of its folder, and is refused. "
+                    "Export the network again with its weights inside the ONNX file, or beside it."
                 )
 
 

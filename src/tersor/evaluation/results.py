@@ -128,7 +128,8 @@ class FileResults(Execution):
     score_error: float | None = None
     """One standard error of the score, in points; null for metrics other than the accuracy."""
     difference_error: float | None = None
-    """One standard error of the difference from the original, in points, on the same images; null for the original."""
+    """One standard error of the difference from the original, in points, on the same images; null for the original, and
+    for metrics other than the accuracy."""
     agreement: Percent
     """Predictions that equal those of the original file, in percent."""
     bytes: Count

@@ -45,9 +45,9 @@ def lost_gradients(model: nn.Module, captured: nn.Module, images: NetworkInput) 
     if found is not None and all(map(_same, found, expected)):
         return []
     note = (
-        f"the captured network does not use the custom backward() of {', '.join(sorted(functions))}, so it trains with "
-        "other gradients. Write the function with detach(), as in x + (x.round() - x).detach(), or do not train the "
-        "captured network"
+        f"the compressed network does not use the custom backward() of {', '.join(sorted(functions))}, so it trains "
+        "with other gradients. Write the function with detach(), as in x + (x.round() - x).detach(), or do not train "
+        "the compressed network"
     )
     return [note]
 

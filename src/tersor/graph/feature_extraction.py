@@ -98,7 +98,7 @@ class FeatureExtractor:
         for path, value, version in outputs:
             if not isinstance(value, Tensor):
                 raise InputError(
-                    f"the output of layer {path} is a {type(value).__name__}, not a tensor. Choose another layer."
+                    f"the output of layer {path} is of type {type(value).__name__}, not a tensor. Choose another layer."
                 )
             if _version(value) != version:
                 raise InputError(

@@ -37,20 +37,23 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
     switching = [path or type(each).__name__ for path, each in own.items() if type(each).train is not nn.Module.train]
     notes: list[str] = []
     if inactive:
-        notes.append(f"the captured network trains without stochastic depth ({_all(inactive)}): capture uses eval mode")
+        notes.append(
+            f"the compressed network trains without stochastic depth ({_all(inactive)}), because its graph was "
+            "recorded in eval mode"
+        )
     if switching:
         notes.append(
-            f"the captured network does not use the custom train() of {_all(switching)}: layers that train() would "
+            f"the compressed network does not use the custom train() of {_all(switching)}: layers that train() would "
             "keep in eval mode, such as BatchNorm, run in training mode"
         )
     if functional := [path for node in graph.nodes if (path := _switched_batch_norm(node, own)) is not None]:
         notes.append(
-            f"the captured network keeps F.batch_norm of {_all(functional)} in eval mode: in training it uses the "
+            f"the compressed network keeps F.batch_norm of {_all(functional)} in eval mode: in training it uses the "
             "running statistics and does not update them. Use a BatchNorm module"
         )
     notes += [
-        f"the captured network trains with the code for eval mode, although the forward method of {_all(paths)} reads "
-        f"self.training ({line})"
+        f"the compressed network trains with the code for eval mode, although the forward method of {_all(paths)} "
+        f"reads self.training ({line})"
         for line, paths in _readers_of_mode(own).items()
     ]
     return notes
@@ -123,7 +126,7 @@ def computed_in_forward(model: nn.Module, captured: nn.Module) -> list[str]:
         return []
     shown = _all(list(dict.fromkeys(layers)))
     note = (
-        f"the captured network trains the weights of {shown} directly, although the forward method computes them (as "
+        f"the compressed network trains the weights of {shown} directly, although the forward method computes them (as "
         "in weight standardization, low-rank adapters, or binary weights). Train first, then compress"
     )
     return [note]

@@ -70,7 +70,7 @@ def require_network(model: object, name: str = "the network") -> None:
     if isinstance(model, type):
         raise InputError(f"{name} is the class {model.__name__}. Pass an instance: {model.__name__}(...).")
     if not isinstance(model, nn.Module):
-        raise InputError(f"{name} is a {type(model).__name__}. Pass a torch.nn.Module{_how_to_get_one(model)}.")
+        raise InputError(f"{name} is of type {type(model).__name__}. Pass a torch.nn.Module{_how_to_get_one(model)}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(f"{name} is a TorchScript program. Pass the torch.nn.Module that it was made from.")
     named = list(model.named_parameters())
@@ -91,7 +91,7 @@ def refuse_without_weights(model: nn.Module, name: str = "the network") -> None:
         InputError: it has none.
     """
     if next(model.parameters(), None) is None:
-        raise InputError(f"{name} (a {type(model).__name__}) has no parameters. Pass a network with layers.")
+        raise InputError(f"{name} (of type {type(model).__name__}) has no parameters. Pass a network with layers.")
 
 
 def folding_notes(model: nn.Module) -> list[str]:

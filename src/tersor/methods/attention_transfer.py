@@ -9,9 +9,9 @@ Networks via Attention Transfer", ICLR 2017.
             beta = loss_weight / (H * W)
 
 The paper uses the norm, its code the mean of the squares. The paper's beta is 1000 divided by the number of positions
-in a map and by the batch size. Here the mean over N takes the place of the batch size, so `loss_weight` has the same
-meaning in both modes. p = 1 is the sum of absolute values; the code uses p = 2. Maps of different sizes are pooled
-to the smaller one, as in later implementations (RepDistiller); the paper has no such maps. The authors reset the
+in a map and by the batch size. Here the mean over N already divides by the batch size, so beta is `loss_weight` divided
+only by the number of positions. p = 1 is the sum of absolute values; the code uses p = 2. Maps of different sizes are
+pooled to the smaller one, as in later implementations (RepDistiller); the paper has no such maps. The authors reset the
 momentum at every drop of the learning rate; here it is kept.
 
 It works with any task and any outputs of the network, because only outputs of layers are compared.
@@ -93,7 +93,7 @@ class AttentionTransfer:
         tuple[str, ...], Field(description="patterns of student layers; default: the last layer at each resolution")
     ] = ()
     teacher_layers: Annotated[
-        tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
+        tuple[str, ...], Field(description="patterns of teacher layers; default: the same as `layers`")
     ] = ()
     p: Annotated[Literal[1, 2, 4], Field(description="power of the absolute activations")] = 2
     mode: Annotated[Mode, Field(description="mean of squares (code) or norm (paper)")] = "code"

@@ -20,9 +20,9 @@ paper and here: a W4A4 ResNet-20 classifies at least 94.3 % of the validation im
 they are learned one after another.
 
 BRECQ's paper weights the error by the squared gradient of the task loss (Fisher). Its released code does not do this by
-default, nor does this file. The papers run 20,000 iterations per block; the default here is 2,000 at ten times the
-learning rate, so that each of a block's two layers gets as many as in `adaround`. BatchNorm stays a module after its
-layer. This does not change which weights are rounded up.
+default, nor does this file. The papers run 20,000 iterations per block; the default here is 2,000 per block at ten
+times the learning rate: as many in total as `adaround` runs for two layers. BatchNorm stays a module after its layer.
+This does not change which weights are rounded up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DCIL: a masked and a dense path share the weights; masked weights are trained on the dense path only.
+"""DCIL: each step runs the network with masked and with dense weights; only the dense run trains masked weights.
 
 Kim, Yoo, Song, Yoo and Kwak, "Dynamic Collective Intelligence Learning: Finding Efficient Sparse Model via Refined
 Gradients for Pruned Weights", 2021 (arXiv 2109.04660).
@@ -7,19 +7,19 @@ Gradients for Pruned Weights", 2021 (arXiv 2109.04660).
     L    = CE(z) + CE(z') [+ KL(z' || z) + KL(z || z') after a warm-up]
     KL   = T^2 * KL of softmax(./T), T = 2; the first argument is detached
 
-z (N, classes, ...) are the logits of the masked network, z' those of the dense one; KL is averaged over images and
-positions. CE stands for the task's loss. The masks are updated as in `dpf`. The paper describes only the refined
-gradient. The authors' code has two more parts, which can be switched off here: a separate BatchNorm and head for the
-dense path (`own_norms`), and mutual distillation of both paths (`mutual`, for tasks with logits) after 70 of 300
-epochs. Without `refined_gradient` both paths update all weights.
+z (N, classes, ...) are the logits with masked weights (the masked path), z' those with all weights (the dense path). KL
+is averaged over images and positions. CE stands for the task's loss. The masks are updated as in `dpf`. The paper
+describes only the refined gradient. The authors' code has two more parts, which can be switched off here: a separate
+BatchNorm and head for the dense path (`own_norms`), and mutual distillation of both paths (`mutual`, for tasks with
+logits) after 70 of 300 epochs. Without `refined_gradient` both paths update all weights.
 
 A step runs the network twice, at twice the cost. The dense path's own modules start as copies of the network's and are
 discarded at the end of the stage. The dense path is not quantized where `qat` quantizes the network. The dense path has
 a label loss of weight 1 and no teacher.
 
-In the code the sparsity rises per epoch; here it rises per step. The code adds 1e-7 to probabilities; the logarithms
-here do not need it. The paper reports the checkpoint with the best test accuracy, sometimes one from before the final
-sparsity was reached; here the stage ends exactly at the final sparsity.
+In the code the sparsity rises per epoch; here it rises per step. The code adds 1e-7 to the probabilities to avoid
+log(0); here log-softmax is used, which makes this unnecessary. The paper reports the checkpoint with the best test
+accuracy, sometimes one from before the final sparsity was reached; here the stage ends exactly at the final sparsity.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class DensePath(LossTerm):
 
 @plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class DCIL:
-    """Train a masked and a dense path over shared weights; masked weights learn from the dense path's gradients."""
+    """Run the network with masked and with dense weights in each step; only the dense run trains masked weights."""
 
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"sparsity": 0.6, "every": 2, "end": 0.5, "floor": 0.1, "warmup": 0.4}

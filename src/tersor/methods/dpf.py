@@ -7,8 +7,9 @@ Lin, Stich, Barba, Dmitriev and Jaggi, "Dynamic Model Pruning with Feedback", IC
     m     = |w| among the largest       of all convolutions together, every 16 steps
     s_t   = s + (s_0 - s) * (1 - t / t_n)^3    until t_n, then s; s_0 is the sparsity before the stage, usually 0
 
-A weight that was masked by mistake grows and comes back: the difference between w and w_hat is the error that is fed
-back. t_n is the second drop of the learning rate, at 0.75 of the paper's 300 epochs. The final network is m * w.
+A weight that was masked by mistake can grow and become active again: the difference between w and w_hat is the error
+that is fed back. t_n is the second drop of the learning rate, at 0.75 of the paper's 300 epochs. The final network is
+m * w.
 
 The authors' code was not found. Two reimplementations differ after t_n: the one by INCHEON-CHO (GitHub) keeps the masks
 constant, that of Kim et al. (DCIL) keeps updating them. The paper's algorithm updates the mask until the end, at
@@ -35,7 +36,7 @@ from tersor.training.method import PLAIN_VALUES
 
 @plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class DPF:
-    """Train dense weights under magnitude masks that are updated every few steps, so that weights can come back."""
+    """Train all weights under magnitude masks updated every few steps: masked weights can become active again."""
 
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"sparsity": 0.6, "every": 2, "end": 0.5, "floor": 0.1}

@@ -232,8 +232,9 @@ class FactorAttachment(Attachment):
         error = float((reconstructed - features).abs().mean() / features.abs().mean())
         if not error <= _MAX_RECONSTRUCTION_ERROR:
             raise InputError(
-                f"the paraphraser's error is {error:.3g} times the mean absolute feature; an output of zeros has an "
-                "error of 1. Write a smaller paraphraser_learning_rate, more paraphraser_epochs, or batch_norm: true."
+                f"the paraphraser's error is {error:.3g} times the mean absolute value of the features; an output of "
+                "zeros has an error of 1. Write a smaller paraphraser_learning_rate, more paraphraser_epochs, or "
+                "batch_norm: true."
             )
         for place, values in enumerate((features, reconstructed)):
             maps = self.term.maps[place, : len(features)]

@@ -10,7 +10,8 @@ stages, the first with `label_weight: 0`. Later implementations (RepDistiller, m
 the mean over all elements, weight 100, a middle layer, and a regressor with BatchNorm and ReLU. The mean here is the
 same as theirs; without BatchNorm in the regressor, a ResNet-20 does not learn with a weight of 100, so the default is
 10. The paper's regressor has no padding; here it is 1x1, and the larger map is pooled. A student that was pruned from
-its teacher has the same channels along the residual stream and needs no regressor: `regressor: false`.
+its teacher without removing channels of the residual stream (`exclude` of `channel_pruning`) needs no regressor:
+`regressor: false`.
 
 It works with any task and any outputs of the network, because only outputs of layers are compared.
 """
@@ -74,7 +75,7 @@ class FitNet:
         tuple[str, ...], Field(description="patterns of student layers; default: the last feature map")
     ] = ()
     teacher_layers: Annotated[
-        tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
+        tuple[str, ...], Field(description="patterns of teacher layers; default: the same as `layers`")
     ] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 10.0
     label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0

@@ -1,4 +1,4 @@
-"""Group lasso: sparse training that decays coupled channels, most strongly the least important ones.
+"""Group lasso: sparse training with weight decay on coupled channels, strongest on the least important ones.
 
 Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023. Use it in a stage before `channel_pruning`, which
 then removes channels that are almost zero.

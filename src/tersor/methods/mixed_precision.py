@@ -55,6 +55,7 @@ from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
 
+_SMALLEST_WIDTH = 2
 _CELLS = 2**18
 """Largest number of units that the bit budget is divided into; bounds memory and time."""
 
@@ -151,10 +152,11 @@ class MixedPrecision(RangeOptions):
     def _refuse_what_cannot_be_met(self, options: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> None:
         least = sum(size * min(options[name]) for name, size in sizes.items()) / sum(sizes.values())
         if least > self.average_bits:
+            smaller = ", or add a smaller width to `widths`" * (min(self.widths) > _SMALLEST_WIDTH)
+            chosen = ", or leave out first_last_bits" * ((self.first_last_bits or 0) > min(self.widths))
             raise InputError(
                 f"average_bits: {self.average_bits:g} is too low: the smallest possible average is {least:.2f}. Write "
-                "a larger average_bits, or add a smaller width to `widths`"
-                + (", or leave out first_last_bits." if self.first_last_bits else ".")
+                f"a larger average_bits{smaller}{chosen}."
             )
 
 

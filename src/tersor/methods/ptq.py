@@ -253,5 +253,9 @@ def _nothing() -> None:
 def _note(found: FloatLayers, task: Task) -> tuple[str, ...]:
     if not found.layers:
         return ()
-    drop = f"{found.drop:.2f} points" if task.unit == "%" else f"{found.drop:.4g} ({task.metric})"
-    return (f"these layers stay in float because of max_drop: {', '.join(found.layers)}; the remaining drop is {drop}",)
+    drop = f"the remaining drop is {found.drop:.2f} points"
+    if not found.labelled:
+        drop = f"{found.drop:.2f} % of the predictions still change"
+    elif task.unit != "%":
+        drop = f"the remaining drop is {found.drop:.4g} ({task.metric})"
+    return (f"these layers stay in float because of max_drop: {', '.join(found.layers)}; {drop}",)

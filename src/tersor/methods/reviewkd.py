@@ -225,7 +225,7 @@ class ReviewKD:
         tuple[str, ...], Field(description="patterns of student layers; default: the last layer at each resolution")
     ] = ()
     teacher_layers: Annotated[
-        tuple[str, ...], Field(description="patterns of teacher layers; default: as `layers`")
+        tuple[str, ...], Field(description="patterns of teacher layers; default: the same as `layers`")
     ] = ()
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 1.0
     label_weight: Annotated[float, Field(ge=0, description="weight of the task's loss on the labels")] = 1.0

@@ -2,19 +2,20 @@
 
 Evci, Gale, Menick, Castro and Elsen, "Rigging the Lottery: Making All Tickets Winners", ICML 2020 (arXiv 1911.11134).
 
-    s_l      sparsity of layer l with a weight w (C_out, C_in, k, k); the sparsity of all together is exact
+    s_l      sparsity of layer l with a weight w (C_out, C_in, k, k); the sparsity over all layers together is exact
              erk: 1 - s_l ~ (C_out + C_in + k + k) / (C_out * C_in * k * k), at most 1; uniform: the same in all
     alpha_t  = drop_fraction / 2 * (1 + cos(pi * t / t_end)), every 100 steps until t_end, a fraction of the stage
     drop     of the n active weights of a layer, the int(alpha_t * n) smallest by |w|
-    grow     as many inactive weights, with the largest |dL/dw_hat| of the dense gradient, from zero
+    grow     the same number of inactive weights: those with the largest |dL/dw_hat|; they start at zero
 
 Between updates, masked weights have no gradient and do not move. As in the authors' code, a weight that was just
 dropped may be grown again and then keeps its value, and the momentum of grown weights is set to zero.
 
 The paper starts from a random network with random masks. Here the given network, usually a trained one, keeps the
 largest weights of each layer. The authors' code skips the optimizer step when it updates masks; here the step is taken
-first, and its gradient decides the growth. The paper's uniform sparsities leave the first layer dense; here no layer is
-left out, so that a sparsity means the same in all methods. `clip_norm` applies to the dense gradient.
+first, and its gradient decides the growth. The paper's uniform sparsities leave the first layer dense; here it is
+masked too. As in the other methods, fully connected layers are masked only if `layers` names them or there is no
+convolution. `clip_norm` applies to the dense gradient.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def layer_counts(shapes: Mapping[str, torch.Size], sparsity: float, distribution
 
 @plain_dataclass(frozen=True, config=PLAIN_VALUES)
 class RigL:
-    """Train sparse at constant sparsity; drop the smallest weights and grow those with the largest gradients."""
+    """Train at constant sparsity: drop the smallest weights and activate those with the largest gradients."""
 
     needs_steps: ClassVar[bool] = True
     example: ClassVar[dict[str, Any]] = {"sparsity": 0.6, "distribution": "uniform", "every": 2, "drop_fraction": 0.4}

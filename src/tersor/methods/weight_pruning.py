@@ -4,7 +4,7 @@ Han et al., "Learning both Weights and Connections for Efficient Neural Networks
 Gupta, "To prune, or not to prune", 2017 (arXiv 1710.01878: gradual pruning).
 
     w_hat = m * w       m in {0, 1}, of the shape of w (C_out, C_in, ...)
-    one-shot            m before the first step: sparsity s
+    one-shot            m is set once, before the first step, with sparsity s
     linear, cubic       s_t = s + (s_0 - s) * (1 - t / t_end)^p, p = 1 or 3, updated every few steps; s_0 is the
                         sparsity before the stage, t_end a fraction of the stage
     a function          s_t = s_0 + (s - s_0) * f(t / t_end)
@@ -19,8 +19,8 @@ Masked weights have no gradient, are not moved by momentum or weight decay, and 
 masks of an earlier stage have another granularity, or a layer is already sparser, the sparsity is higher than
 requested; if the whole network is already sparser, the stage is rejected (except for N:M).
 
-In Zhu and Gupta's method the gradient of a masked weight is zero too, so that it cannot come back; `dpf` lets weights
-come back. With N:M, N of every M consecutive weights along the input channels remain (NVIDIA's sparse tensor cores use
+In Zhu and Gupta's method the gradient of a masked weight is zero too, so that it cannot become active again; in `dpf`
+it can. With N:M, N of every M consecutive weights along the input channels remain (NVIDIA's sparse tensor cores use
 2:4); as in NVIDIA's ASP, layers are not masked if their number of input channels is not a multiple of M. A masked
 filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster:
 `channel_pruning` removes channels.

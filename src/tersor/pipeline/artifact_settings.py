@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the tasks import torch
     from tersor.evaluation.session import Session
     from tersor.tasks.task import Task
 
+_REPEAT = "Repeat the search in another folder."
 _ROUNDING = 0.002
 """Two means closer than this are the same, written with another number of digits."""
 
@@ -118,7 +119,7 @@ def numbers_of(artifact: Artifact) -> dict[str, Any]:
     of_file = normalization_in(artifact.model)
     if path is None:
         return of_file
-    again = "Run its recipe.yaml again."
+    again = "Run its recipe.yaml again." if path.name == "numbers.json" else _REPEAT
     try:
         return of_file | _Told.model_validate(read_json(path, again)).model_dump(exclude_unset=True, exclude_none=True)
     except ValidationError as error:
@@ -147,7 +148,7 @@ def chosen_on_test_images(artifact: Artifact) -> bool:
     front = front_of(artifact.path)
     if front is None:
         return False
-    told = read_json(front, "Repeat the search in another folder.")
+    told = read_json(front, _REPEAT)
     return isinstance(told, dict) and told.get("tests_chose") is True
 
 

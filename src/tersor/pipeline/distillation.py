@@ -81,6 +81,7 @@ def train_on_outputs(
                 teacher=fused(teacher, few, precision=precision),
                 progress=progress,
                 task=task,
+                recipe=False,
             )
     finally:
         for parameter in learning:

@@ -128,8 +128,8 @@ def _check_logits(experiment: Experiment, logits: Any, name: str) -> None:
         advice = "Write a function package.module:function that wraps the network and returns its logits alone."
     else:
         advice = (
-            f"Give a network that returns {classes} logits, and its weights. For a network by name in a recipe, write "
-            f"num_classes: {classes}; your own function must return such a network itself."
+            f"Give a network that returns {classes} logits, and its weights. If the recipe names a built-in network, "
+            f"write num_classes: {classes}; if it names your own function, change the function."
         )
     raise InputError(
         f"for two images {name} returns {described(logits)}, but the data has {classes} classes, so logits "

@@ -63,7 +63,8 @@ def run(
     Args:
         recipe: a recipe, or the path of one.
         model: a trained network, instead of the one in the recipe; it is not changed.
-        teacher: a trained network, instead of the teacher in the recipe, which must have one; it is not changed.
+        teacher: a trained network that replaces the teacher in the recipe, whose entry `teacher` is required; it is not
+            changed.
         data: images, instead of those in the recipe.
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.
         resume: resume the interrupted run in `out`, with the same `model`, `teacher` and `data`; if there is none,
@@ -126,13 +127,16 @@ def _check_types(recipe: object, model: object, teacher: object, data: object) -
     for name, network in (("model", model), ("teacher", teacher)):
         if not isinstance(network, nn.Module | None):
             raise InputError(
-                f"{name} is a {type(network).__name__}. Pass a torch.nn.Module, or write the {name} in the recipe."
+                f"{name} is of type {type(network).__name__}. Pass a torch.nn.Module, or write the {name} in the "
+                "recipe."
             )
     if not isinstance(data, Splits | None):
-        raise InputError(f"data is a {type(data).__name__}. Pass the tersor.data.Splits returned by tersor.data.load.")
+        raise InputError(
+            f"data is of type {type(data).__name__}. Pass the tersor.data.Splits returned by tersor.data.load."
+        )
     if not isinstance(recipe, Recipe | Path | str):
         raise InputError(
-            f"recipe is a {type(recipe).__name__}. Pass a path, or a Recipe returned by tersor.recipe.parse."
+            f"recipe is of type {type(recipe).__name__}. Pass a path, or a Recipe returned by tersor.recipe.parse."
         )
 
 

@@ -26,7 +26,7 @@ from tersor.tasks.distance import Distance
 from tersor.tasks.functions import FromFunctions
 from tersor.tasks.network_outputs import described, floats_of_both, in_float32
 from tersor.tasks.segmentation import Segmentation
-from tersor.tasks.task import Task, no_targets
+from tersor.tasks.task import Task
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -49,7 +49,7 @@ def task_of(task: str | Task | None, loss: Loss | None = None, metric: Any = Non
                 "the class."
             )
         if function is not None and not callable(function):
-            raise InputError(f"{name} is a {type(function).__name__}. Pass a function of (outputs, targets).")
+            raise InputError(f"{name} is of type {type(function).__name__}. Pass a function of (outputs, targets).")
     if task is None and loss is None and metric is None:
         return None
     base = Distance() if task is None else tasks.build(task)
@@ -122,7 +122,10 @@ def check_targets(task: Task, network: nn.Module, batches: Iterable[Any], images
     outputs = check_forward("the network", network, seen[0][0])
     if not isinstance(task, Classification):
         if not task.from_original and any(targets is None for _, targets in seen):
-            raise no_targets(task)
+            raise InputError(
+                "importance='taylor' needs gradients of the loss on the labels, and the images have no labels. Pass "
+                "batches of images and labels, or importance='magnitude'."
+            )
         return
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         raise InputError(

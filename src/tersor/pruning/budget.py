@@ -133,9 +133,9 @@ def _reason(
     module = graph.get_submodule(name)
     roots = [root for root in unprunable if name and (root == name or root.startswith(f"{name}."))]
     if roots:
-        return f"its output channels are not removed, since {unprunable[roots[0]]}"
+        return f"output channels not removed: {unprunable[roots[0]]}"
     if exclude and name in matching(exclude, [each for each, _ in graph.named_modules() if each]):
-        return "it is excluded"
+        return "excluded"
     if any(cut.layer == name or cut.layer.startswith(f"{name}.") for cut in cuts):
         return "as narrow as `floor` and `round_to` allow"
     return "none of its channels can be removed" if isinstance(module, Layer) else "no part of it is removed"

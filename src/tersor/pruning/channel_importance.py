@@ -51,7 +51,8 @@ COMPARED_BY_COST: tuple[Importance, ...] = ("obs",)
 _READS = ("in", "1")
 _ARGUMENTS = (
     "graph is the captured network (torch.fx.GraphModule), group is one group of its channels, data are batches of "
-    "images. It returns one score for each of group.slices. docs/how-to/own-method.md has an example."
+    "images. It returns one score for each of group.slices, such as: def random(group): return "
+    "torch.rand(len(group.slices))."
 )
 """What a user's function is called with."""
 

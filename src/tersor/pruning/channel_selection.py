@@ -114,11 +114,21 @@ def refuse_parametrized(graph: fx.GraphModule, method: str) -> None:
                 "removed. Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first."
             )
         if isinstance(module, FakeQuantize) or parametrize.is_parametrized(module):
-            raise InputError(
-                f"{name or 'the network'} is already masked or quantized; {method} must come before that. In Python, "
-                f"call tersor.prune before tersor.quantize; in a recipe, write {method} in a stage before "
-                "weight_pruning, ptq and qat."
-            )
+            raise _comes_too_late(name or "the network", [module, *parametrizations_of(module)], method)
+
+
+def _comes_too_late(name: str, found: Sequence[nn.Module], method: str) -> InputError:
+    """The error for a method that must run before the one that added `found` to a layer."""
+    in_python = " In Python, call tersor.prune before tersor.quantize." * (method == "channel_pruning")
+    if any(isinstance(each, FakeQuantize) for each in found):
+        what, others, more = "is already quantized", "the one that quantizes, such as ptq or qat", in_python
+    elif any(isinstance(each, Mask) for each in found):
+        what, others, more = "is already masked", "the one that masks weights, such as weight_pruning", ""
+    else:
+        what, others, more = "has a running range of an earlier psgd (range: running)", "psgd", ""
+    return InputError(
+        f"{name} {what}; {method} must come before that. In a recipe, write {method} in a stage before {others}.{more}"
+    )
 
 
 def _written_layer(cut: Cut) -> str:

@@ -15,8 +15,8 @@ Gradient = Literal["masked", "straight_through", "split"]
 """The gradient of a weight under a mask.
 
 `masked`: masked weights have no gradient and stay constant, in this stage and in all later ones. `straight_through`:
-all weights are trained as if there were no mask, so that masked weights can come back. `split`: as `masked`, but masked
-weights get their gradient from a second forward pass, with the dense weights (`dcil`).
+all weights are trained as if there were no mask, so that masked weights can become active again. `split`: as `masked`,
+but masked weights get their gradient from a second forward pass, with the dense weights (`dcil`).
 """
 
 _WORTH_A_NOTE = 0.01

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.data.network_inputs import NetworkInput
 from tersor.graph.aten import operator_name
@@ -137,8 +137,8 @@ def removal_cost(
         count = sum(map(len, batches))
         if count <= means:
             raise InputError(
-                f"the removal cost of branches is measured on {1 + means} or more images; given: {count}. "
-                "Pass more images, or write branches: 0."
+                "to choose residual branches, tersor measures how the outputs change on at least "
+                f"{counted(1 + means, 'image')}; given: {count}. Pass more images, or write branches: 0."
             )
         replacements = _means(graph, branches, batches) if means else {}
         changes = dict.fromkeys(branches, 0.0)

@@ -35,10 +35,12 @@ class FloatLayers:
         layers: their names, the most sensitive first.
         drop: the remaining drop of the metric (accuracy in points); without labels, the percentage of predictions
             that changed.
+        labelled: whether it is the drop of the metric.
     """
 
     layers: tuple[str, ...]
     drop: float
+    labelled: bool
 
 
 class _Reference:
@@ -137,7 +139,7 @@ def keep_in_float(
     reference = _Reference(quantizers.graph, data, method, task)
     drop = drop_without(())
     if drop <= max_drop:
-        return FloatLayers((), drop)
+        return FloatLayers((), drop, reference.labelled)
     enable(set())
     refit()
     most_sensitive = _most_sensitive_first(quantizers, enable, reference, progress)
@@ -151,7 +153,7 @@ def keep_in_float(
             too_few = middle
     enable(every.difference(most_sensitive[:enough]))
     refit()
-    return FloatLayers(tuple(most_sensitive[:enough]), drop)
+    return FloatLayers(tuple(most_sensitive[:enough]), drop, reference.labelled)
 
 
 def _most_sensitive_first(

@@ -102,7 +102,7 @@ class IntegerCoverage:
         for each in self.operators:
             grouped[each.reason].append(each)
         lines = [f"{percent(self.share)} of the MACs are computed in integers"] if grouped else []
-        lines += [f"in float, since {reason}: {_listed(members)}" for reason, members in grouped.items()]
+        lines += [f"in float (reason: {reason}): {_listed(members)}" for reason, members in grouped.items()]
         if self.uncounted:
             lines.append(f"{_UNCOUNTED}: {', '.join(self.uncounted)}")
         return tuple(lines)
@@ -228,7 +228,7 @@ def _description(model: nn.Module, product: Product) -> tuple[str, str, str]:
     if function == "bilinear":
         return owner, function, "Bilinear is not supported"
     if function is not None:
-        return name, function, f"it is computed by a function ({function}), not by a layer"
+        return name, function, f"computed by a function ({function}), not by a layer"
     if owner == product.module:
         return name, kind, _reason(model, module, product)
     return name, kind, f"the forward method of {kind} reads the weights directly"
@@ -245,10 +245,10 @@ def _place_and_kind(model: nn.Module, product: Product) -> tuple[str, str]:
 def _reason_without_weight(product: Product) -> str:
     """Why a product without a parameter stays in float."""
     if sum(each.activation for each in product.operands) < 2:
-        return "it multiplies by a constant"
+        return "multiplication by a constant"
     if product.node is not None and _has_quantizers(product.node):
         return "rounding both operands would cost too much accuracy"
-    return "it multiplies two activations, as in attention, and computing this in integers would not save time"
+    return "product of two activations, as in attention, which would not be faster in integers"
 
 
 def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
@@ -266,17 +266,17 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     around = model.get_submodule(product.parent)
     if not isinstance(around, fx.GraphModule):
         if any(isinstance(part, fx.GraphModule) for part in model.modules()):
-            return "it is not in the part of the network that was quantized"
-        return f"it is called from within {type(around).__name__}, which is not traced"
+            return "outside of the part of the network that was quantized"
+        return f"called from within {type(around).__name__}, which is not traced"
     quantizer = next((each for each in parametrizations_of(module) if isinstance(each, FakeQuantize)), None)
     if quantizer is None:
         if is_hooked(module):
-            return "forward hooks are registered on it"
+            return "registered forward hooks"
         after_maximum = product.module.removeprefix(f"{product.parent}.") in after_maxima(around)
         if after_maximum and around.meta.get(RUNTIME) == "openvino":
             return "OpenVINO computes a quantized maximum over positions or channels incorrectly"
-        return "it was excluded"
-    return "its input is in float" if quantizer.enabled else "rounding it would cost too much accuracy"
+        return "excluded"
+    return "input in float" if quantizer.enabled else "rounding would cost too much accuracy"
 
 
 def _function(node: fx.Node | None) -> str | None:

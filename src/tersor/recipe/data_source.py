@@ -34,7 +34,7 @@ class DataSource(PlainRecord):
     ] = None
     csv: Annotated[
         Path | None,
-        Field(description="CSV file with the column path and one of: the column class, the column classes, numbers"),
+        Field(description="CSV file: a column `path`, and a column `class`, a column `classes`, or columns of numbers"),
     ] = None
     name: Annotated[
         Named | None, Field(description="digits, scenes, a torchvision data set, or package.module:function")

@@ -46,6 +46,8 @@ def write_report(folder: Path) -> Path:
         numbers = Results.model_validate(_read(path))
         evidence = _read(folder / "evidence.json")
         page = _render(numbers, evidence)
+    except InputError:  # names the file and the damage
+        raise
     except (
         *(ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError),
         TemplateError,

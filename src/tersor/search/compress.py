@@ -118,7 +118,7 @@ def compress(
     budget, out = budget or Budget(), Path(out or "runs/compress")
     progress = progress or WarningProgress()
     if not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"budget is a {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5, minutes=45).")
+        raise InputError(f"budget is of type {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5, minutes=45).")
     placement = _placement(workers, ray_address)
     begun = now()
     request = Request(
@@ -166,8 +166,8 @@ def _names_of(students: object) -> tuple[str, ...]:
     names = _listed("students", students, "names")
     if other := [each for each in names if not isinstance(each, str)]:
         raise InputError(
-            f"students contains a {type(other[0]).__name__}. Pass names, such as 'my_networks.py:build': a student is "
-            "built anew for each training run."
+            f"students contains an object of type {type(other[0]).__name__}. Pass names, such as "
+            "'my_networks.py:build': a student is built anew for each training run."
         )
     return names
 

@@ -64,4 +64,5 @@ def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:
     better = next((point.name for point in kept if covers(point, last.point)), None)
     if better:
         reasons.append(f"{better} is at least as good in metric, latency and size")
-    return reasons or ["another point was at least as good before the final measurement"]
+    better = "another point was at least as good in metric, latency and size"
+    return reasons or [f"{better}. Latencies that were measured again at the end have changed since"]

@@ -168,7 +168,7 @@ def _not_at_once(search: Search) -> str:
     for point in search.points:
         if len(violations(point, search.budget, search.reference)) == 1:
             lacking = shortfall(point, search.budget, search.reference)
-            others = f"{point.description} meets all others, but {lacking}"
+            others = f"one network ({point.description}) meets all others, but {lacking}"
             return f"{none}. It is enough to raise a single limit: {others}."
     return f"{none}, and raising a single limit would not be enough. Raise more than one."
 
@@ -182,14 +182,14 @@ def _out_of_reach(search: Search, best: Point) -> list[str]:
             fastest = min(search.points, key=lambda point: point.latency_ms[size])
             if fastest.latency_ms[size] > limit:
                 lines.append(
-                    f"Latency: no network reached {limit:g} ms at batch {size}; the fastest is {fastest.description} "
-                    f"with {fastest.milliseconds(size)} ms."
+                    f"Latency: no network reached {limit:g} ms at batch {size}; the fastest takes "
+                    f"{fastest.milliseconds(size)} ms: {fastest.description}."
                 )
     limit, smallest = search.budget.megabytes, min(search.points, key=lambda point: point.bytes)
     if limit is not None and "size" in lacking and smallest.bytes / 1e6 > limit:
         lines.append(
-            f"Size: no network reached {limit:g} MB; the smallest is {smallest.description} with "
-            f"{smallest.bytes / 1e6:.3f} MB."
+            f"Size: no network reached {limit:g} MB; the smallest has {smallest.bytes / 1e6:.3f} MB: "
+            f"{smallest.description}."
         )
     return lines
 
@@ -216,7 +216,7 @@ def _more_time(search: Search, best: Point) -> list[str]:
         return []
     drop, after = search.reference - point.validation, search.reference - expected(search, record, seconds)
     minutes = f"a total time of {_MORE_TIME * search.clock.total / 60:.0f} minutes"
-    network = "the same network" if of_best else point.description
+    network = "the same network" if of_best else f"one network ({point.description})"
     error = error_of_expected(search, record, seconds)
     lost = f"about {after:.2f} points (standard error {error:.2f}) instead of {drop:.2f}"
     enough = "" if after <= (search.budget.points or 0.0) else " This is still more than allowed."
@@ -240,7 +240,7 @@ def _more_loss(search: Search, best: Point) -> list[str]:
     if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
         return []
     others = " and meets the other limits" * bool(search.budget.latency_ms or search.budget.megabytes)
-    return [f"Larger drop: {most.description} loses {drop:.2f} points{others}."]
+    return [f"Larger drop: this network loses {drop:.2f} points{others}: {most.description}."]
 
 
 def _another_runtime(search: Search) -> list[str]:

@@ -29,6 +29,7 @@ UNCHANGED = f"{BASELINES}/original.onnx"
 _RIGHT = f"{BASELINES}/original-right.npy"
 _UNTRAINED = f"{TRIALS}/untrained"
 _LOCK = "lock"
+_REPEAT = "Repeat the search in another folder, or continue it with more time (`--time`)."
 
 
 class Front(BaseModel):
@@ -268,9 +269,9 @@ def read_front(path: Path) -> Front:
     if not file.is_file():
         raise InputError(f"{path} has no {FRONT}. Give the folder that `tersor compress` wrote.")
     try:
-        return Front.model_validate(read_json(file, "Run `tersor compress` again."))
+        return Front.model_validate(read_json(file, _REPEAT))
     except ValidationError as error:
-        raise InputError(f"{file} was not written by this version of tersor. Run `tersor compress` again.") from error
+        raise InputError(f"{file} was not written by this version of tersor. {_REPEAT}") from error
 
 
 def _shown(value: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from tersor.evaluation.results import Speedup
-from tersor.search.compression_budget import Budget, in_points
+from tersor.search.compression_budget import Budget
 
 CEILING = 100.0
 """The best possible metric, in percent."""
@@ -29,7 +29,7 @@ class Point(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
     name: str
-    """Short name, also of the folder in `points/`."""
+    """Short name; the folder in `points/` has the same name."""
     description: str
     """What was changed, in words."""
     file: str
@@ -156,11 +156,11 @@ def share_of_budget(point: Point, budget: Budget, original: float) -> str:
     texts: list[str] = []
     if budget.points is not None:
         lost = max(0.0, original - point.validation)
-        texts.append(f"{lost:.2f} of {in_points(budget.points)} lost on the validation images")
+        texts.append(f"{lost:.2f} points lost on the validation images ({budget.points:g} allowed)")
     for size, limit in budget.latency_ms.items():
-        texts.append(f"{point.milliseconds(size)} of {limit:g} ms at batch {size}")
+        texts.append(f"{point.milliseconds(size)} ms at batch {size} (limit {limit:g} ms)")
     if budget.megabytes is not None:
-        texts.append(f"{point.bytes / 1e6:.3f} of {budget.megabytes:g} MB")
+        texts.append(f"{point.bytes / 1e6:.3f} MB (limit {budget.megabytes:g} MB)")
     return ", ".join(texts)
 
 

@@ -70,7 +70,8 @@ def read_evidence(folder: Path) -> dict[str, Any]:
         InputError: it is damaged.
     """
     file = folder / EVIDENCE
-    return read_json(file, "Run the search again.") if file.is_file() else {}
+    advice = "Remove the file; report.html is then written without scores by class, layers and node times."
+    return read_json(file, advice) if file.is_file() else {}
 
 
 def _agreement(

@@ -61,10 +61,10 @@ class Request:
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"task is a {type(self.task).__name__}. Write its name, or 'package.module:Task'.")
+            raise InputError(f"task is of type {type(self.task).__name__}. Write its name, or 'package.module:Task'.")
         if not isinstance(self.data, Splits | Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
-                f"data is a {type(self.data).__name__}. Pass a folder, a CSV file, the name of a data set, or "
+                f"data is of type {type(self.data).__name__}. Pass a folder, a CSV file, the name of a data set, or "
                 "tersor.data.load(datasets={'train': ..., 'test': ...})."
             )
         if isinstance(self.data, Splits) and self.reading:
@@ -147,8 +147,8 @@ def experiment_of(request: Request, progress: ProgressReporter) -> Experiment:
         )
     if not isinstance(request.model, str) and request.weights is not None:
         raise InputError(
-            f"weights is for a network that is given by name, but the model is a {type(request.model).__name__}. Load "
-            "them first: tersor.models.load_weights(model, FILE)."
+            f"weights is for a network that is given by name, but the model is of type {type(request.model).__name__}. "
+            "Load them first: tersor.models.load_weights(model, FILE)."
         )
     source = _source(request)
     data = request.data

@@ -164,7 +164,9 @@ def _check(budget: Budget | None, point: str | None, limits: Mapping[str, object
         if name not in possible:
             raise unknown("limit", name, possible)
     if budget is not None and not isinstance(budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"budget is a {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5), or max_drop=0.5.")
+        raise InputError(
+            f"budget is of type {type(budget).__name__}. Pass tersor.Budget(max_drop=0.5), or max_drop=0.5."
+        )
     if point is not None and (budget is not None or limits):
         raise InputError(f"the point {point} and limits are given. Give either the name of a point or limits.")
     if budget is not None and limits:

@@ -178,10 +178,7 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
             configure_logging=False,
         )
     except (ConnectionError, ValueError) as error:
-        raise InputError(
-            f"there is no Ray cluster at {placement.address}: {error}. Start one with `ray start --head`, or leave "
-            "ray_address (`--ray-address`) out."
-        ) from error
+        raise _not_started(placement, error) from error
     scratch, actors = Path(tempfile.mkdtemp(prefix="tersor-")), list[Any]()
     try:
         threads = _threads(ray, placement)
@@ -201,6 +198,15 @@ def started(placement: Placement, request: Request, bench: Workbench) -> Generat
             _remove_everywhere(ray, scratch)
         ray.shutdown()
         _remove(scratch)
+
+
+def _not_started(placement: Placement, error: Exception) -> InputError:
+    if placement.address:
+        return InputError(
+            f"there is no Ray cluster at {placement.address}: {error}. Start one with `ray start --head`, or leave "
+            "ray_address (`--ray-address`) out."
+        )
+    return InputError(f"Ray cannot be started on this machine: {error}. Leave workers (`--workers`) out.")
 
 
 def _threads(ray: ModuleType, placement: Placement) -> int:
@@ -229,8 +235,8 @@ def _ready(ray: ModuleType, actors: Sequence[Any]) -> list[Any]:
         ) from error
     if not done:
         raise InputError(
-            f"no worker has started after {_START_SECONDS:.0f} s: the cores of the cluster are in use. Use fewer "
-            "workers, or wait."
+            f"no worker has started after {_START_SECONDS:.0f} s. Possible reasons: other programs use the cores, or "
+            "loading the networks and the images takes longer. Use fewer workers, or start the search again later."
         )
     return [actor for actor, call in zip(actors, calls, strict=True) if call in done]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
 from tersor.data.batch import Batch
+from tersor.tasks.network_outputs import given_instead
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
 CONFIDENT = 0.5
@@ -41,7 +42,7 @@ class Detection(Task):
         losses = list(cast("Mapping[str, Any]", outputs).values()) if isinstance(outputs, Mapping) else []
         if not losses or not all(isinstance(each, Tensor) and each.ndim == 0 for each in losses):
             raise InputError(
-                f"in training mode a detector returns a dict of losses, as torchvision's do, not a "
+                "in training mode a detector returns a dict of losses, as torchvision's do, not an object of type "
                 f"{type(outputs).__name__}. Write a task of your own (package.module:Task) with a loss."
             )
         return torch.stack(losses).sum()
@@ -58,11 +59,12 @@ class Detection(Task):
         """
         if isinstance(outputs, Mapping) and all(isinstance(outputs.get(key), Tensor) for key in _KEYS):
             outputs = [dict(zip(_KEYS, one, strict=True)) for one in zip(*(outputs[key] for key in _KEYS), strict=True)]
-        images: list[Any] = cast("list[Any]", outputs) if isinstance(outputs, list | tuple) else [None]
-        if not all(isinstance(image, Mapping) and all(key in image for key in _KEYS) for image in images):
-            raise InputError(
-                f"a detector returns a dict of {', '.join(_KEYS)} for each image, not a {type(outputs).__name__}."
-            )
+        if not isinstance(outputs, list | tuple):
+            raise _refused(outputs, "the dict")
+        images = cast("list[Any]", outputs)
+        for number, image in enumerate(images):
+            if not isinstance(image, Mapping) or not all(key in image for key in _KEYS):
+                raise _refused(image, f"the dict of image {number}")
         return [{key: image[key].detach().cpu() for key in _KEYS} for image in images]
 
     def score(self, pairs: Pairs) -> float:
@@ -126,6 +128,15 @@ def _check(targets: Any, images: int) -> None:
             )
         if len(labels) and int(labels.min()) < 1:
             raise InputError("a target has the label 0. Number the classes of boxes from 1; 0 is the background.")
+
+
+def _refused(given: Any, whose: str) -> InputError:
+    """The error for outputs that are no dicts of boxes, scores and labels."""
+    expected = f"a detector returns a dict of {', '.join(_KEYS)} for each image"
+    missing = [key for key in _KEYS if key not in given] if isinstance(given, Mapping) else []
+    if missing:
+        return InputError(f"{expected}; {whose} has no {', '.join(missing)}.")
+    return InputError(f"{expected}, not {given_instead(given, given if isinstance(given, Tensor) else None)}.")
 
 
 def same_boxes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
-from tersor.tasks.network_outputs import logits_in
+from tersor.tasks.network_outputs import given_instead, logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
 
@@ -44,5 +44,6 @@ class Embedding(Task):
 def _vectors(outputs: Any) -> Tensor:
     vectors = logits_in(outputs)
     if vectors is None or vectors.ndim < 2:
-        raise InputError(f"an embedding network returns one tensor (N, dimensions), not a {type(outputs).__name__}.")
+        given = given_instead(outputs, vectors)
+        raise InputError(f"an embedding network returns one tensor (N, dimensions), not {given}.")
     return vectors.flatten(1)

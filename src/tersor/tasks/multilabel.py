@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
-from tersor.tasks.network_outputs import logits_in
+from tersor.tasks.network_outputs import given_instead, logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
 
 
@@ -54,7 +54,8 @@ class Multilabel(Task):
     def _logits(self, outputs: Any) -> Tensor:
         logits = self.logits(outputs)
         if logits is None or logits.ndim != 2:
-            raise InputError(f"a multi-label network returns logits (N, classes), not a {type(outputs).__name__}.")
+            given = given_instead(outputs, logits)
+            raise InputError(f"a multi-label network returns logits (N, classes), not {given}.")
         return logits
 
     def _f1(self, pairs: list[tuple[Any, Any]]) -> Tensor:

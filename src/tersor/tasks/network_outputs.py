@@ -58,6 +58,11 @@ def described(outputs: Any) -> str:
     return f"a {type(outputs).__name__}"
 
 
+def given_instead(outputs: Any, found: Tensor | None) -> str:
+    """Outputs that do not fit, in words: their type, or the shape of the tensor that was found in them."""
+    return f"an object of type {type(outputs).__name__}" if found is None else f"a tensor of shape {tuple(found.shape)}"
+
+
 def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
     """The floating-point tensors of two outputs, in pairs, on the device of the first.
 

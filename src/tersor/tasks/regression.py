@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
-from tersor.tasks.network_outputs import logits_in
+from tersor.tasks.network_outputs import given_instead, logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required, whole
 
 
@@ -46,13 +46,13 @@ class Regression(Task):
 def _values(outputs: Any) -> Tensor:
     values = logits_in(outputs)
     if values is None:
-        raise InputError(f"a regression network returns one tensor of values, not a {type(outputs).__name__}.")
+        raise InputError(f"a regression network returns one tensor of values, not {given_instead(outputs, None)}.")
     return values
 
 
 def _fitting(targets: Any, values: Tensor) -> Tensor:
     if not isinstance(targets, Tensor):
-        raise InputError(f"the targets are a {type(targets).__name__}. Pass a tensor of values.")
+        raise InputError(f"the targets are of type {type(targets).__name__}. Pass a tensor of values.")
     if targets.numel() != values.numel() or len(targets) != len(values):
         raise InputError(
             f"the targets have the shape {tuple(targets.shape)}, the outputs {tuple(values.shape)}. Pass as many "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tersor.core.errors import InputError
 from tersor.core.plain_values import plain_dataclass
-from tersor.tasks.network_outputs import logits_in
+from tersor.tasks.network_outputs import given_instead, logits_in
 from tersor.tasks.task import PLAIN_VALUES, Pairs, Task, required
 
 
@@ -98,8 +98,8 @@ class Segmentation(Task):
     def _logits(self, outputs: Any) -> Tensor:
         logits = self.logits(outputs)
         if logits is None or logits.ndim != 4:
-            given = type(outputs).__name__ if logits is None else f"tensor of shape {tuple(logits.shape)}"
-            raise InputError(f"a segmentation network returns logits (N, classes, H, W), not a {given}.")
+            given = given_instead(outputs, logits)
+            raise InputError(f"a segmentation network returns logits (N, classes, H, W), not {given}.")
         return logits
 
     def _iou(self, pairs: list[tuple[Any, Any]], classes: int | None) -> Tensor:

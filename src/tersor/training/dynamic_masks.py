@@ -37,7 +37,7 @@ class DynamicSparsity(Protocol):
 
 
 class DynamicMasks(MaskedAttachment):
-    """Global magnitude masks, renewed every few steps, in which masked weights can come back.
+    """Global magnitude masks, renewed every few steps, in which masked weights can become active again.
 
     The sparsity rises along a cubic over the first part of the stage, and is constant afterwards.
 

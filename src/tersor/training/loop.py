@@ -83,6 +83,7 @@ def fit(
     cache_batches: BatchSource | None = None,
     curve: ValidationCurve | None = None,
     seconds: float | None = None,
+    recipe: bool = True,
 ) -> TrainingResult:
     """Train `attachment.model` in place, on the device that accelerate selects, and return it to eval mode.
 
@@ -99,11 +100,10 @@ def fit(
         name: name of the training in progress lines.
         task: the task of the network; classification by default.
         checkpointer: holds the state to resume from, and saves the state every few steps and on Ctrl-C.
-        cache_batches: all images in order, for data without augmentation: the teacher's outputs for them are computed
-            once and cached.
+        cache_batches: all images in order, for data without augmentation; the teacher's outputs for them are cached.
         curve: measures the metric on the validation images every few steps.
-        seconds: time limit for this process. The learning rate schedule then follows the elapsed time, so that it is
-            complete when the training ends; there are at most `steps` steps, and at least one.
+        seconds: time limit for this process, over which the learning rate schedule then runs; at least one step runs.
+        recipe: whether the options are those of a recipe, to which errors then refer.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; with a checkpointer, after the step was finished and saved.
@@ -129,14 +129,14 @@ def fit(
         task=with_label_smoothing(task or Classification(), training.label_smoothing),
         autocast=precision_for(device, training.precision),
     )
-    remedy = smaller_batch(training.batch_size, training.accumulate)
+    of_recipe = smaller_batch(training.batch_size, training.accumulate)
     with (
         others_alive(),
-        enough_memory(remedy),
+        enough_memory(of_recipe if recipe else "Pass a loader with a smaller batch size."),
         restore_device_and_layout(objective),
         seeded(seed + accelerator.process_index, device),
     ):
-        loop = _Loop(accelerator, objective, attachment, training, progress or NullProgress(), checkpointer, curve)
+        loop = _Loop(accelerator, objective, attachment, training, progress, checkpointer, curve, recipe)
         resumed = checkpointer.resume_state if checkpointer else None
         handle = attachment.bind(loop.torch_optimizer, start=resumed[0] if resumed else 0)
         try:
@@ -156,18 +156,20 @@ class _Loop:
         objective: Objective,
         attachment: Attachment,
         training: Training,
-        progress: ProgressReporter,
+        progress: ProgressReporter | None,
         checkpointer: Checkpointer | None,
         curve: ValidationCurve | None,
+        recipe: bool,
     ) -> None:
         self.accelerator = accelerator
         self.unwrapped = objective
         self.attachment = attachment
         self.model = objective.model
         self.training = training
-        self.progress = progress
+        self.progress = progress or NullProgress()
         self.checkpointer = checkpointer
         self.curve = curve
+        self.recipe = recipe
         self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.context.autocast else "float32"
         self.layout = layout_for(accelerator.device)
         set_layout(objective, self.layout)
@@ -192,8 +194,7 @@ class _Loop:
         ema = WeightEMA(self.model, self.training.ema) if self.training.ema else None
         first, history = self._resume(ema)
         self.progress.say(f"{name}: {how}{f'; resuming after step {first}' if first else ''}")
-        done = first
-        reported: dict[str, float] = {}
+        done, reported = first, dict[str, float]()
         steps = groups(batches, self.training.accumulate, first)
         limit = None if seconds is None else history.earlier_seconds + seconds
         due = rates_in_time(rates, first, lambda: history.seconds, limit)
@@ -214,7 +215,7 @@ class _Loop:
                 if self.checkpointer:
                     self._checkpoint(self.checkpointer, done, interrupted(), ema, history)
         if any_rank(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):
-            raise NonFiniteWeights(name)
+            raise NonFiniteWeights(name, recipe=self.recipe)
         if ema:
             ema.copy_to(self.model)
         with history.paused():
@@ -287,9 +288,8 @@ class _Loop:
         # After the backward pass was started: on a GPU the wait is then no longer than the pass.
         if any_rank(not bool(values.isfinite().all())):
             here = [loss for loss in zip(names, values.tolist(), strict=True) if not math.isfinite(loss[1])]
-            name, value = (*here, ("", math.nan))[0]  # "": a loss of another process
-            last = self.checkpointer.last if self.checkpointer else None
-            raise NonFiniteLoss(step + 1, name, value, rate, last)
+            (name, value), saver = (*here, ("", math.nan))[0], self.checkpointer  # "": a loss of another process
+            raise NonFiniteLoss(step + 1, name, value, rate, saver and saver.last, recipe=self.recipe)
 
     def _optimizer_step(self, rate: float) -> None:
         for group in self.torch_optimizer.param_groups:

@@ -64,7 +64,7 @@ def insert_masks(layers: Mapping[str, Layer], gradient: Gradient, method: str) -
         InputError: a weight is already quantized, or there is no such gradient.
     """
     if gradient not in get_args(Gradient):
-        raise unknown("gradient of a mask", str(gradient), get_args(Gradient))
+        raise unknown("gradient", str(gradient), get_args(Gradient))
     for name, layer in layers.items():
         if any(isinstance(each, FakeQuantize) for each in parametrizations_of(layer)):
             raise InputError(

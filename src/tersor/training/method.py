@@ -137,9 +137,9 @@ def _attached(method: Method, model: nn.Module, context: AttachContext) -> Attac
         term.of_method, term.had_teacher = name, context.teacher is not None
     part.notes = (*part.notes, *misspelled_hooks(part))
     for student, teacher in part.layers:
-        matching_paths(part.model, [student], f"method '{name}' compares a layer of the student, which")
+        matching_paths(part.model, [student], f"method '{name}' compares layers, but the student")
         if context.teacher is not None:
-            matching_paths(context.teacher, [teacher], f"method '{name}' compares a layer of the teacher, which")
+            matching_paths(context.teacher, [teacher], f"method '{name}' compares layers, but the teacher")
     return part
 
 

@@ -51,8 +51,8 @@ class ReconstructionAttachment(Attachment):
         images = first_batch(data, method)
         if not isinstance(images, Tensor):
             raise InputError(
-                f"{method} learns rounding block by block, in networks with one input tensor; this one has "
-                f"{len(images.all())}. Write ptq or qat."
+                f"{method} supports only networks with one input tensor; this one has {len(images.all())}. Write ptq "
+                "or qat."
             )
         self.quantizers = insert_quantizers(
             capture(model, images),

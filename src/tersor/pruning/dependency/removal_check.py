@@ -46,7 +46,7 @@ class RemovalCheck:
             try:
                 after[other] = run_node(pruned, other, after, example)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                return node, f"without some of them {node.name} cannot run: {str(error).splitlines()[0]}"
+                return node, f"{node.name} fails if some of them are removed: {str(error).splitlines()[0]}"
             if node.op == "placeholder":
                 before[node] = after[other]
                 continue
