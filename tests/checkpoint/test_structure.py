@@ -42,6 +42,25 @@ def test_a_fresh_network_takes_the_state(laid, runtime):
     assert structure(again) == found
 
 
+class Rewritten(nn.Module):
+    """A class token and padding of one dimension, which are rewritten for OpenVINO."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.token, self.head = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 5)
+
+    def forward(self, images):
+        tokens = nn.functional.pad(self.patches(images), (1, 0)).flatten(2).mT
+        return self.head(torch.cat([self.token.expand(images.shape[0], -1, -1), tokens], 1).mean(1))
+
+
+def test_what_is_rewritten_for_openvino_is_rewritten_again():
+    torch.manual_seed(0)
+    model = tersor.quantize(Rewritten().eval(), [IMAGES], runtime="openvino")
+    again = rebuild(Rewritten().eval(), structure(model))
+    assert [node.name for node in again.graph.nodes] == [node.name for node in model.graph.nodes]
+
+
 class Own(nn.BatchNorm2d):
     def forward(self, values):
         return 2 * super().forward(values)

@@ -424,6 +424,16 @@ def test_average_pooling_of_channels_last_values_is_one_operator(tmp_path, size)
     np.testing.assert_allclose(run(path, images().numpy()), answers(model, images()), rtol=1e-3, atol=1e-4)
 
 
+def test_pooling_with_a_forward_method_of_its_own_keeps_it(tmp_path):
+    class Squared(nn.AdaptiveAvgPool2d):
+        def forward(self, x):
+            return super().forward(x.square()).flatten(1)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Squared(1), nn.Linear(4, 2)).eval()
+    path = export(model, images(), tmp_path / "m.onnx")
+    np.testing.assert_allclose(run(path, images().numpy()), answers(model, images()), rtol=1e-3, atol=1e-4)
+
+
 def test_excluded_layers_stay_in_float(tmp_path):
     path = export(quantize(Small(), images(), exclude=("conv1", "linear")), images(), tmp_path / "m.onnx")
     dtypes = {array.shape: array.dtype for array in initializers(path).values() if array.ndim > 1}

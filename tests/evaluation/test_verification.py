@@ -183,3 +183,26 @@ def test_export_warns_about_a_file_that_differs_more_than_usual(moved_by, tmp_pa
         tersor.export(moved_by(3.5), IMAGES, tmp_path / "model.onnx")
     assert Path(found[0].filename) == Path(__file__)
     assert (tmp_path / "model.onnx").stat().st_size
+
+
+class Outputs(nn.Module):
+    """Class indices, logits, and features."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.factor = network(), 1.0
+
+    def forward(self, images):
+        features = self.network[:5](images)
+        logits = self.network[5:](features)
+        return logits.argmax(1), logits, self.factor * features
+
+
+def test_every_floating_point_output_is_compared(tmp_path):
+    model = Outputs().eval()
+    file = tersor.export(model, IMAGES, tmp_path / "model.onnx")
+    opened = open_session(file, "onnxruntime")
+    verify(opened, model, IMAGES)
+    model.factor = 2.0
+    with pytest.raises(InputError, match=r"differ from torch's by 50 %"):
+        verify(opened, model, IMAGES)

@@ -37,3 +37,10 @@ def test_a_rare_operator_is_captured_as_a_common_one(function, expected):
     names = [operator_name(node) for node in graph.graph.nodes]
     assert [each for each in names if each in {"transpose", "matmul", "mm", "mT", "numpy_T", "t"}] == expected
     assert torch.allclose(graph(IMAGES), network(IMAGES), atol=1e-6)
+
+
+def test_a_view_of_another_data_type_keeps_it():
+    network = Tokens(lambda tokens, _: torch.where(tokens.view(torch.int32) < 0, 0.1 * tokens, tokens)).eval()
+    graph = capture(network, IMAGES)
+    assert [node.target for node in graph.graph.nodes if operator_name(node) == "view"] == [torch.ops.aten.view.dtype]
+    assert torch.equal(graph(IMAGES), network(IMAGES))

@@ -177,6 +177,43 @@ def test_a_read_of_the_mode_is_noted_with_its_line(network):
     assert "self.training" in Path(__file__).read_text(encoding="utf-8").splitlines()[line - 1]
 
 
+class Alpha(Auxiliary):
+    def forward(self, images):
+        return F.alpha_dropout(self.conv(images), 0.5, training=self.training)
+
+
+def test_alpha_dropout_as_a_function_is_noted():
+    (note,) = training_notes(capture(Alpha(), IMAGES))
+    assert "the forward method of Alpha reads self.training (test_modes.py, line" in note
+
+
+class Parts(nn.Module):
+    """A layer over the positions of a map that the graph contains in parts."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.conv, self.layer = nn.Conv2d(3, 4, 1), layer
+
+    def forward(self, images):
+        tokens = self.conv(images).flatten(2).mT
+        return self.layer(tokens)[0] if isinstance(self.layer, nn.RNNBase) else self.layer(tokens, tokens, tokens)[0]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda rate: nn.MultiheadAttention(4, 2, dropout=rate, batch_first=True),
+        lambda rate: nn.GRU(4, 4, 2, dropout=rate, batch_first=True),
+    ],
+    ids=["attention", "GRU"],
+)
+def test_the_dropout_of_attention_and_recurrent_layers_is_noted(made, rate):
+    notes = training_notes(capture(Parts(made(rate)).eval(), IMAGES))
+    note = "the compressed network trains without the dropout of layer, because its graph was recorded in eval mode"
+    assert notes == ((note,) if rate else ())
+
+
 def test_a_module_without_operators_in_eval_mode_is_noted():
     (note,) = training_notes(capture(nn.Sequential(nn.Identity(), Noisy()), IMAGES))
     assert "the forward method of 1.noise reads self.training" in note

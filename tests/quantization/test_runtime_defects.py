@@ -174,6 +174,20 @@ def test_padding_of_one_dimension_is_right_in_openvino(kind, tmp_path):
     verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
+def test_padding_after_a_relu_stays_as_it_is(activation):
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.activation = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 8, 3), activation
+
+        def forward(self, images):
+            return self.second(nn.functional.pad(self.activation(self.first(images))[:, :, ::2], [0, 0, 0, 0, 4, 4]))
+
+    graph = quantized(Shortcut(), "openvino")
+    assert [list(node.args[1]) for node in graph.graph.nodes if operator_name(node) == "pad"] == [[0, 0, 0, 0, 4, 4]]
+
+
 def test_a_padded_vector_has_no_other_dimension():
     class Vector(nn.Module):
         def __init__(self):

@@ -33,6 +33,7 @@ from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.grid import Grid
 from tersor.quantization.qdq_placement import RUNTIME, read_through
 from tersor.quantization.range_tracking import MovingAverage, RunningLargest, WeightShare
+from tersor.quantization.runtime_defects import rewrite_for_openvino
 
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise for the structure of another network."""
@@ -211,7 +212,7 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
         assert model.meta[FINGERPRINT] == plan.fingerprint, "its operators or the settings of its layers differ"
         for cuts in plan.cuts:
             remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])
-        _insert_edges(model, plan.edges)
+        _insert_edges(model, plan.edges, getattr(plan, RUNTIME))
         model.meta.update({key: value for key in _KEPT if (value := getattr(plan, key)) is not None})
     for name in plan.freezable:
         norm = model.get_submodule(name)
@@ -246,9 +247,13 @@ def _require_fit(laid: _Parametrization, shape: list[int], name: str) -> None:
     assert fits, f"{name} has a weight of shape {'x'.join(map(str, shape))}"
 
 
-def _insert_edges(graph: fx.GraphModule, edges: list[tuple[str, str, _Parametrization]]) -> None:
+def _insert_edges(
+    graph: fx.GraphModule, edges: list[tuple[str, str, _Parametrization]], runtime: Runtime | None
+) -> None:
     if edges:
         write_as_matrix_products(graph)
+        if runtime == "openvino":
+            rewrite_for_openvino(graph)
         graph.add_submodule("quantizers", nn.Module())
     for value, target, laid in edges:
         assert isinstance(laid, _OnGrid), f"{value} has no quantizer"

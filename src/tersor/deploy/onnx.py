@@ -37,6 +37,7 @@ from tersor.graph.capture import refuse_reserved_names
 from tersor.graph.export_program import refusal_reason, without_exporter_output
 from tersor.graph.forward_call import input_names
 from tersor.graph.parametrization import in_float32, strip
+from tersor.graph.plain_modules import is_plain
 from tersor.quantization.qdq_placement import RUNTIME
 
 OPSET = 21
@@ -153,8 +154,12 @@ def export(
 
 def _replace_global_pooling(network: nn.Module) -> None:
     for name, module in list(network.named_modules()):
-        if name and isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1]):
+        if name and _is_global_pooling(module):
             network.set_submodule(name, MeanPool())
+
+
+def _is_global_pooling(module: nn.Module) -> bool:
+    return isinstance(module, nn.AdaptiveAvgPool2d) and is_plain(module) and module.output_size in (1, (1, 1), [1, 1])
 
 
 def _is_static(proto: onnx.ModelProto) -> bool:

@@ -47,7 +47,7 @@ def verify(
     pixels: Normalization | None = None,
     in_full_precision: Callable[[], Session] | None = None,
 ) -> None:
-    """Compare the logits of a file, or all its outputs, with torch's, on the first images of `example` and on one.
+    """Compare the outputs of a file with torch's, on the first images of `example` and on one.
 
     Args:
         session: the file, opened in the target runtime.
@@ -98,12 +98,15 @@ def _difference_found(
     file_outputs = _of_file(session, inputs)
     if not file_outputs:
         return None  # class indices, which have no distance
-    torch_outputs = _of_torch(session, model, images)
+    torch_outputs = _of_torch(model, images)
     with quantizers_disabled(model):
-        float_outputs = _of_torch(session, model, images)
+        float_outputs = _of_torch(model, images)
     _require_same_shapes(session, file_outputs, torch_outputs, len(images))
-    difference, quantization = _difference(file_outputs, torch_outputs), _difference(float_outputs, torch_outputs)
     tolerances = _FLOAT_TOLERANCES.get(session.precision, _LOOSEST_TOLERANCES)
+    differences = zip(
+        _differences(file_outputs, torch_outputs), _differences(float_outputs, torch_outputs), strict=True
+    )
+    difference, quantization = max(differences, key=lambda pair: pair[0] / max(_WARN_RATIO * pair[1], tolerances[0]))
     warn_above, refuse_above = (
         max(ratio * quantization, tolerance)
         for ratio, tolerance in zip((_WARN_RATIO, _REFUSE_RATIO), tolerances, strict=True)
@@ -114,7 +117,7 @@ def _difference_found(
         f"on {len(images)} example image{'s' * (len(images) > 1)} the outputs of the file in {session.runtime} differ "
         f"from torch's by {100 * difference:.3g} %; quantization changes them by {100 * quantization:.3g} %"
     )
-    _require_deterministic(torch_outputs, _of_torch(session, model, images, seed=1))
+    _require_deterministic(torch_outputs, _of_torch(model, images, seed=1))
     if not difference <= refuse_above:
         raise InputError(f"{finding}. This is more than rounding can explain, so the file is discarded. {advice}")
     return finding
@@ -133,9 +136,10 @@ def _require_same_shapes(session: Session, of_file: list[Tensor], of_torch: list
 def _require_deterministic(first: list[Tensor], second: list[Tensor]) -> None:
     """Two runs in torch with different seeds return the same."""
     if not all(map(torch.equal, second, first)):
+        percent = 100 * max(_differences(second, first))
         raise InputError(
-            f"the forward method uses random numbers in eval mode: two runs in torch differ by "
-            f"{100 * _difference(second, first):.3g} %. Use a dropout module, or F.dropout(x, training=self.training)."
+            f"the forward method uses random numbers in eval mode: two runs in torch differ by {percent:.3g} %. Use a "
+            "dropout module, or F.dropout(x, training=self.training)."
         )
 
 
@@ -177,9 +181,9 @@ def _by_channel(images: Tensor, normalization: Normalization) -> list[Tensor]:
 
 
 def _of_file(session: Session, inputs: FileArrays) -> list[Tensor]:
-    """The logits of a file, or if it is not known which output holds them, all; floating-point outputs only."""
+    """The floating-point outputs of a file."""
     try:
-        values = [session.run(inputs)] if session.logits is not None else session.run_all(inputs).values()
+        values = session.run_all(inputs).values()
     except InputError:
         raise
     except Exception as error:  # the runtimes' own exceptions have no common class
@@ -191,18 +195,16 @@ def _of_file(session: Session, inputs: FileArrays) -> list[Tensor]:
     return [each.float() for each in map(torch.from_numpy, values) if each.is_floating_point()]
 
 
-def _of_torch(session: Session, model: nn.Module, images: NetworkInput, seed: int = 0) -> list[Tensor]:
+def _of_torch(model: nn.Module, images: NetworkInput, seed: int = 0) -> list[Tensor]:
     """The same outputs of the network."""
-    outputs = [each.cpu() for each in outputs_of(model, images, seed)]
-    return outputs if session.logits is None else [outputs[session.logits]]
+    return [each.cpu() for each in outputs_of(model, images, seed)]
 
 
-def _difference(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference of a tensor."""
-    return max(map(_difference_of_one, outputs, expected))
+def _differences(outputs: list[Tensor], expected: list[Tensor]) -> list[float]:
+    return [_difference(one, other) for one, other in zip(outputs, expected, strict=True)]
 
 
-def _difference_of_one(outputs: Tensor, expected: Tensor) -> float:
+def _difference(outputs: Tensor, expected: Tensor) -> float:
     """Norm of the difference relative to the norm of `expected`; equal NaN and infinite values differ by 0."""
     same = (outputs == expected) | (outputs.isnan() & expected.isnan())
     difference = torch.where(same, 0.0, outputs - expected).norm()

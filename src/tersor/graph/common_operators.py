@@ -26,7 +26,9 @@ def use_common_operators(graph: fx.Graph) -> None:
             _divide_silu(node)
         elif name == "slice" and _takes_all(arguments(node)):
             node.replace_all_uses_with(node.args[0])
-        elif name in ("view", "reshape"):  # a view fails where autocast or training changes the memory layout
+        elif name in ("view", "reshape") and "dtype" not in arguments(
+            node
+        ):  # a view fails where autocast or training changes the memory layout
             node.target = torch.ops.aten.reshape.default
             sizes = list(node.args[1])
             if -1 not in sizes and sum(isinstance(size, fx.Node) for size in sizes) == 1:

@@ -41,6 +41,11 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
             f"the compressed network trains without stochastic depth ({_all(inactive)}), because its graph was "
             "recorded in eval mode"
         )
+    if dropping := [path for path, each in model.named_modules() if _drops_within(each)]:
+        notes.append(
+            f"the compressed network trains without the dropout of {_all(dropping)}, because its graph was recorded in "
+            "eval mode"
+        )
     if switching:
         notes.append(
             f"the compressed network does not use the custom train() of {_all(switching)}: layers that train() would "
@@ -98,7 +103,10 @@ def _reads(node: ast.AST, rate: str | None) -> Iterator[tuple[int, str | None]]:
     """Line and rate of each `self.training` below `node`, without those that capture keeps or that change nothing."""
     if isinstance(node, ast.Attribute) and node.attr == "training":
         yield node.lineno, rate
-    if isinstance(node, ast.Call) and any(kept in ast.unparse(node.func) for kept in _KEPT):
+    if isinstance(node, ast.Call) and "alpha_dropout" in ast.unparse(node.func):
+        for keyword in node.keywords:
+            yield from _reads(keyword.value, rate)
+    elif isinstance(node, ast.Call) and any(kept in ast.unparse(node.func) for kept in _KEPT):
         return
     if isinstance(node, ast.keyword) and node.arg == "training":
         return  # to a function that passes it to F.dropout
@@ -143,6 +151,12 @@ def _switched_batch_norm(node: fx.Node, own: Mapping[str, nn.Module]) -> str | N
 
 def _drops(module: nn.Module) -> bool:
     return any(each > 0 for each in _rates(module))
+
+
+def _drops_within(module: nn.Module) -> bool:
+    """Whether it is attention or a recurrent layer with dropout, which the graph contains in parts."""
+    recurrent = isinstance(module, nn.RNNBase) and module.num_layers > 1
+    return (recurrent or isinstance(module, nn.MultiheadAttention)) and module.dropout > 0
 
 
 def _rates(module: nn.Module) -> list[float]:

@@ -5,8 +5,9 @@ dynamic batch size. A ViT is built like this: patch embedding, then the class to
 and by as much in the 8-bit files of two other tools. A constant to which zeros are added that depend on the images does
 no harm.
 
-OpenVINO 2026.4 pads 8-bit values with zeros even if zero is stored as another integer, unless two or more dimensions
-are padded: the result is wrong, or the file cannot be read. So one more dimension is padded, and cut off again.
+OpenVINO 2026.4 pads 8-bit values with the integer 0 even if zero is stored as another integer, unless two or more
+dimensions are padded: the result is wrong, or the file cannot be read. So one more dimension is padded, and cut off
+again. After a ReLU, zero is stored as 0.
 
 OpenVINO 2026.4 also computes a maximum over positions or channels (ReduceMax, not MaxPool) incorrectly if its output is
 quantized: the attention of CBAM, for example. So the layers that read such a maximum stay in float.
@@ -22,12 +23,13 @@ from tersor.graph.aten import arguments, operator_name, shape_of
 from tersor.graph.capture import is_size, layer_of, values_into
 from tersor.graph.layer_selection import Layer
 from tersor.graph.matrix_products import OperatorAdder
-from tersor.quantization.qdq_placement import CONCATENATIONS, pads_with_zeros, quantizable
+from tersor.quantization.qdq_placement import CONCATENATIONS, pads_with_zeros, quantizable, source_of
 
 _aten = torch.ops.aten
 _MAXIMA = {"amax", "amin", "max", "min", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
 _NEW = {"new_zeros", "new_ones", "new_full"}
 """Operators that take only the data type of their input; `zeros` and others have no input."""
+_RECTIFIERS = {"relu", "relu_", "relu6", "relu6_"}
 
 
 def rewrite_for_openvino(graph: fx.GraphModule) -> None:
@@ -75,7 +77,7 @@ def pad_two_dimensions(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         widths = _zero_padding(node)
         padded = {place // 2 for place, width in enumerate(widths) if width}
-        if len(padded) != 1:
+        if len(padded) != 1 or _is_rectified(source_of(values_into(node)[0])):
             continue
         other, shape, values = 1 if padded == {0} else 0, list(shape_of(node)), values_into(node)
         dim = len(shape) - 1 - other
@@ -88,6 +90,11 @@ def pad_two_dimensions(graph: fx.GraphModule) -> None:
         node.replace_all_uses_with(add(tuple(shape), _aten.slice.Tensor, wide, dim, 0, -1))
         graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _is_rectified(node: fx.Node) -> bool:
+    """Whether `node` is a ReLU, whose grid stores zero as 0."""
+    return operator_name(node) in _RECTIFIERS or isinstance(layer_of(node), nn.ReLU | nn.ReLU6)
 
 
 def _zero_padding(node: fx.Node) -> list[int]:
