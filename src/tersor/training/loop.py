@@ -289,7 +289,7 @@ class _Loop:
         if any_rank(not bool(values.isfinite().all())):
             here = [loss for loss in zip(names, values.tolist(), strict=True) if not math.isfinite(loss[1])]
             (name, value), saver = (*here, ("", math.nan))[0], self.checkpointer  # "": a loss of another process
-            raise NonFiniteLoss(step + 1, name, value, rate, saver and saver.last, recipe=self.recipe)
+            raise NonFiniteLoss(step + 1, name, value, rate, saver.last if saver else None, recipe=self.recipe)
 
     def _optimizer_step(self, rate: float) -> None:
         for group in self.torch_optimizer.param_groups:
