@@ -182,9 +182,48 @@ class Alpha(Auxiliary):
         return F.alpha_dropout(self.conv(images), 0.5, training=self.training)
 
 
-def test_alpha_dropout_as_a_function_is_noted():
-    (note,) = training_notes(capture(Alpha(), IMAGES))
-    assert "the forward method of Alpha reads self.training (test_modes.py, line" in note
+def noisy(features, training):
+    return features + torch.randn_like(features) if training else features
+
+
+class Keyword(Auxiliary):
+    def forward(self, images):
+        return noisy(self.conv(images), training=self.training)
+
+
+class Helped(Auxiliary):
+    def forward(self, images):
+        return self.mixed(self.conv(images))
+
+    def mixed(self, features):
+        return features + torch.randn_like(features) if self.training else features
+
+    def unused(self):
+        return self.training
+
+
+class Shaken(Auxiliary):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 4, 1), Shake())
+
+    def forward(self, images):
+        return self.conv(images)
+
+
+class Shake(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = 0.5
+
+    def forward(self, features):
+        return features * (torch.rand(1) > self.p) if self.training else features * (1 - self.p)
+
+
+@pytest.mark.parametrize("network", [Alpha(), Keyword(), Helped(), Shaken()], ids=lambda each: type(each).__name__)
+def test_a_read_of_the_mode_for_another_function_is_noted(network):
+    (note,) = training_notes(capture(network, IMAGES))
+    assert re.search(r"forward method of \S+ reads self\.training \(test_modes\.py, line", note)
 
 
 class Parts(nn.Module):

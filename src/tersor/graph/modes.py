@@ -6,7 +6,7 @@ import ast
 import inspect
 import operator
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -59,16 +59,17 @@ def lost_in_training(model: nn.Module, graph: fx.Graph) -> list[str]:
     notes += [
         f"the compressed network trains with the code for eval mode, although the forward method of {_all(paths)} "
         f"reads self.training ({line})"
-        for line, paths in _readers_of_mode(own).items()
+        for line, paths in _readers_of_mode(own, called).items()
     ]
     return notes
 
 
-def _readers_of_mode(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+def _readers_of_mode(modules: Mapping[str, nn.Module], called: Container[str]) -> dict[str, list[str]]:
     """The paths of the modules by the line of their code that reads `self.training`."""
     found: dict[str, list[str]] = {}
     for path, module in modules.items():
-        if isinstance(module, nn.modules.batchnorm._NormBase) or _rates(module):  # pyright: ignore[reportPrivateUsage]
+        noted = _rates(module) and not (path in called and _drops(module))
+        if isinstance(module, nn.modules.batchnorm._NormBase) or noted:  # pyright: ignore[reportPrivateUsage]
             continue
         lines = [line for line, rate in _reads_of_training(type(module)) if _value_of(module, rate) != 0]
         if lines:
@@ -82,41 +83,66 @@ def _reads_of_training(kind: type[nn.Module]) -> list[tuple[str, str | None]]:
 
     If it selects a rate, as in `self.drop if self.training else 0.0`, the name of this rate is beside it.
     """
-    defined = {name: each for base in reversed(kind.__mro__) for name, each in vars(base).items()}
     found: list[tuple[str, str | None]] = []
-    for name, each in defined.items():
-        if not isinstance(each, FunctionType) or str(each.__module__).startswith("torch.nn."):
-            continue
-        if not name.lstrip("_").startswith("forward"):
-            continue
+    for each in _reached(kind):
         try:
             lines, first = inspect.getsourcelines(each)
             tree = ast.parse(textwrap.dedent("".join(lines)))
         except (OSError, SyntaxError):
             continue
         file = Path(each.__code__.co_filename).name
-        found += [(f"{file}, line {first + line - 1}", rate) for line, rate in _reads(tree, None)]
+        reads = _reads(tree, None, {**each.__globals__, "self": kind})
+        found += [(f"{file}, line {first + line - 1}", rate) for line, rate in reads]
     return found
 
 
-def _reads(node: ast.AST, rate: str | None) -> Iterator[tuple[int, str | None]]:
+def _reached(kind: type[nn.Module]) -> list[FunctionType]:
+    """The forward methods of a class, without torch's own, and the methods whose names they contain."""
+    defined = {name: each for base in reversed(kind.__mro__) for name, each in vars(base).items()}
+    methods = {
+        name: each
+        for name, each in defined.items()
+        if isinstance(each, FunctionType) and not str(each.__module__).startswith("torch.nn.")
+    }
+    waiting = [name for name in methods if name.lstrip("_").startswith("forward")]
+    reached: dict[str, FunctionType] = {}
+    while waiting:
+        name = waiting.pop(0)
+        if name in methods and name not in reached:
+            reached[name] = methods[name]
+            waiting += methods[name].__code__.co_names
+    return list(reached.values())
+
+
+def _reads(node: ast.AST, rate: str | None, names: Mapping[str, object]) -> Iterator[tuple[int, str | None]]:
     """Line and rate of each `self.training` below `node`, without those that capture keeps or that change nothing."""
     if isinstance(node, ast.Attribute) and node.attr == "training":
         yield node.lineno, rate
-    if isinstance(node, ast.Call) and "alpha_dropout" in ast.unparse(node.func):
-        for keyword in node.keywords:
-            yield from _reads(keyword.value, rate)
-    elif isinstance(node, ast.Call) and any(kept in ast.unparse(node.func) for kept in _KEPT):
+    if isinstance(node, ast.Call) and _is_kept(node.func, names):
         return
-    if isinstance(node, ast.keyword) and node.arg == "training":
-        return  # to a function that passes it to F.dropout
     if isinstance(node, ast.If | ast.IfExp) and "checkpoint" in ast.unparse(node.test):
         return  # saves memory
     if isinstance(node, ast.IfExp):
         rates = [each for each in (node.body, node.orelse) if not isinstance(each, ast.Constant)]
         rate = ast.unparse(rates[0]).removeprefix("self.") if len(rates) == 1 else None
     for child in ast.iter_child_nodes(node):
-        yield from _reads(child, rate)
+        yield from _reads(child, rate, names)
+
+
+def _is_kept(called: ast.expr, names: Mapping[str, object]) -> bool:
+    """Whether a call is of a function that capture keeps, or of one that calls such a function."""
+    name = ast.unparse(called)
+    if "alpha_dropout" in name:
+        return False
+    if any(kept in name for kept in _KEPT):
+        return True
+    first, *others = name.split(".")
+    try:
+        function = operator.attrgetter(".".join(others))(names[first]) if others else names[first]
+        code = inspect.getsource(function)  # pyright: ignore[reportArgumentType]
+    except (KeyError, AttributeError, OSError, TypeError):
+        return False
+    return isinstance(function, FunctionType) and any(f".{kept}(" in code for kept in _KEPT)
 
 
 def _value_of(module: nn.Module, name: str | None) -> object:

@@ -146,7 +146,8 @@ def _collect(
 
     def observe(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         statistics[name].inputs.add(sampled_inputs(layer, inputs[0].detach(), positions).float())
-        output.register_hook(partial(statistics[name].add_gradient, convolution=isinstance(layer, nn.Conv2d)))
+        if output.requires_grad:
+            output.register_hook(partial(statistics[name].add_gradient, convolution=isinstance(layer, nn.Conv2d)))
 
     hooks = [graph.get_submodule(name).register_forward_hook(partial(observe, name)) for name in sorted(layers)]
     progress.start("Hessian statistics", most)
@@ -156,8 +157,9 @@ def _collect(
             values = compared_values(run(graph, inputs.clone()), task)
             if not values.requires_grad:
                 raise InputError(
-                    "importance: obs needs gradients, and the outputs of the network do not depend on the images. "
-                    "Write importance: magnitude."
+                    "importance: obs needs gradients of the outputs, and there are none: the outputs do not depend on "
+                    "the images, or the forward method detaches them and the parameters are frozen. Call "
+                    "model.requires_grad_(), or write importance: magnitude."
                 )
             sign = torch.randint(0, 2, values.shape, generator=signs).to(values) * 2 - 1
             torch.autograd.grad(

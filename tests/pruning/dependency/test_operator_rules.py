@@ -247,3 +247,35 @@ def test_the_weights_of_a_layer_belong_to_its_own_dimension(kind, channels_last)
     of = {group.root: {cut.layer for cut in group.cuts([0])} for group in groups}
     of_channels = channels_last == (kind in {nn.LayerNorm, nn.RMSNorm})
     assert ("layer" in of["conv"], "layer" in of["mix"]) == (of_channels, not of_channels)
+
+
+class Reduced(nn.Module):
+    """Features (N, 16) or a map (N, 16, H, W) that a layer for another rank takes for an image without a batch."""
+
+    def __init__(self, layer, *, features):
+        super().__init__()
+        self.conv, self.layer, self.features = nn.Conv2d(3, 16, 3, padding=1), layer, features
+        self.head = nn.LazyLinear(2)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(self.layer(x.mean((2, 3)) if self.features else x).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "features"),
+    [
+        (nn.MaxPool1d(2), True),
+        (nn.AdaptiveAvgPool1d(8), True),
+        (nn.MaxPool3d((2, 1, 1)), False),
+        (nn.ConstantPad3d((0, 0, 0, 0, 4, 4), 0.0), False),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_layers_that_change_the_channels_keep_them(layer, features):
+    images = torch.randn(3, 3, 4, 4)
+    network = Reduced(layer, features=features)
+    network(images)
+    groups, unprunable = coupled_channels(capture(network.eval(), images), images)
+    assert not groups
+    assert "in a way that channel removal does not support" in unprunable["conv"] or "operator" in unprunable["conv"]

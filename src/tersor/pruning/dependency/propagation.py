@@ -163,11 +163,24 @@ def _value(propagation: ChannelPropagation, node: fx.Node, rule_of: Callable[[Ca
     if not call.tensors:
         return frozen(output)
     try:
-        return rule_of(call)(propagation, call)
+        return _of_recorded_shape(rule_of(call)(propagation, call), output)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         detail = f": {error}" if str(error) else ""
         reason = f"they go into {node.name} ({call.name}) in a way that channel removal does not support{detail}"
         return propagation.freeze(call, reason)
+
+
+def _of_recorded_shape(value: Any, output: Any) -> Any:
+    """What a rule returns, if the rule holds: a layer may run on another dimension, as pooling in 3d does on channels.
+
+    Raises:
+        ValueError: it returns another shape than the operator.
+    """
+    for tensor, recorded in zip(tensors_in(value), tensors_in(frozen(output)), strict=True):
+        sizes = [size if ids is None else len(ids) for size, ids in zip(tensor.shape, tensor.ids, strict=True)]
+        if tuple(sizes) != tuple(recorded.shape):
+            raise ValueError(f"it returns the shape {tuple(recorded.shape)}")
+    return value
 
 
 def _zeros(propagation: ChannelPropagation, call: Call) -> TrackedShape:
