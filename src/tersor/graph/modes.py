@@ -181,8 +181,9 @@ def _drops(module: nn.Module) -> bool:
 
 def _drops_within(module: nn.Module) -> bool:
     """Whether it is attention or a recurrent layer with dropout, which the graph contains in parts."""
-    recurrent = isinstance(module, nn.RNNBase) and module.num_layers > 1
-    return (recurrent or isinstance(module, nn.MultiheadAttention)) and module.dropout > 0
+    if isinstance(module, nn.RNNBase):
+        return module.num_layers > 1 and module.dropout > 0
+    return isinstance(module, nn.MultiheadAttention) and module.dropout > 0
 
 
 def _rates(module: nn.Module) -> list[float]:
