@@ -186,6 +186,45 @@ def test_padding_of_one_dimension_is_right_in_openvino(kind, tmp_path):
     verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
 
 
+class Averaged(nn.Module):
+    """Average pooling of values on a grid with a zero point."""
+
+    def __init__(self, pool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.pool = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 5, 1), pool
+
+    def forward(self, images):
+        return self.second(self.pool(nn.functional.leaky_relu(self.first(images), 0.1))).mean((2, 3))
+
+
+AVERAGES = {
+    "module": (nn.AvgPool2d(3, 1, 1), [[1, 1, 1, 1]]),
+    "function": (lambda x: nn.functional.avg_pool2d(x, (3, 5), 2, (1, 2)), [[2, 2, 1, 1]]),
+    "padding not counted": (nn.AvgPool2d(3, 1, 1, count_include_pad=False), []),
+    "no padding": (nn.AvgPool2d(2), []),
+    "after a ReLU": (nn.Sequential(nn.ReLU(), nn.AvgPool2d(3, 1, 1)), []),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_padding_of_average_pooling_is_written_as_padding(kind):
+    pool, expected = AVERAGES[kind]
+    network = Averaged(pool).eval()
+    model = quantized(network, "openvino")
+    with quantizers_disabled(model):
+        assert torch.allclose(model(IMAGES), network(IMAGES), atol=1e-5)
+    assert [list(node.args[1]) for node in model.graph.nodes if operator_name(node) == "pad"] == expected
+
+
+@pytest.mark.skipif(Target().cpu != "avx2", reason="measured on processors with AVX2 alone")
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_padding_of_average_pooling_is_right_in_openvino(kind, tmp_path):
+    model = quantized(Averaged(AVERAGES[kind][0]), "openvino")
+    file = export(model, IMAGES, tmp_path / "model.onnx")
+    verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
 def test_padding_after_a_relu_stays_as_it_is(activation):
     class Shortcut(nn.Module):

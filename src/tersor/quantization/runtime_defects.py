@@ -7,13 +7,15 @@ no harm.
 
 OpenVINO 2026.4 pads 8-bit values with the integer 0 even if zero is stored as another integer, unless two or more
 dimensions are padded: the result is wrong, or the file cannot be read. So one more dimension is padded, and cut off
-again. After a ReLU, zero is stored as 0.
+again. After a ReLU, zero is stored as 0. Average pooling with padding has the same defect.
 
 OpenVINO 2026.4 also computes a maximum over positions or channels (ReduceMax, not MaxPool) incorrectly if its output is
 quantized: the attention of CBAM, for example. So the layers that read such a maximum stay in float.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
@@ -23,6 +25,7 @@ from tersor.graph.aten import arguments, operator_name, shape_of
 from tersor.graph.capture import is_size, layer_of, values_into
 from tersor.graph.layer_selection import Layer
 from tersor.graph.matrix_products import OperatorAdder
+from tersor.graph.plain_modules import is_plain
 from tersor.quantization.qdq_placement import CONCATENATIONS, pads_with_zeros, quantizable, source_of
 
 _aten = torch.ops.aten
@@ -35,6 +38,7 @@ _RECTIFIERS = {"relu", "relu_", "relu6", "relu6_"}
 def rewrite_for_openvino(graph: fx.GraphModule) -> None:
     """Rewrite what OpenVINO would compute incorrectly, in place."""
     add_zeros_of_images(graph)
+    pad_before_averages(graph)
     pad_two_dimensions(graph)
 
 
@@ -70,6 +74,34 @@ def _add_zeros(concatenation: fx.Node, constants: list[fx.Node]) -> None:
     zeros = add(tuple(shape), _aten.zeros_like.default, part)
     for each in constants:
         concatenation.replace_input_with(each, add(shape_of(each), _aten.add.Tensor, each, zeros))
+
+
+def pad_before_averages(graph: fx.GraphModule) -> None:
+    """Write average pooling that counts its zero padding as padding and pooling, in place."""
+    for node in list(graph.graph.nodes):
+        module = layer_of(node)
+        if isinstance(module, nn.AvgPool2d) and is_plain(module):
+            names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+            given = {name: getattr(module, name) for name in names}
+        elif operator_name(node) == "avg_pool2d":
+            given = arguments(node)
+        else:
+            continue
+        kernel, stride, padding = (_pair(given[name]) for name in ("kernel_size", "stride", "padding"))
+        values = values_into(node)[0]
+        if not any(padding) or not given["count_include_pad"] or given["ceil_mode"] or _is_rectified(source_of(values)):
+            continue
+        add, (*before, rows, columns) = OperatorAdder(node), shape_of(values)
+        wide = (*before, rows + 2 * padding[0], columns + 2 * padding[1])
+        padded = add(wide, _aten.pad.default, values, [padding[1], padding[1], padding[0], padding[0]])
+        rest = [kernel, stride or kernel, [0, 0], False, True, given["divisor_override"]]
+        node.replace_all_uses_with(add(shape_of(node), _aten.avg_pool2d.default, padded, *rest))
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _pair(size: int | Sequence[int]) -> list[int]:
+    return [size, size] if isinstance(size, int) else [*size, *size][:2]
 
 
 def pad_two_dimensions(graph: fx.GraphModule) -> None:
