@@ -43,6 +43,7 @@ from tersor.models import build, save_weights
 from tersor.search.compression_budget import Budget
 from tersor.search.folder import read_front
 from tersor.search.front import rank
+from tersor.search.result import Result
 from tersor.training.attachment import Attachment
 from tersor.training.loop import fit
 from tersor.training.options import Training
@@ -80,23 +81,26 @@ def measure_budget(drop: float, minutes: float, runtime: Runtime, seed: int) -> 
     result = tersor.compress(
         SUBJECT.name, folder(), weights=WEIGHTS, budget=budget, runtime=runtime, seed=seed, out=out, progress=Progress()
     )
+    numbers = {"accuracy": result.best.point.test, **outcome(result), "front": len(result.front)}
+    for name, batch, ratio in _ratios(result.best.file, runtime):
+        tables.add_ratio(RESULT, {"kind": "ratio", "pair": f"{name} / {OURS}", "batch": batch, **identity}, ratio, {})
+    rows.add(RESULT, {"kind": "budget", **identity}, numbers, [seed])
+
+
+def outcome(result: Result) -> dict[str, Any]:
+    """What a search found: the loss on the test images, the size, the network, and the time used."""
     best, original = result.best.point, result.numbers.point(result.numbers.original)
     assert best.test is not None
     assert original.test is not None
-    numbers: dict[str, Any] = {
-        "accuracy": best.test,
+    return {
         "lost": original.test - best.test,
         "smaller": original.bytes / best.bytes,
         "network": best.description,
         "met": result.numbers.met,
         "minutes_used": result.numbers.minutes_used,
-        "front": len(result.front),
         "n": 1,
         "spread": rows.spread([best.test]),
     }
-    for name, batch, ratio in _ratios(result.best.file, runtime):
-        tables.add_ratio(RESULT, {"kind": "ratio", "pair": f"{name} / {OURS}", "batch": batch, **identity}, ratio, {})
-    rows.add(RESULT, {"kind": "budget", **identity}, numbers, [seed])
 
 
 def _ratios(file: Path, runtime: Runtime) -> Sequence[tuple[str, int, Any]]:

@@ -99,20 +99,8 @@ def measure(name: str, drop: float, minutes: float, runtime: Runtime) -> None:
     for size, baseline, ratio in _ratios(subject, result, runtime):
         pair = f"original in 8 bits, {baseline} / {compress.OURS}"
         tables.add_ratio(RESULT, {**identity, "kind": "network ratio", "pair": pair, "batch": size}, ratio, {})
-    best, original = result.best.point, result.numbers.point(result.numbers.original)
-    assert best.test is not None
-    assert original.test is not None
-    numbers = {
-        "original": original.test,
-        "metric": best.test,
-        "lost": original.test - best.test,
-        "smaller": original.bytes / best.bytes,
-        "network": best.description,
-        "met": result.numbers.met,
-        "minutes_used": result.numbers.minutes_used,
-        "n": 1,
-        "spread": rows.spread([best.test]),
-    }
+    original = result.numbers.point(result.numbers.original)
+    numbers = {"original": original.test, "metric": result.best.point.test, **compress.outcome(result)}
     rows.add(RESULT, identity, numbers, [0])
 
 

@@ -41,7 +41,7 @@ def pick(
         _write(choice, out)
     title = f"budget: {budget}" if budget else f"budget of the search: {own}"
     limits = [each.points for each in (budget, own) if each is not None and each.points is not None]
-    _print(title, front, choice, out, allowed=[*limits, None][0], named=point is not None, stderr=as_json)
+    _print(title, front, choice, out, allowed=next(iter(limits), None), named=point is not None, stderr=as_json)
     if as_json:
         print_json(
             PickedPoint(str(budget or own), not choice.shortfall, choice.shortfall, choice.point, out or choice.file)
