@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-SHAPE, IS_BOOLEAN = "shape", "is_boolean"
+SHAPE, DTYPE = "shape", "dtype"
 """Keys in a node's `meta`."""
 
 
@@ -82,6 +83,6 @@ def with_shape(meta: dict[str, Any], shape: tuple[Any, ...]) -> dict[str, Any]:
     return {**meta, SHAPE: shape}
 
 
-def is_boolean(node: fx.Node) -> bool:
-    """Whether the output of a node was a tensor of booleans when the network was captured."""
-    return node.meta.get(IS_BOOLEAN, False)
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The data type of a node's output when the network was captured; None if that was no tensor."""
+    return node.meta.get(DTYPE)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.data.network_inputs import NetworkInput
-from tersor.graph.aten import IS_BOOLEAN, SHAPE
+from tersor.graph.aten import DTYPE, SHAPE
 from tersor.graph.comparison import outputs_of, require_same
 from tersor.graph.custom_gradients import lost_gradients
 from tersor.graph.eval_mode import checked_forward
@@ -223,7 +223,7 @@ def _keep_shapes(captured: fx.GraphModule) -> None:
         node.meta = {} if stack is None else {"nn_module_stack": stack}
         if isinstance(value, Tensor):
             node.meta[SHAPE] = tuple(size if type(size) is int else str(size) for size in value.shape)
-            node.meta[IS_BOOLEAN] = value.dtype == torch.bool
+            node.meta[DTYPE] = value.dtype
         elif isinstance(value, torch.SymInt):
             node.meta[_IS_SIZE] = True
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tersor.graph.aten import arguments, is_boolean, operator_name, shape_of, with_shape
+from tersor.graph.aten import arguments, dtype_of, operator_name, shape_of, with_shape
 
 _aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ def write_as_matrix_products(graph: fx.GraphModule) -> None:
 def _attention(node: fx.Node) -> fx.Node | None:
     given = arguments(node)
     mask = given["attn_mask"]
-    if given["dropout_p"] or given["is_causal"] or given["enable_gqa"] or (mask is not None and is_boolean(mask)):
+    if given["dropout_p"] or given["is_causal"] or given["enable_gqa"] or (mask is not None and dtype_of(mask) == torch.bool):
         return None
     query, key, value = given["query"], given["key"], given["value"]
     (*batch, rows, width), columns = shape_of(query), shape_of(key)[-2]

@@ -1,9 +1,8 @@
 """What OpenVINO would compute incorrectly in integers: rewritten, or left in float.
 
-OpenVINO, since 2026.0, loses the bias of 8-bit layers in front of a concatenation with a constant that is expanded to a
-dynamic batch size. A ViT is built like this: patch embedding, then the class token. Its accuracy fell from 61 to 47 %,
-and by as much in the 8-bit files of two other tools. A constant to which zeros are added that depend on the images does
-no harm.
+OpenVINO, since 2026.0, loses the bias of 8-bit layers if the graph has a constant that is expanded to a dynamic batch
+size, such as a class token or the queries of a decoder. The accuracy of a ViT fell from 61 to 47 %, and by as much in
+the 8-bit files of two other tools. `quantization/expanded_constants.py` rewrites these constants.
 
 OpenVINO 2026.4 pads 8-bit values with the integer 0 even if zero is stored as another integer, unless two or more
 dimensions are padded: the result is wrong, or the file cannot be read. So one more dimension is padded, and cut off
@@ -26,54 +25,19 @@ from tersor.graph.capture import is_size, layer_of, values_into
 from tersor.graph.layer_selection import Layer
 from tersor.graph.matrix_products import OperatorAdder
 from tersor.graph.plain_modules import is_plain
+from tersor.quantization.expanded_constants import broadcast_constants
 from tersor.quantization.qdq_placement import CONCATENATIONS, pads_with_zeros, quantizable, source_of
 
 _aten = torch.ops.aten
 _MAXIMA = {"amax", "amin", "max", "min", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
-_NEW = {"new_zeros", "new_ones", "new_full"}
-"""Operators that take only the data type of their input; `zeros` and others have no input."""
 _RECTIFIERS = {"relu", "relu_", "relu6", "relu6_"}
 
 
 def rewrite_for_openvino(graph: fx.GraphModule) -> None:
     """Rewrite what OpenVINO would compute incorrectly, in place."""
-    add_zeros_of_images(graph)
+    broadcast_constants(graph)
     pad_before_averages(graph)
     pad_two_dimensions(graph)
-
-
-def add_zeros_of_images(graph: fx.GraphModule) -> None:
-    """Add zeros that depend on the images to the constants in concatenations, in place."""
-    constants: set[fx.Node] = set()
-    for node in list(graph.graph.nodes):
-        values = values_into(node)
-        computed_from_constants = node.op == "call_function" and not is_size(node) and constants.issuperset(values)
-        if node.op == "get_attr" or computed_from_constants or operator_name(node) in _NEW:
-            constants.add(node)
-            _repeat_by_expanding(node)
-        elif operator_name(node) in CONCATENATIONS and not constants.isdisjoint(values):
-            _add_zeros(node, [each for each in values if each in constants])
-    graph.recompile()
-
-
-def _repeat_by_expanding(constant: fx.Node) -> None:
-    """`repeat(n, 1, 1)` as `expand(n, -1, -1)`: ONNX's Tile has the defect even with the zeros."""
-    if operator_name(constant) == "repeat":
-        given = arguments(constant)
-        value, (first, *others) = given["self"], given["repeats"]
-        if shape_of(value)[:1] == (1,) and others == [1] * (len(shape_of(value)) - 1):
-            constant.target, constant.args = _aten.expand.default, (value, [first, *[-1] * len(others)])
-
-
-def _add_zeros(concatenation: fx.Node, constants: list[fx.Node]) -> None:
-    dim = arguments(concatenation)["dim"]
-    other = next(each for each in values_into(concatenation) if each not in constants)
-    add, shape = OperatorAdder(concatenation), list(shape_of(other))
-    shape[dim] = 1
-    part = add(tuple(shape), _aten.slice.Tensor, other, dim, 0, 1)
-    zeros = add(tuple(shape), _aten.zeros_like.default, part)
-    for each in constants:
-        concatenation.replace_input_with(each, add(shape_of(each), _aten.add.Tensor, each, zeros))
 
 
 def pad_before_averages(graph: fx.GraphModule) -> None:

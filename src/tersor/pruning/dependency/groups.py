@@ -32,12 +32,14 @@ class Cut(NamedTuple):
 CoupledSlices = tuple[Cut, ...]
 """Everything that is removed with one channel."""
 
+_Signature = tuple[tuple[str, str, int], ...]
+
 _bare = tuple.__new__
 
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Channels whose slices have the same layers, axes and sizes.
+    """Channels whose slices have the same layers, axes and sizes, in the same parts of splits.
 
     Attributes:
         root: the layer that produces the channels.
@@ -54,9 +56,10 @@ def find_groups(propagation: ChannelPropagation) -> tuple[list[ChannelGroup], di
     """Groups in the order of the graph, and root -> why its channels cannot be removed."""
     frozen = propagation.sets.frozen()
     learned = {name for name, _ in propagation.graph.named_parameters()}
-    groups: dict[tuple[tuple[str, str, int], ...], ChannelGroup] = {}
+    groups: dict[tuple[_Signature, tuple[int, ...]], ChannelGroup] = {}
     unprunable: dict[str, str] = {}
     patterns: dict[bytes, _Pattern] = {}
+    parts = _parts(propagation)
     axes = [(axis, ids) for axis, ids in propagation.axes.items() if ids is not None]
     for representative, members, indices in _occurrences(propagation, [ids for _, ids in axes]):
         pattern = patterns.get(members.tobytes())
@@ -68,7 +71,8 @@ def find_groups(propagation: ChannelPropagation) -> tuple[list[ChannelGroup], di
             if pattern.written:  # axes of a parameter that count pixels are not channels
                 unprunable.setdefault(pattern.root, frozen[representative])
             continue
-        group = groups.setdefault(pattern.signature, ChannelGroup(pattern.root, [], []))
+        same = (pattern.signature, parts.get(representative, ()))
+        group = groups.setdefault(same, ChannelGroup(pattern.root, [], []))
         group.representatives.append(representative)
         # a DenseNet has 97,000 of them, and `Cut(...)` takes more than twice as long
         group.slices.append(
@@ -76,8 +80,17 @@ def find_groups(propagation: ChannelPropagation) -> tuple[list[ChannelGroup], di
         )
     for group in groups.values():
         if len(group.slices) == 1:
-            unprunable.setdefault(group.root, "it has one channel")
+            unprunable.setdefault(group.root, "no two of them are used in the same way, and one of each has to remain")
     return [group for group in groups.values() if len(group.slices) > 1], unprunable
+
+
+def _parts(propagation: ChannelPropagation) -> dict[int, tuple[int, ...]]:
+    """Channel set -> the parts of splits that contain it."""
+    found: dict[int, tuple[int, ...]] = {}
+    for number, ids in enumerate(propagation.parts):
+        for representative in np.unique(propagation.sets.find_all(ids)).tolist():
+            found[representative] = (*found.get(representative, ()), number)
+    return found
 
 
 def _occurrences(propagation: ChannelPropagation, axes: list[Ids]) -> Iterator[tuple[int, Ids, list[int]]]:
@@ -109,7 +122,7 @@ class _Pattern(NamedTuple):
     root: str
     written: bool
     runs: list[tuple[PrunableAxis, int, int]]
-    signature: tuple[tuple[str, str, int], ...]
+    signature: _Signature
 
 
 def _pattern(axes: list[PrunableAxis], learned: set[str]) -> _Pattern:

@@ -64,6 +64,7 @@ class ChannelPropagation:
         sets: the sets of coupled channels.
         values: node -> its value, tensors as `TrackedShape`.
         axes: prunable axis -> the channel ids along it.
+        parts: the channel ids of each part of a split or slice; a part cannot be empty.
         cross_channel: nodes that normalize across channels: removing some changes the output of the others.
         ambiguous_split: whether `inner` made a difference.
         mixes_batch: whether a dimension merges the batch with channels.
@@ -75,6 +76,7 @@ class ChannelPropagation:
     sets: ChannelSets = field(default_factory=ChannelSets)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     axes: dict[PrunableAxis, Ids | None] = field(default_factory=dict)
+    parts: list[Ids] = field(default_factory=list)
     cross_channel: set[fx.Node] = field(default_factory=set)
     ambiguous_split: bool = False
     mixes_batch: bool = False

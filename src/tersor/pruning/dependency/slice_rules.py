@@ -32,6 +32,7 @@ def take_slice(propagation: ChannelPropagation, call: Call) -> TrackedShape:
         if stop < len(channels):
             propagation.track_argument(call, "args.3", stop, channels[:stop])
         ids[axis] = channels[start:stop]
+        propagation.parts.append(channels[start:stop])
     return TrackedShape(tuple(call.output), tuple(ids))
 
 
@@ -64,10 +65,10 @@ def split(propagation: ChannelPropagation, call: Call) -> Any:
     sizes = [shape[dimension] for shape in call.output]
     if ids is not None:
         propagation.axes[call.node.name, "sections=" + ",".join(map(str, sizes))] = ids
-    starts = np.cumsum([0, *sizes]).tolist()
+    parts = [None] * len(sizes) if ids is None else np.split(ids, np.cumsum(sizes)[:-1])
+    propagation.parts += [part for part in parts if part is not None]
     return tuple(
-        TrackedShape(tuple(shape), (*before, None if ids is None else ids[start : start + size], *after))
-        for shape, start, size in zip(call.output, starts, sizes, strict=False)
+        TrackedShape(tuple(shape), (*before, part, *after)) for shape, part in zip(call.output, parts, strict=True)
     )
 
 

@@ -1,0 +1,119 @@
+"""Constants that are expanded to the batch size, written as a sum with zeros that depend on the images.
+
+    token.expand(n, -1, -1)        ->    token + zeros             zeros: (n, 1, 1), computed from the images
+    x.new_ones(n, 2, 8, 8)         ->    x.new_ones(1, 2, 8, 8) + zeros
+
+The values are the same, but OpenVINO loses the bias of 8-bit layers if the graph has the first form (see
+`quantization/runtime_defects.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from tersor.graph.aten import dtype_of, operator_name, shape_of
+from tersor.graph.capture import is_size, values_into
+from tersor.graph.dead_code import remove_unused
+from tersor.graph.forward_call import input_nodes
+from tersor.graph.matrix_products import OperatorAdder
+
+_aten = torch.ops.aten
+_EXPANDED = {"expand", "expand_as", "broadcast_to", "repeat_interleave"}
+_REPEATED = {"repeat", "tile"}
+_WITHOUT_INPUT = {"zeros", "ones", "full"}
+_FILLED = {*_WITHOUT_INPUT, "new_zeros", "new_ones", "new_full"}
+
+
+def broadcast_constants(graph: fx.GraphModule) -> None:
+    """Rewrite the constants of a captured network that are expanded to the batch size, in place.
+
+    Args:
+        graph: a captured network without quantizers.
+    """
+    zeros = _Zeros(graph.graph)
+    constants: set[fx.Node] = set()
+    for node in list(graph.graph.nodes):
+        values, name = values_into(node), operator_name(node)
+        if name == "copy_" and len(values) == 2 and values[1] in constants:  # x[:, :1] = token
+            batch = zeros.batch_dimension(values[0])
+            if batch is not None:
+                node.replace_input_with(values[1], zeros.added_to(values[1], node, batch, shape_of(values[0])))
+        elif name in _FILLED or (name in _EXPANDED | _REPEATED and values[0] in constants):
+            batch = zeros.batch_dimension(node)
+            fixed = None if batch is None else _without_batch(node, batch)
+            if batch is None or fixed is None:
+                constants.add(node)
+            else:
+                node.replace_all_uses_with(zeros.added_to(fixed, node, batch, shape_of(node)))
+        elif node.op not in ("placeholder", "output") and constants.issuperset(values) and not is_size(node):
+            constants.add(node)
+    remove_unused(graph.graph)
+    graph.recompile()
+
+
+def _without_batch(node: fx.Node, batch: int) -> fx.Node | None:
+    """The constant of `node` with size 1 in place of the batch size; None if it has another size there already."""
+    name, shape, add = operator_name(node), list(shape_of(node)), OperatorAdder(node)
+    shape[batch] = 1
+    if name not in _FILLED:
+        value = cast("fx.Node", node.args[0])
+        missing = len(shape) - len(shape_of(value))
+        if batch >= missing and shape_of(value)[batch - missing] != 1:
+            return None
+        if name in _EXPANDED:
+            return value if list(shape_of(value)) == shape else add(tuple(shape), _aten.expand.default, value, shape)
+    place = 0 if name in _WITHOUT_INPUT else 1
+    sizes = list(cast("Sequence[Any]", node.args[place]))
+    sizes[batch - len(shape)] = 1  # tile takes fewer sizes than the output has
+    fixed = add(tuple(shape), node.target, *node.args[:place], sizes, *node.args[place + 1 :])
+    fixed.kwargs = node.kwargs
+    return fixed
+
+
+class _Zeros:
+    """Zeros that are computed from the images of a graph, once for each size and data type."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.images = input_nodes(graph)[0]
+        self.made: dict[tuple[int, torch.dtype | None], fx.Node] = {}
+
+    def batch_dimension(self, node: fx.Node) -> int | None:
+        """The only dimension of the output whose size depends on the batch size and is a multiple of it, if any."""
+        found = [place for place, size in enumerate(shape_of(node)) if isinstance(size, str)]
+        return found[0] if len(found) == 1 and self._multiple(shape_of(node)[found[0]]) else None
+
+    def added_to(self, constant: fx.Node, before: fx.Node, batch: int, shape: tuple[Any, ...]) -> fx.Node:
+        """constant + zeros, for an output of `shape` whose dimension `batch` depends on the batch size."""
+        add, sizes = OperatorAdder(before), [1] * len(shape)
+        sizes[batch] = -1
+        zeros = self._of(self._multiple(shape[batch]), before)
+        zeros = add((*sizes[:batch], shape[batch], *sizes[batch + 1 :]), _aten.reshape.default, zeros, sizes)
+        operator = _aten.logical_or.default if dtype_of(before) == torch.bool else _aten.add.Tensor
+        return add(shape, operator, constant, zeros)
+
+    def _multiple(self, size: str) -> int:
+        """k for the size k n, where n is the batch size, as in windows of images; 0 for others."""
+        factor, _, batch = size.rpartition("*")
+        known = shape_of(self.images)[:1] == (batch,) and (not factor or factor.isdecimal())
+        return int(factor or 1) if known else 0
+
+    def _of(self, multiple: int, reader: fx.Node) -> fx.Node:
+        """The zeros (k n,) in the data type of `reader`."""
+        dtype = dtype_of(reader)
+        assert dtype is not None
+        if (multiple, dtype) not in self.made:
+            add = OperatorAdder(reader)  # the first reader: nodes are rewritten in their order
+            batch, size = shape_of(self.images)[0], math.prod(shape_of(self.images)[1:])
+            flat = add((batch, size), _aten.reshape.default, self.images, [-1, size])
+            part = add((batch, multiple), _aten.slice.Tensor, flat, 1, 0, multiple)
+            part = add((f"{multiple}*{batch}",), _aten.reshape.default, part, [-1])
+            part = add((f"{multiple}*{batch}",), _aten.mul.Tensor, part, 0)
+            if not dtype.is_floating_point:
+                part = add((f"{multiple}*{batch}",), _aten.to.dtype, part, dtype)
+            self.made[multiple, dtype] = part
+        return self.made[multiple, dtype]
