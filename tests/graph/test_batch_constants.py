@@ -45,7 +45,15 @@ def averaged(net, x):
     return logits - logits.sum(0) / len(x)
 
 
-@pytest.mark.parametrize("run", [by_len, by_int, merged, averaged])
+def resized(net, x):
+    return net.head(nn.functional.interpolate(net.conv(x), scale_factor=2)[:, :, ::2, ::2].reshape(len(x), -1))
+
+
+def padded(net, x):
+    return net.head(nn.functional.pad(net.conv(x), (1, 1, 1, 1))[:, :, 1:-1, 1:-1].reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("run", [by_len, by_int, merged, averaged, resized, padded])
 def test_a_batch_size_that_is_a_python_number_stays_free(run):
     network = Network(run).eval()
     graph = capture(network, IMAGES)

@@ -44,3 +44,48 @@ def test_a_view_of_another_data_type_keeps_it():
     graph = capture(network, IMAGES)
     assert [node.target for node in graph.graph.nodes if operator_name(node) == "view"] == [torch.ops.aten.view.dtype]
     assert torch.equal(graph(IMAGES), network(IMAGES))
+
+
+def silu_of_a_part(tokens, _):
+    nn.functional.silu(tokens[:, :2], inplace=True)
+    return tokens
+
+
+def silu_of_a_view(tokens, _):
+    return nn.functional.silu(tokens.transpose(1, 2), inplace=True) + tokens.transpose(1, 2)
+
+
+def silu_of_a_sum(tokens, _):
+    return nn.functional.silu(tokens.add_(1), inplace=True)
+
+
+def silu_of_dropout(tokens, _):
+    return nn.functional.silu(nn.functional.dropout(tokens, 0.5, training=False), inplace=True) + tokens
+
+
+def change_of_a_copy(tokens, _):
+    tokens.to(torch.float32, copy=True).mul_(2)
+    return tokens
+
+
+def change_of_the_same_tensor(tokens, _):
+    tokens.to(torch.float32).mul_(2)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("function", "stays"),
+    [
+        (silu_of_a_part, True),
+        (silu_of_a_view, True),
+        (silu_of_a_sum, False),
+        (silu_of_dropout, False),
+        (change_of_a_copy, False),
+        (change_of_the_same_tensor, False),
+    ],
+)
+def test_a_change_in_place_is_seen_where_the_memory_is_shared(function, stays):
+    network = Tokens(function).eval()
+    graph = capture(network, IMAGES)
+    assert torch.allclose(graph(IMAGES), network(IMAGES), atol=1e-6)
+    assert ("silu_" in [operator_name(node) for node in graph.graph.nodes]) == stays

@@ -113,6 +113,32 @@ def test_one_weight_in_two_geometries_is_computed_as_before():
     assert torch.equal(graph(IMAGES), fresh(IMAGES))
 
 
+def test_a_weight_that_a_transposed_convolution_shares_is_computed_as_before():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            return F.conv_transpose2d(self.encoder(x), self.encoder.weight)
+
+    model = Tied().eval()
+    graph = capture(model, IMAGES)
+    assert torch.equal(graph(IMAGES), model(IMAGES))
+    assert "conv_transpose2d" in [operator_name(node) for node in graph.graph.nodes]
+
+
+def test_a_batch_norm_with_a_computed_weight_stays_an_operator():
+    class Shifted(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.batch_norm(x, self.running_mean, self.running_var, 1 + self.weight, self.bias)
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), Shifted(4)).eval()
+    graph = capture(model, IMAGES)
+    assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
+    assert "batch_norm" in [operator_name(node) for node in graph.graph.nodes]
+
+
 class ComputedBias(nn.Module):
     def __init__(self):
         super().__init__()

@@ -451,3 +451,41 @@ def test_scalar_parameters_and_norms_with_weights_after_a_split():
     pruned = tersor.prune(nn.Sequential(Gained()).eval(), [images], keep_macs=0.6)
     assert pruned.get_submodule("0.layers.0").out_channels < 32
     assert pruned(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize("cut", [lambda x: x.split([8, 24], 1), lambda x: (x[:, :8], x[:, 8:])], ids=["split", "slice"])
+def test_every_part_of_a_split_keeps_a_channel(cut):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Conv2d(3, 32, 1), nn.Linear(32, 5)
+
+        def forward(self, x):
+            one, two = cut(self.first(x).relu())
+            return self.head(torch.cat([F.avg_pool2d(one, 2), F.max_pool2d(two, 2)], 1).mean((2, 3)))
+
+    torch.manual_seed(0)
+    network = Parts().eval()
+    nn.init.constant_(network.first.weight[:8], 0.01)  # the channels of the first part are the least important ones
+    images = torch.rand(2, 3, 4, 4)
+    groups, _ = coupled_channels(capture(network, images), images)
+    assert [len(group.slices) for group in groups] == [8, 24]
+    pruned = tersor.prune(network, images, scope="global", round_to=1, keep_macs=0.3)
+    assert 2 <= pruned.first.out_channels < 24
+    assert pruned(images).shape == (2, 5)
+
+
+def test_a_channel_that_is_unlike_all_others_stays():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Conv2d(3, 2, 1), nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x[:, :1]) + self.third(x[:, 1:])
+
+    images = torch.rand(1, 3, 4, 4)
+    groups, unprunable = coupled_channels(capture(One().eval(), images), images)
+    assert groups == []
+    assert unprunable["first"] == "no two of them are used in the same way, and one of each has to remain"

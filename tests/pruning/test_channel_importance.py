@@ -291,3 +291,20 @@ def test_a_channel_may_cover_several_columns_of_a_layer():
     graph.get_submodule("2").weight.data[:] = torch.tensor([[1.0, 1, 1, 1, 1, 0, 0, 0]])
     (found,) = importances("magnitude_l1", graph, [group], data=[], images=1, seed=0)
     assert torch.allclose(found, torch.tensor([(0.5 + 1.6) / 2, (1.5 + 0.4) / 2]))
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "magnitude_l1", "fpgm", "taylor"])
+def test_a_transposed_convolution_is_scored_as_the_convolution_of_the_other_direction(kind):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    transposed = nn.Sequential(nn.ConvTranspose2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 1), *plain[2:])
+    for layer, of_plain in zip(transposed[:2], plain[:2], strict=True):
+        layer.weight.data, layer.bias.data = of_plain.weight.data.transpose(0, 1).contiguous(), of_plain.bias.data
+    data = [(torch.rand(6, 3, 2, 2), torch.arange(6))]
+    found = []
+    for network in (plain, transposed):
+        graph = capture(network.eval(), data[0][0])
+        groups, _ = coupled_channels(graph, data[0][0])
+        found += importances(kind, graph, groups, data=data, images=6, seed=0)
+    assert torch.allclose(found[0], found[1], rtol=1e-4)
+    assert found[0].std() > 0.01

@@ -127,22 +127,29 @@ class Mixed(nn.Module):
         return self.head(self.third(self.each(x + self.second(x)).relu()).flatten(1))
 
 
+def transposed():
+    return nn.Sequential(
+        nn.ConvTranspose2d(3, 12, 2, 2), nn.BatchNorm2d(12), nn.ConvTranspose2d(12, 9, 1), nn.Conv2d(9, 4, 1)
+    )
+
+
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
-def test_predicted_remaining_costs_equal_those_of_the_pruned_network(kind):
+@pytest.mark.parametrize(("build", "blocks"), [(Mixed, 5), (transposed, 5)])
+def test_predicted_remaining_costs_equal_those_of_the_pruned_network(build, blocks, kind):
     torch.manual_seed(0)
     image = torch.rand(1, 3, 8, 8)
-    graph = capture(Mixed().eval(), image)
+    graph = capture(build().eval(), image)
     groups, _ = coupled_channels(graph, image)
     order = removal_order(
         groups, [torch.rand(len(each.slices)) for each in groups], scope="global", round_to=3, floor=0.1
     )
     spent = costs(graph, image)
     found = remaining_costs(kind, graph, order, {layer.name: layer.macs for layer in spent.layers})
-    assert len(found) == len(order.blocks) + 1 == 6
+    assert len(found) == len(order.blocks) + 1 == blocks + 1
     assert found == sorted(found, reverse=True)
-    for blocks, fraction in enumerate(found):
+    for number, fraction in enumerate(found):
         network = copy.deepcopy(graph)
-        remove(network, order.cuts(blocks))
+        remove(network, order.cuts(number))
         assert fraction == pytest.approx(getattr(costs(network, image), kind) / getattr(spent, kind), abs=1e-9)
 
 

@@ -130,7 +130,9 @@ def quantized(network, runtime):
 
 def expansions(graph):
     """The operators that expand a tensor to a size that the graph computes."""
-    return [name for node in graph.graph.nodes if (name := operator_name(node)) in EXPANSIONS and node.all_input_nodes[1:]]
+    return [
+        name for node in graph.graph.nodes if (name := operator_name(node)) in EXPANSIONS and node.all_input_nodes[1:]
+    ]
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

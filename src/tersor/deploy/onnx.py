@@ -35,7 +35,7 @@ from tersor.deploy.outputs import output_names
 from tersor.deploy.weight_transposes import separate_transposes
 from tersor.graph.capture import refuse_reserved_names
 from tersor.graph.export_program import refusal_reason, without_exporter_output
-from tersor.graph.forward_call import input_names
+from tersor.graph.forward_call import dynamic_shapes, input_names
 from tersor.graph.parametrization import in_float32, strip
 from tersor.graph.plain_modules import is_plain
 from tersor.quantization.qdq_placement import RUNTIME
@@ -174,7 +174,7 @@ def _convert(network: nn.Module, inputs: NetworkInput, batch: int | None) -> tor
         refuse_reserved_names(network)
     names = input_names(network, inputs)
     handled = sys.exception()  # of the caller; it is in the context of every error below
-    dynamic = {0: torch.export.Dim("batch", min=1)} if batch is None else None
+    shapes = dynamic_shapes(network, inputs, torch.export.Dim("batch", min=1)) if batch is None else None
     args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else (inputs.args, inputs.kwargs)
     try:
         # The exporter decomposes attention into matrix products. A fused kernel returns another memory layout, for
@@ -186,7 +186,7 @@ def _convert(network: nn.Module, inputs: NetworkInput, batch: int | None) -> tor
                 kwargs=kwargs,
                 dynamo=True,
                 input_names=list(names),
-                dynamic_shapes=dict.fromkeys(kwargs, dynamic) or (dynamic,) * len(args),
+                dynamic_shapes=shapes,
                 opset_version=OPSET,
                 external_data=False,
                 verbose=False,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -105,7 +106,8 @@ def _with_shapes(graph: fx.GraphModule, inputs: Sequence[Tensor], placeholders: 
         for each in inputs
     ]
     try:
-        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*values)
+        with enable_python_dispatcher():  # kernels in C++ for padding and resizing take numbers alone
+            FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*values)
     except (RuntimeError, IndexError, TypeError, ValueError):  # an operator that does not run on another batch size
         return False
     return not any(is_concrete_int(node.meta["val"].shape[0]) for node in placeholders)

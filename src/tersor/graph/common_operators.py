@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from tersor.graph.aten import arguments, operator_name
 
-_CONVERSIONS = {"to", "type_as", "_to_copy"}
+_CONVERSIONS = {"to", "type_as"}
 
 
 def use_common_operators(graph: fx.Graph) -> None:
@@ -18,11 +19,11 @@ def use_common_operators(graph: fx.Graph) -> None:
     for node in graph.nodes:
         _use_common_operator(node)
         name, value = operator_name(node), node.meta.get("val")
-        if name in _CONVERSIONS and isinstance(value, Tensor):
+        if name in _CONVERSIONS and isinstance(value, Tensor) and not arguments(node).get("copy"):
             before = node.args[0].meta["val"]
             if (value.dtype, value.device) == (before.dtype, before.device):
                 node.replace_all_uses_with(node.args[0])
-        elif name == "silu" or (name == "silu_" and len(node.args[0].users) == 1):
+        elif name == "silu" or (name == "silu_" and _is_only_reader(node)):
             _divide_silu(node)
         elif name == "slice" and _takes_all(arguments(node)):
             node.replace_all_uses_with(node.args[0])
@@ -46,6 +47,14 @@ def _use_common_operator(node: fx.Node) -> None:
         and (name == "mT" or (name == "numpy_T" and value.ndim == 2))
     ):
         node.target, node.args = torch.ops.aten.transpose.int, (node.args[0], -2, -1)
+
+
+def _is_only_reader(node: fx.Node) -> bool:
+    """Whether nothing but `node` reads its input, or a view of the same memory."""
+    value: Any = node.args[0]
+    while len(value.users) == 1 and isinstance(value.target, OpOverload) and value.target.is_view:
+        value = value.args[0]
+    return len(value.users) == 1 and operator_name(value) not in ("", "getitem")
 
 
 def _divide_silu(node: fx.Node) -> None:

@@ -25,7 +25,7 @@ from tersor.data.network_inputs import NetworkInput, TensorInputs, tensors_of
 from tersor.graph.aten import operator_name
 from tersor.graph.batch_constants import compute_batch_sizes
 from tersor.graph.common_operators import use_common_operators
-from tersor.graph.forward_call import input_names, input_nodes
+from tersor.graph.forward_call import dynamic_shapes, input_names, input_nodes
 from tersor.graph.inlined_regions import inline_regions
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_attention import with_plain_attention
@@ -103,10 +103,8 @@ def _copied(model: nn.Module) -> nn.Module:
 def _exported(network: nn.Module, images: NetworkInput, batch: Any) -> ExportedProgram:
     try:
         with without_exporter_output(), without_checkpointing():
-            if isinstance(images, Tensor):
-                return torch.export.export(network, (images,), dynamic_shapes=({0: batch},), strict=False)
-            args, kwargs = images.args, images.kwargs
-            shapes = {name: {0: batch} for name in kwargs} or tuple({0: batch} for _ in args)
+            args, kwargs = ((images,), {}) if isinstance(images, Tensor) else (images.args, images.kwargs)
+            shapes = dynamic_shapes(network, images, batch)
             return torch.export.export(network, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the forward method and torch.export raise
         raise _Refused from error

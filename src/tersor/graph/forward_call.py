@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tersor.data.network_inputs import NetworkInput, TensorInputs, by_name, tensors_of
 
@@ -112,3 +112,10 @@ def input_names(network: nn.Module, inputs: NetworkInput) -> tuple[str, ...]:
     names = [each.name for each in parameters if each.kind is not each.VAR_POSITIONAL]
     more = [f"input_{number}" for number in range(len(names), len(inputs.args))]
     return tuple([*names, *more][: len(inputs.args)])
+
+
+def dynamic_shapes(network: nn.Module, inputs: NetworkInput, batch: Any) -> dict[str, Any]:
+    """The argument of torch.export: `batch` as the size of dimension 0 of every input, by the arguments of forward."""
+    args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else (inputs.args, inputs.kwargs)
+    given = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+    return tree_map(lambda _: {0: batch}, dict(given))

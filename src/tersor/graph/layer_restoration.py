@@ -170,8 +170,8 @@ class _Restoration:
         layer.train(self._owner(path).training)
         if known is None:
             known = layer
-        elif known.weight is not weight or known.bias is not bias or known.extra_repr() != layer.extra_repr():
-            return None  # the same weight with another geometry stays an operator
+        elif known.weight is not weight or known.bias is not bias or not _is_alike(known, layer):
+            return None  # the same weight in another kind of layer, or with another geometry, stays an operator
         return self._replace(node, path, known, given["input"])
 
     def _path(self, node: fx.Node, given: dict[str, Any]) -> str:
@@ -204,11 +204,14 @@ class _Restoration:
         owner = self.modules.get(path)
         if mean is None or var is None or not isinstance(owner, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
             return
+        weight, bias = self._parameter(given["weight"]), self._parameter(given["bias"])
+        if (weight is None) != (given["weight"] is None) or (bias is None) != (given["bias"] is None):
+            return  # a computed weight, such as 1 + weight
         layer = self.called.get(path)
         if layer is None:
             kind = _NORMS[node.meta["val"].ndim]
             layer = _empty(kind, len(mean), given["eps"], owner.momentum, affine=given["weight"] is not None)
-            layer.weight, layer.bias = self._parameter(given["weight"]), self._parameter(given["bias"])
+            layer.weight, layer.bias = weight, bias
             for name, buffer in owner.named_buffers(recurse=False):
                 layer.register_buffer(name, buffer, persistent=name in owner.state_dict())
             layer.train(owner.training)
@@ -259,6 +262,10 @@ class _Restoration:
 def _is_without_tensors(module: nn.Module) -> bool:
     """Whether this is an InstanceNorm whose number of channels only its attribute has."""
     return isinstance(module, _InstanceNorm) and not [*module.parameters(), *module.buffers()]
+
+
+def _is_alike(known: nn.Module, layer: nn.Module) -> bool:
+    return isinstance(known, type(layer)) and known.extra_repr() == layer.extra_repr()
 
 
 def _below(node: fx.Node, own: str) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from tersor.core.errors import InputError, nearest
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = Convolution | nn.Linear
 
 

@@ -37,7 +37,12 @@ def write_as_matrix_products(graph: fx.GraphModule) -> None:
 def _attention(node: fx.Node) -> fx.Node | None:
     given = arguments(node)
     mask = given["attn_mask"]
-    if given["dropout_p"] or given["is_causal"] or given["enable_gqa"] or (mask is not None and dtype_of(mask) == torch.bool):
+    if (
+        given["dropout_p"]
+        or given["is_causal"]
+        or given["enable_gqa"]
+        or (mask is not None and dtype_of(mask) == torch.bool)
+    ):
         return None
     query, key, value = given["query"], given["key"], given["value"]
     (*batch, rows, width), columns = shape_of(query), shape_of(key)[-2]

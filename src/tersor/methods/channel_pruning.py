@@ -227,7 +227,8 @@ class ChannelPruning:
             if each is None
         }
         if not scored:
-            raise InputError(f"importance: {self.importance} applies to no channel of this network. Write magnitude.")
+            other = "random" if self.importance == "magnitude" else "magnitude"
+            raise InputError(f"importance: {self.importance} applies to no channel of this network. Write {other}.")
         chosen, of_chosen = zip(*scored, strict=True)
         each_cost = None
         if self.importance in COMPARED_BY_COST and self.scope == "global":

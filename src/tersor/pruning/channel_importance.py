@@ -34,7 +34,7 @@ from tersor.core.errors import InputError
 from tersor.core.import_path import call_with, import_function, is_function_path
 from tersor.core.progress import NO_PROGRESS, ProgressReporter
 from tersor.graph.batchnorm import Norm
-from tersor.graph.layer_selection import Convolution, Layer
+from tersor.graph.layer_selection import Convolution, Layer, TransposedConvolution
 from tersor.pruning.channel_groups import Group
 from tersor.pruning.optimal_brain_surgeon import loss_increases
 from tersor.pruning.weight_importance import accumulate_gradients
@@ -49,6 +49,7 @@ COMPARED_BY_COST: tuple[Importance, ...] = ("obs",)
 """Importances that are divided by the saved cost when groups are compared."""
 
 _READS = ("in", "1")
+_TRANSPOSED = {"in": "out", "out": "in"}
 _ARGUMENTS = (
     "graph is the captured network (torch.fx.GraphModule), group is one group of its channels, data are batches of "
     "images. It returns one score for each of group.slices, such as: def random(group): return "
@@ -63,8 +64,8 @@ class WeightSlice:
 
     Attributes:
         layer: name in the cut: a layer, or the weight itself where it belongs to a larger module.
-        axis: `out` or `0`, rows; `in` or `1`, columns.
-        weight: (C_out, C_in / groups, ...), or (C,) of a norm.
+        axis: `out` or `0`, rows; `in` or `1`, columns. A transposed convolution has its inputs in rows.
+        weight: (C_out, C_in / groups, ...), or (C,) of a norm; (C_in, C_out, ...) of a transposed convolution.
         groups: number of groups of a convolution.
         indices: index along the axis, for every slice.
         channels: channel of the group, for every slice.
@@ -101,7 +102,7 @@ class WeightSlice:
 
 
 def weight_slices(graph: fx.GraphModule, group: Group) -> list[WeightSlice]:
-    """The slices of convolutions, fully connected layers, BatchNorms and weight matrices of attention modules."""
+    """The slices of (transposed) convolutions, fully connected layers, BatchNorms and attention's weight matrices."""
     by_axis: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
     for channel, cuts in enumerate(group.slices):
         for cut in cuts:
@@ -112,6 +113,8 @@ def weight_slices(graph: fx.GraphModule, group: Group) -> list[WeightSlice]:
     for (layer, axis), (indices, channels) in by_axis.items():
         weight, groups = _weight(graph, layer)
         if weight is not None and axis in (*_READS, "out", "0"):
+            if axis in _TRANSPOSED and isinstance(graph.get_submodule(layer), TransposedConvolution):
+                axis = _TRANSPOSED[axis]
             slices.append(WeightSlice(layer, axis, weight, groups, torch.tensor(indices), torch.tensor(channels)))
     return slices
 
@@ -122,7 +125,7 @@ def _weight(graph: fx.GraphModule, name: str) -> tuple[nn.Parameter | None, int]
     for step in name.split("."):
         module = getattr(module, step, None)
     weight = module if name.endswith("weight") else None
-    if isinstance(module, Layer | Norm):
+    if isinstance(module, Layer | TransposedConvolution | Norm):
         weight = module.weight
     groups = module.groups if isinstance(module, Convolution) else 1
     return (weight, groups) if isinstance(weight, nn.Parameter) else (None, 1)

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.data.network_inputs import NetworkInput
-from tersor.graph.layer_selection import Convolution, matching
+from tersor.graph.layer_selection import Convolution, TransposedConvolution, matching
 from tersor.graph.parametrization import parametrizations_of
 from tersor.pruning.channel_groups import Cut, Group, copy_graph, coupled_channels, merge_cuts, remove
 from tersor.pruning.mask import Mask
@@ -250,6 +250,8 @@ class _LayerCost:
         self.groups = module.groups if isinstance(module, Convolution) else 1
         self.rows = shapes[0][0] if shapes else 0
         self.columns = matrices[0][1] * self.groups if matrices else 1
+        if isinstance(module, TransposedConvolution):
+            self.rows, self.columns = self.columns, self.rows
         if macs is not None:
             self.per_entry, self.per_row = macs / max(1, self.rows * self.columns), 0.0
         else:

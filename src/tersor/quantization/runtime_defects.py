@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from tersor.core.target import Runtime
 from tersor.graph.aten import arguments, operator_name, shape_of
-from tersor.graph.capture import is_size, layer_of, values_into
+from tersor.graph.capture import layer_of, values_into
 from tersor.graph.layer_selection import Layer
 from tersor.graph.matrix_products import OperatorAdder
 from tersor.graph.plain_modules import is_plain

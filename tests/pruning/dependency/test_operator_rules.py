@@ -58,7 +58,7 @@ GROUPS = {
     "slice to the end": (lambda x: x[:, -2:], [6, 2]),
     "all but one": (lambda x: x[:, 1:], [7]),
     "chunk": (lambda x: torch.mul(*x.chunk(2, 1)), [4]),
-    "glu of unequal parts": (lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1), [8]),
+    "glu of unequal parts": (lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1), [3, 5]),
     "concatenation": (
         lambda x: torch.cat([x, x.sigmoid(), torch.ones(1, 2, 1, 1).expand(x.shape[0], -1, 4, 4)], 1),
         [8],
