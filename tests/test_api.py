@@ -59,6 +59,15 @@ def test_prune_gives_a_smaller_network_and_leaves_the_one_given(model):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_prune_warns_of_operators_whose_macs_are_not_counted(model):
+    class Spectrum(nn.Module):
+        def forward(self, images):
+            return images + torch.fft.fft2(images).real
+
+    with pytest.warns(CompressionWarning, match=r"do not include these uncounted operators: aten\._fft_c2c in 0"):
+        tersor.prune(nn.Sequential(Spectrum(), model).eval(), IMAGES)
+
+
 def test_prune_goes_by_labels_and_by_a_latency(model, loader, monkeypatch):
     pruned = tersor.prune(model, loader, importance="taylor")
     assert costs(pruned, IMAGES[:1]).macs <= 0.5 * costs(model, IMAGES[:1]).macs

@@ -40,7 +40,7 @@ from tersor.pipeline.arguments import (
 from tersor.pipeline.distillation import train_on_outputs
 from tersor.pipeline.file_comparison import compare_files
 from tersor.pipeline.normalization import NORMALIZATION, check_values, known_normalization
-from tersor.pipeline.outcome_warnings import warn_of_quantized, warn_of_training
+from tersor.pipeline.outcome_warnings import warn_of_pruned, warn_of_quantized
 from tersor.pipeline.task_arguments import Loss, check_targets, task_of
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
@@ -107,8 +107,9 @@ def prune(
 ) -> nn.Module:
     """Remove channels from a copy of a trained network; the remaining weights and BatchNorm statistics are refitted.
 
-    A `CompressionWarning` is issued if the result would behave differently from the network in later training: without
-    stochastic depth, without its custom `train()`, or with gradients other than those of its custom `backward()`.
+    A `CompressionWarning` is issued if operators multiply whose MACs cannot be counted, or if the result would behave
+    differently from the network in later training: without stochastic depth, without its custom `train()`, or with
+    gradients other than those of its custom `backward()`.
 
     Args:
         model: a trained network; it is not changed.
@@ -139,7 +140,7 @@ def prune(
         check_targets(goal, network, data, method.importance_images)
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target, latency=latency_ratio))
     attached.begin()
-    warn_of_training(model, attached.model)
+    warn_of_pruned(model, attached.model, attached.notes)
     return attached.model
 
 

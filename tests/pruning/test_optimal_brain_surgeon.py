@@ -240,6 +240,28 @@ def test_a_group_that_the_images_do_not_reach_has_no_score():
     assert found["inner.0"] is not None
 
 
+class Detached(nn.Module):
+    """Normalizes the images without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = x + 0
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_start_behind_what_the_network_detaches(frozen):
+    expected = lost(net())[1]
+    network = Detached().requires_grad_(not frozen)
+    (found,) = lost_by(network, DATA)
+    assert torch.equal(found, expected)
+    assert all(each.requires_grad != frozen for each in network.parameters())
+
+
 def test_attention_whose_last_layer_is_never_called():
     from torchvision.models import VisionTransformer
 

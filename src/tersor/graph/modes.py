@@ -25,6 +25,8 @@ LOST, RANDOM = "lost_in_training", "random_numbers"
 _RATES = ("p", "drop_prob", "drop_rate")
 _KEPT = ("dropout", "batch_norm")
 """Functions whose modules are restored, or have a note of their own."""
+_OF_BATCH_NORM = ("bn_training", "exponential_average_factor", "num_batches_tracked")
+"""Names in torch's own forward method of BatchNorm, which subclasses copy."""
 _SWITCHES = ("train", "training", "dropout_p")
 """Arguments that are false or 0 where an operator draws no random numbers."""
 
@@ -68,8 +70,7 @@ def _readers_of_mode(modules: Mapping[str, nn.Module], called: Container[str]) -
     """The paths of the modules by the line of their code that reads `self.training`."""
     found: dict[str, list[str]] = {}
     for path, module in modules.items():
-        noted = _rates(module) and not (path in called and _drops(module))
-        if isinstance(module, nn.modules.batchnorm._NormBase) or noted:  # pyright: ignore[reportPrivateUsage]
+        if _rates(module) and not (path in called and _drops(module)):
             continue
         lines = [line for line, rate in _reads_of_training(type(module)) if _value_of(module, rate) != 0]
         if lines:
@@ -122,11 +123,20 @@ def _reads(node: ast.AST, rate: str | None, names: Mapping[str, object]) -> Iter
         return
     if isinstance(node, ast.If | ast.IfExp) and "checkpoint" in ast.unparse(node.test):
         return  # saves memory
+    if isinstance(node, ast.If | ast.Assign) and _prepares_batch_norm(node):
+        return
     if isinstance(node, ast.IfExp):
         rates = [each for each in (node.body, node.orelse) if not isinstance(each, ast.Constant)]
         rate = ast.unparse(rates[0]).removeprefix("self.") if len(rates) == 1 else None
     for child in ast.iter_child_nodes(node):
         yield from _reads(child, rate, names)
+
+
+def _prepares_batch_norm(node: ast.stmt) -> bool:
+    """Whether a statement only sets what BatchNorm's forward method passes to F.batch_norm."""
+    if isinstance(node, ast.If):
+        return all(map(_prepares_batch_norm, [*node.body, *node.orelse]))
+    return any(name in ast.unparse(node) for name in _OF_BATCH_NORM)
 
 
 def _is_kept(called: ast.expr, names: Mapping[str, object]) -> bool:

@@ -47,7 +47,7 @@ from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.costs import Costs, costs
 from tersor.graph.capture import capture
 from tersor.graph.eval_mode import checked_forward
-from tersor.pruning.budget import explain_shortfall, meet_cost, meet_latency
+from tersor.pruning.budget import UNCOUNTED, explain_shortfall, meet_cost, meet_latency
 from tersor.pruning.channel_groups import Cut, Group, copy_graph, remove
 from tersor.pruning.channel_importance import COMPARED_BY_COST, FunctionPath, Importance, importances
 from tersor.pruning.channel_selection import (
@@ -284,15 +284,15 @@ def _blocks_for(
 
     notes: list[str] = []
     if ratio is not None:
-        remaining = estimated(order)
-        blocks, fraction = meet_latency(remaining, lambda blocks: ratio(order.pruned_copy(graph, blocks)), budget.keep)
+        macs = estimated(order)
+        blocks, fraction = meet_latency(macs, lambda blocks: ratio(order.pruned_copy(graph, blocks)), budget.keep)
         notes.append(
-            f"{fraction:.3f} of the measured latency at batch size 1 remains, and {remaining[blocks]:.3f} of the MACs"
+            f"{fraction:.3f} of the measured latency at batch size 1 remains, and {macs[blocks]:.3f} of the MACs"
         )
     else:
         order, blocks, fraction = meet_cost(order, estimated, None if kind == "channels" else exact, budget.keep)
     if budget.before.uncounted and kind in ("macs", "latency"):
-        notes.append(f"the MACs do not include these uncounted operators: {', '.join(budget.before.uncounted)}")
+        notes.append(f"{UNCOUNTED}: {', '.join(budget.before.uncounted)}")
     return order, blocks, fraction, notes
 
 

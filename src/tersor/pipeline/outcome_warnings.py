@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from tersor.core.errors import CompressionWarning
 from tersor.data.batch import Batch, images_of, parts_of
 from tersor.graph.modes import training_notes
 from tersor.graph.plain_network import folding_notes
+from tersor.pruning.budget import UNCOUNTED
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
@@ -30,9 +31,16 @@ def warn_of_quantized(model: fx.GraphModule | nn.Module, batches: Iterable[Any],
         warnings.warn(sentence, CompressionWarning, stacklevel=3)
 
 
-def warn_of_training(original: nn.Module, captured: nn.Module) -> None:
-    """Warn of what a captured network no longer does in training; called by `prune`, before fine-tuning."""
-    for note in (*folding_notes(original), *training_notes(captured)):
+def warn_of_pruned(original: nn.Module, pruned: nn.Module, notes: Sequence[str]) -> None:
+    """Warn of uncounted MACs and of what a pruned network no longer does in training; called by `prune`.
+
+    Args:
+        original: the network before.
+        pruned: the captured network without some of its channels.
+        notes: those of the method.
+    """
+    uncounted = [note for note in notes if note.startswith(UNCOUNTED)]
+    for note in (*uncounted, *folding_notes(original), *training_notes(pruned)):
         warnings.warn(note, CompressionWarning, stacklevel=3)
 
 

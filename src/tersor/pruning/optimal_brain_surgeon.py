@@ -33,7 +33,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -143,28 +144,31 @@ def _collect(
     """Statistics by layer, and the number of images."""
     statistics, count, most = {name: _Statistics() for name in layers}, 0, max(images, _MAX_IMAGES)
     positions, signs = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    reached = _reached_by_images(graph)
+    starts: list[Tensor] = []  # the images, and outputs of layers behind values that the network detaches
 
     def observe(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         statistics[name].inputs.add(sampled_inputs(layer, inputs[0].detach(), positions).float())
+        if not output.requires_grad and name in reached:
+            starts.append(output.requires_grad_())
         if output.requires_grad:
             output.register_hook(partial(statistics[name].add_gradient, convolution=isinstance(layer, nn.Conv2d)))
 
     hooks = [graph.get_submodule(name).register_forward_hook(partial(observe, name)) for name in sorted(layers)]
     progress.start("Hessian statistics", most)
-    with removed_afterwards(hooks), evaluating(graph), torch.inference_mode(mode=False), torch.enable_grad():
+    with removed_afterwards(hooks), evaluating(graph), _frozen(graph), torch.inference_mode(mode=False):
         for batch in first_images(data, most, next(graph.parameters()).device):
             inputs = batch.clone().requires_grad_()
-            values = compared_values(run(graph, inputs.clone()), task)
+            starts[:] = [each for each in tensors_of(inputs) if each.requires_grad]
+            with torch.enable_grad():
+                values = compared_values(run(graph, inputs.clone()), task)
             if not values.requires_grad:
                 raise InputError(
-                    "importance: obs needs gradients of the outputs, and there are none: the outputs do not depend on "
-                    "the images, or the forward method detaches them and the parameters are frozen. Call "
-                    "model.requires_grad_(), or write importance: magnitude."
+                    "importance: obs needs gradients of the outputs, but they do not depend on the images, or the "
+                    "forward method detaches them. Write importance: magnitude."
                 )
             sign = torch.randint(0, 2, values.shape, generator=signs).to(values) * 2 - 1
-            torch.autograd.grad(
-                (values * sign).sum(), [each for each in tensors_of(inputs) if each.requires_grad], allow_unused=True
-            )
+            torch.autograd.grad((values * sign).sum(), starts, allow_unused=True)
             count += len(batch)
             progress.advance(len(batch))
             if count >= images and all(each.inputs.sufficient for each in statistics.values()):
@@ -172,6 +176,28 @@ def _collect(
     if not count:
         raise InputError("importance: obs needs images; none were given. Pass data=...")
     return statistics, count
+
+
+def _reached_by_images(graph: fx.GraphModule) -> set[str]:
+    """The modules whose input is computed from the images, by name."""
+    reached: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return {str(node.target) for node in reached if node.op == "call_module"}
+
+
+@contextmanager
+def _frozen(graph: nn.Module) -> Generator[None]:
+    """Context in which no parameter has a gradient."""
+    learned = [each for each in graph.parameters() if each.requires_grad]
+    try:
+        for each in learned:
+            each.requires_grad = False
+        yield
+    finally:
+        for each in learned:
+            each.requires_grad = True
 
 
 class _LayerHessian:
