@@ -138,6 +138,27 @@ def test_rounds_of_cuts_are_replayed_one_after_the_other():
     assert torch.equal(again(IMAGES), model.eval()(IMAGES))
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_pruned_network_with_a_new_head_is_loaded_into_a_network_with_its_classes(quantized, tmp_path):
+    images = torch.rand(4, 3, 8, 8)
+
+    def network(classes):
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 16, classes)
+        ).eval()
+
+    pruned = tersor.prune(network(5), images)
+    pruned.set_submodule("4", nn.Linear(pruned.get_submodule("4").in_features, 7))
+    saved = tersor.quantize(pruned, [images]) if quantized else pruned
+    tersor.save(saved, tmp_path / "saved")
+    assert torch.equal(tersor.load(network(7), tmp_path / "saved")(images), saved(images))
+    with pytest.raises(
+        InputError,
+        match="weight of shape 5x128" if quantized else "weights for 7 classes, but the network was built for 5",
+    ):
+        tersor.load(network(5), tmp_path / "saved")
+
+
 def test_a_strange_parametrization_is_told():
     model = build("resnet20", 10)
     parametrize.register_parametrization(model.conv1, "weight", nn.Identity())

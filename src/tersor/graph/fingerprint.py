@@ -17,12 +17,12 @@ FINGERPRINT = "fingerprint"
 
 _CONSTANTS = (bool, int, float, str, torch.dtype)
 _PLAIN = (*_CONSTANTS, type(None))
-_OF_TRAINING = {"training", "frozen"}
-"""Attributes of a layer that are no settings."""
+_NO_SETTINGS = {"training", "frozen", "in_features", "out_features", "in_channels", "out_channels"}
+"""Attributes of a layer that training changes, or that its weights show: a new head may have other classes."""
 
 
 def fingerprint(captured: fx.GraphModule) -> str:
-    """Equal for networks of one class and size; another stride, activation, constant or order changes it."""
+    """Equal for networks of one class; another stride, activation, constant or order changes it."""
     places = {node: place for place, node in enumerate(captured.graph.nodes)}
     parts: list[str] = []
     for node in captured.graph.nodes:
@@ -45,11 +45,11 @@ def _settings(captured: fx.GraphModule, node: fx.Node) -> str:
     if node.op != "call_module":
         return ""
     layer = captured.get_submodule(str(node.target))
-    settings = {name: each for name, each in vars(layer).items() if name[0] != "_" and name not in _OF_TRAINING}
+    settings = {name: each for name, each in vars(layer).items() if name[0] != "_" and name not in _NO_SETTINGS}
     plain = {
         name: each for name, each in settings.items() if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(each))
     }
-    return f"{_kind(layer)}({layer.extra_repr()}) {plain}"
+    return f"{_kind(layer)} {plain}"
 
 
 def _kind(layer: nn.Module) -> str:
