@@ -150,7 +150,12 @@ def _advice(session: Session, model: nn.Module) -> str:
         for name, each in model.named_modules()
         if isinstance(each, FakeQuantize) and each.enabled and "parametrizations" not in name
     ]
-    smallest = min(steps, default=1.0)
+    if not steps:
+        return (
+            "The exporter of torch writes an operator of the network incorrectly, or the runtime computes it "
+            "incorrectly. Use another runtime, or find the operator by exporting parts of the network, and replace it."
+        )
+    smallest = min(steps)
     if session.runtime == "openvino" and smallest < torch.finfo(torch.float32).eps:
         return (
             f"Activations of the network are so small that they are rounded in steps of {smallest:.1g}. OpenVINO adds "
