@@ -57,7 +57,17 @@ def a_hook(network):
     network.conv.register_forward_hook(keep)
 
 
-KINDS = [a_lambda, a_default, functions_in_a_function, a_bound_method, a_hook]
+def a_hook_with_a_list(network):
+    network.collected = []
+
+    def keep(_module, _inputs, output, collected=network.collected):
+        collected[:] = [output]
+
+    network.conv.register_forward_hook(keep)
+    network.head.register_forward_pre_hook(lambda _module, _inputs: network.collected[0].mean((2, 3)))
+
+
+KINDS = [a_lambda, a_default, functions_in_a_function, a_bound_method, a_hook, a_hook_with_a_list]
 
 
 @pytest.fixture(params=KINDS, ids=lambda each: each.__name__)

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from tersor.core.errors import InputError
 from tersor.graph.parametrization import parametrized, strip
-from tersor.graph.stored_functions import use_copied_modules
+from tersor.graph.stored_functions import use_copied_parts
 
 _UNCOPIED = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, PicklingError)
 
@@ -133,7 +133,7 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
         raise InputError(
             f"{name} cannot be copied, because of {culprit}: {reason}. Remove it from the network."
         ) from error
-    use_copied_modules(copied, memo)
+    use_copied_parts(copied, memo)
     return copied
 
 

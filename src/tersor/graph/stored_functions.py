@@ -1,9 +1,10 @@
-"""Functions that a network stores, such as hooks and lambdas, and that use its modules through their variables.
+"""Functions that a network stores, such as hooks and lambdas, and that use parts of it through their variables.
 
     self.block = lambda images: self.conv(images).relu()
 
 A deep copy shares functions with the original, so the copy of this network would run the original's `conv`. In a plain
-copy such functions are replaced by callables that are copied together with the modules that they use.
+copy such functions are replaced by callables that are copied together with the modules, tensors and containers that
+they use, such as the list in which a hook collects features.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from contextlib import suppress
 from types import CellType, FunctionType, MethodType
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 Memo = dict[int, Any]
 """The copies made by `copy.deepcopy`, by the id of the original."""
 
 
-def use_copied_modules(network: nn.Module, copies: Memo) -> None:
-    """Replace the functions stored in `network`, a deep copy, that use modules of the original.
+_Part = nn.Module | Tensor | list | dict | set
+
+
+def use_copied_parts(network: nn.Module, copies: Memo) -> None:
+    """Replace the functions stored in `network`, a deep copy, that use parts of the original.
 
     Args:
         network: the copy; it is changed.
@@ -33,35 +37,42 @@ def use_copied_modules(network: nn.Module, copies: Memo) -> None:
             if isinstance(value, dict):  # of hooks, for example
                 held = cast("MutableMapping[Any, Any]", value)
                 for name, each in list(held.items()):
-                    if _uses_modules(each, copies):
-                        held[name] = _Copied(_with_copies(each, copies))
-            elif _uses_modules(value, copies):
-                vars(module)[key] = _Copied(_with_copies(value, copies))
+                    held[name] = _copied(each, copies)
+            else:
+                vars(module)[key] = _copied(value, copies)
+
+
+def _copied(value: Any, copies: Memo) -> Any:
+    """The value, or a copied function if it is a function that uses parts of the network."""
+    parts = [copies[id(each)] for each in _parts_in(value, copies)]
+    return _Copied(_with_copies(value, copies), parts) if parts else value
 
 
 class _Copied:
-    """A function that is deep-copied together with the modules that it uses."""
+    """A function that is deep-copied together with the `parts` of the network that it uses."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], parts: list[Any]) -> None:
         functools.update_wrapper(self, function)
-        self.function = function
+        self.function, self.parts = function, parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
     def __deepcopy__(self, memo: Memo) -> _Copied:
-        return _Copied(_with_copies(self.function, memo))
+        parts = copy.deepcopy(self.parts, memo)
+        return _Copied(_with_copies(self.function, memo), parts)
 
 
-def _uses_modules(function: object, copies: Memo, seen: tuple[object, ...] = ()) -> bool:
-    """Whether a variable or default of a Python function is a module of the network, or a function that uses one."""
+def _parts_in(function: object, copies: Memo, seen: tuple[object, ...] = ()) -> Iterator[object]:
+    """The parts of the network that a Python function, or a function that it uses, has as a variable or default."""
     if not isinstance(function, FunctionType) or function in seen:
-        return False
-    variables = [each.__self__ if isinstance(each, MethodType) else each for each in _variables(function)]
-    return any(
-        (isinstance(each, nn.Module) and id(each) in copies) or _uses_modules(each, copies, (*seen, function))
-        for each in variables
-    )
+        return
+    for each in _variables(function):
+        owner = each.__self__ if isinstance(each, MethodType) else each
+        if isinstance(owner, _Part) and id(owner) in copies:
+            yield owner
+        else:
+            yield from _parts_in(each, copies, (*seen, function))
 
 
 def _variables(function: FunctionType) -> Iterator[object]:
@@ -73,7 +84,7 @@ def _variables(function: FunctionType) -> Iterator[object]:
 
 
 def _with_copies(function: Callable[..., Any], copies: Memo) -> Callable[..., Any]:
-    """The function with the copies of the modules in place of the modules."""
+    """The function with the copies of the network's parts in place of the parts."""
     if not isinstance(function, FunctionType):
         return function
     cells = tuple(_cell(each, copies) for each in function.__closure__ or ())
@@ -96,6 +107,7 @@ def _cell(cell: CellType, copies: Memo) -> CellType:
 
 
 def _value(value: Any, copies: Memo) -> Any:
-    if isinstance(value, nn.Module) or (isinstance(value, MethodType) and isinstance(value.__self__, nn.Module)):
+    owner = value.__self__ if isinstance(value, MethodType) else value
+    if isinstance(owner, nn.Module) or (isinstance(owner, _Part) and id(owner) in copies):
         return copy.deepcopy(value, copies)
     return _with_copies(value, copies) if isinstance(value, FunctionType) else value

@@ -97,10 +97,14 @@ class _Zeros:
         return add(shape, operator, constant, zeros)
 
     def _multiple(self, size: str) -> int:
-        """k for the size k n, where n is the batch size, as in windows of images; 0 for others."""
+        """k for the size k n, where n is the batch size, as in windows of images; 0 for others.
+
+        An image has at least k numbers.
+        """
         factor, _, batch = size.rpartition("*")
         known = shape_of(self.images)[:1] == (batch,) and (not factor or factor.isdecimal())
-        return int(factor or 1) if known else 0
+        multiple = int(factor or 1) if known else 0
+        return multiple if multiple <= math.prod(shape_of(self.images)[1:]) else 0
 
     def _of(self, multiple: int, reader: fx.Node) -> fx.Node:
         """The zeros (k n,) in the data type of `reader`."""
