@@ -83,6 +83,18 @@ class QueriesOfWindows(Tokens):
         return self.attend(self.tokens[None].repeat(len(windows), 1, 1), windows).reshape(-1, 16, 16)
 
 
+class QueriesInOneDimension(Tokens):
+    def use(self, x):
+        return self.attend(self.tokens.repeat(len(x), 1).reshape(len(x), 4, 16), x)
+
+
+class QueriesOfWindowsInOneDimension(Tokens):
+    def use(self, x):
+        windows = x.reshape(-1, 4, 16)
+        queries = self.tokens.tile(len(windows), 1).reshape(-1, 4, 16)
+        return self.attend(queries, windows).reshape(-1, 16, 16)
+
+
 class Positions(Tokens):
     def use(self, x):
         return x + self.table(torch.arange(16)[None].expand(len(x), -1))

@@ -2,6 +2,7 @@
 
     token.expand(n, -1, -1)        ->    token + zeros             zeros: (n, 1, 1), computed from the images
     x.new_ones(n, 2, 8, 8)         ->    x.new_ones(1, 2, 8, 8) + zeros
+    queries.repeat(n, 1)           ->    (queries.unsqueeze(0) + zeros).flatten(0, 1)
 
 The values are the same, but OpenVINO loses the bias of 8-bit layers if the graph has the first form (see
 `quantization/runtime_defects.py`).
@@ -44,29 +45,42 @@ def broadcast_constants(graph: fx.GraphModule) -> None:
             if batch is not None:
                 node.replace_input_with(values[1], zeros.added_to(values[1], node, batch, shape_of(values[0])))
         elif name in _FILLED or (name in _EXPANDED | _REPEATED and values[0] in constants):
-            batch = zeros.batch_dimension(node)
-            fixed = None if batch is None else _without_batch(node, batch)
-            if batch is None or fixed is None:
+            total = _as_sum(node, zeros)
+            if total is None:
                 constants.add(node)
             else:
-                node.replace_all_uses_with(zeros.added_to(fixed, node, batch, shape_of(node)))
+                node.replace_all_uses_with(total)
         elif node.op not in ("placeholder", "output") and constants.issuperset(values) and not is_size(node):
             constants.add(node)
     remove_unused(graph.graph)
     graph.recompile()
 
 
-def _without_batch(node: fx.Node, batch: int) -> fx.Node | None:
-    """The constant of `node` with size 1 in place of the batch size; None if it has another size there already."""
+def _as_sum(node: fx.Node, zeros: _Zeros) -> fx.Node | None:
+    """The sum that replaces an expanded constant; None if its size does not depend on the batch size."""
+    batch, shape = zeros.batch_dimension(node), shape_of(node)
+    if batch is None:
+        return None
+    fixed = _without_batch(node, batch)
+    size = shape_of(fixed)[batch]
+    if size == 1:
+        return zeros.added_to(fixed, node, batch, shape)
+    if operator_name(node) not in _REPEATED:
+        return None
+    add, (*before, _), after = OperatorAdder(node), shape[: batch + 1], shape[batch + 1 :]
+    rows = add((*before, 1, size, *after), _aten.unsqueeze.default, fixed, batch)
+    total = zeros.added_to(rows, node, batch, (*before, zeros.divided(shape[batch], size), size, *after))
+    return add(shape, _aten.flatten.using_ints, total, batch, batch + 1)
+
+
+def _without_batch(node: fx.Node, batch: int) -> fx.Node:
+    """The constant of `node` as it is before it is expanded along `batch`."""
     name, shape, add = operator_name(node), list(shape_of(node)), OperatorAdder(node)
-    shape[batch] = 1
-    if name not in _FILLED:
-        value = cast("fx.Node", node.args[0])
-        missing = len(shape) - len(shape_of(value))
-        if batch >= missing and shape_of(value)[batch - missing] != 1:
-            return None
-        if name in _EXPANDED:
-            return value if list(shape_of(value)) == shape else add(tuple(shape), _aten.expand.default, value, shape)
+    value = None if name in _FILLED else cast("fx.Node", node.args[0])
+    missing = 0 if value is None else len(shape) - len(shape_of(value))
+    shape[batch] = 1 if value is None or batch < missing else shape_of(value)[batch - missing]
+    if value is not None and name in _EXPANDED:
+        return value if list(shape_of(value)) == shape else add(tuple(shape), _aten.expand.default, value, shape)
     place = 0 if name in _WITHOUT_INPUT else 1
     sizes = list(cast("Sequence[Any]", node.args[place]))
     sizes[batch - len(shape)] = 1  # tile takes fewer sizes than the output has
@@ -95,6 +109,10 @@ class _Zeros:
         zeros = add((*sizes[:batch], shape[batch], *sizes[batch + 1 :]), _aten.reshape.default, zeros, sizes)
         operator = _aten.logical_or.default if dtype_of(before) == torch.bool else _aten.add.Tensor
         return add(shape, operator, constant, zeros)
+
+    def divided(self, size: str, divisor: int) -> str:
+        """The size k n / divisor."""
+        return f"{self._multiple(size) // divisor}*{shape_of(self.images)[0]}".removeprefix("1*")
 
     def _multiple(self, size: str) -> int:
         """k for the size k n, where n is the batch size, as in windows of images; 0 for others.
