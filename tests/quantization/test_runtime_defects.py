@@ -12,7 +12,7 @@ from tersor.core.target import Target
 from tersor.deploy.onnx import export
 from tersor.evaluation.session import open_session
 from tersor.evaluation.verification import verify
-from tersor.graph.aten import operator_name
+from tersor.graph.aten import operator_name, shape_of
 from tersor.methods.ptq import PTQ
 from tersor.quantization import runtime_defects
 from tersor.quantization.fake_quantize import quantizers_disabled
@@ -95,6 +95,10 @@ class Filled(nn.Module):
         "columns": lambda x: nn.functional.pad(x, (1, 0, 0, 0)),
         "rows": lambda x: nn.ZeroPad2d((0, 0, 0, 2))(x),
         "cut": lambda x: nn.functional.pad(x, (0, -1)),
+        "tokens of ones": lambda x: (
+            nn.functional.pad(x.flatten(2).transpose(1, 2), (0, 0, 1, 0), value=1.0).transpose(1, 2).unsqueeze(3)
+        ),
+        "rows of ones": lambda x: nn.ConstantPad2d((0, 0, 0, 2), 1.0)(x),
     }
 
     def __init__(self, kind):
@@ -122,6 +126,48 @@ def test_padding_of_one_dimension_is_written_as_padding_of_two(kind):
 @pytest.mark.parametrize("kind", Filled.PADDED)
 def test_padding_of_one_dimension_is_right_in_openvino(kind, tmp_path):
     model = quantized(Filled(kind), "openvino")
+    file = export(model, IMAGES, tmp_path / "model.onnx")
+    verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
+
+
+class AveragedTokens(nn.Module):
+    """Averages or sums 8-bit values of three dimensions."""
+
+    REDUCED = {  # noqa: RUF012
+        "mean": lambda x: x.mean(1),
+        "kept dimension": lambda x: x.mean(-2, keepdim=True).flatten(1),
+        "sum": lambda x: x.sum(1),
+        "both": lambda x: x.mean((1, 2))[:, None],
+        "last": lambda x: x.transpose(1, 2).mean(2),
+    }
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+        self.reduced = self.REDUCED[kind]
+
+    def forward(self, images):
+        return self.reduced(self.second(self.first(images).flatten(2).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("kind", AveragedTokens.REDUCED)
+def test_averages_of_three_dimensions_are_written_in_four(kind):
+    network = AveragedTokens(kind).eval()
+    model = quantized(network, "openvino")
+    assert not in_float(model)
+    with quantizers_disabled(model):
+        assert torch.allclose(model(IMAGES), network(IMAGES), atol=1e-5)
+    (average,) = (node for node in model.graph.nodes if operator_name(node) in {"mean", "sum"})
+    assert len(shape_of(average.args[0])) == 4
+    kept = quantized(network, "onnxruntime").graph.nodes
+    assert [len(shape_of(node.args[0])) for node in kept if operator_name(node) in {"mean", "sum"}] == [3]
+
+
+@pytest.mark.skipif(Target().cpu != "vnni", reason="measured on a processor with AVX-512 and VNNI")
+@pytest.mark.parametrize("kind", AveragedTokens.REDUCED)
+def test_averages_of_three_dimensions_are_right_in_openvino(kind, tmp_path):
+    model = quantized(AveragedTokens(kind), "openvino")
     file = export(model, IMAGES, tmp_path / "model.onnx")
     verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
 
@@ -221,8 +267,13 @@ def test_a_padding_of_0_is_removed():
             Filled("columns"),
             marks=pytest.mark.skipif(Target().cpu == "amx", reason="not measured on processors with AMX"),
         ),
+        pytest.param(
+            "average_in_four_dimensions",
+            AveragedTokens("mean"),
+            marks=pytest.mark.skipif(Target().cpu != "vnni", reason="measured on a processor with AVX-512 and VNNI"),
+        ),
     ],
-    ids=["expanded constant", "maximum", "padding"],
+    ids=["expanded constant", "maximum", "padding", "average"],
 )
 def test_openvino_still_has_the_defect(rule, network, tmp_path, monkeypatch):
     """If this fails, OpenVINO computes the network correctly, and the rule can go."""
