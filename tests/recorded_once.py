@@ -34,11 +34,11 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, t
 
 
 class _OtherError(Exception):
-    """An attribute that is no plain value."""
+    """An attribute is not a plain value."""
 
 
 def pytest_configure() -> None:
-    """Begin; a process that a test starts calls it itself."""
+    """Start sharing records. A process started by a test calls this itself."""
     export_program._exported = _recorded_once
 
 
@@ -80,7 +80,7 @@ def described_call(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def is_small(network: nn.Module) -> bool:
-    """Whether to keep what was recorded of a network."""
+    """Whether the record of a network is kept."""
     return sum(each.numel() for each in network.parameters()) <= LARGEST
 
 
