@@ -137,7 +137,7 @@ def test_a_pydantic_error_is_formatted_as_one_line():
 
 
 def test_pydantic_validators_bypass_the_constructors():
-    """In a recipe, the lines of a file are named: pydantic's own error reaches the reader of the recipe."""
+    """Errors in a recipe are reported with lines of the file, so the recipe reader has to get pydantic's own error."""
     for kind in (Training, SoftTargets):
         with pytest.raises(ValidationError):
             TypeAdapter(kind).validate_python({"tempeature": 4})

@@ -1,4 +1,4 @@
-"""Networks that a rewrite by type or shape gets wrong: the file has to agree with torch, torch with the original."""
+"""Networks for which rewrites by type or shape are often wrong: outputs of torch and of the file must not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files with a fixed batch: where they are needed, what they hold, and how a session runs any number of images."""
+"""Files with a fixed batch size: when they are needed, what is in them, and how a session runs any number of images."""
 
 import importlib
 import json
