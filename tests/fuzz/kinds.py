@@ -101,7 +101,9 @@ _WORDS = (
 
 def _recipe_seeds() -> list[bytes]:
     shipped = sorted((ROOT / "recipes").glob("*.yaml"))
-    return [path.read_bytes().replace(b"???", b"given") for path in shipped]  # replaces the values that a user has to set
+    return [
+        path.read_bytes().replace(b"???", b"given") for path in shipped
+    ]  # replaces the values that a user has to set
 
 
 def _recipe_changed(content: bytes, draw: Random) -> bytes:

@@ -93,7 +93,9 @@ def test_the_graph_is_the_network(name):
     assert {id(each) for key, each in model.named_parameters() if key not in own} <= set(map(id, graph.parameters()))
     for count in (1, 2, 5):
         several = torch.cat([images, images, images])[:count]
-        torch.testing.assert_close(outputs_of(graph.eval(), several), outputs_of(model.eval(), several), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            outputs_of(graph.eval(), several), outputs_of(model.eval(), several), rtol=1e-4, atol=1e-5
+        )
     if name in IN_TRAINING_ALONE:
         return
     original = copy.deepcopy(model).train()  # with running statistics of its own

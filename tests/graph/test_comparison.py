@@ -96,7 +96,7 @@ def test_require_same_raises_for_different_outputs():
         require_same(other, expected, IMAGES)
 
 
-class Branching(nn.Module):
+class Asks(nn.Module):
     """Has a Python branch of which a graph contains only one side."""
 
     def __init__(self):
@@ -111,7 +111,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("verb", ["quantize", "prune"])
 def test_a_graph_that_is_not_equivalent_to_the_network_raises(verb):
     torch.manual_seed(0)
-    model = Branching().eval()
+    model = Asks().eval()
     call = {
         "quantize": lambda: tersor.quantize(model, [IMAGES]),
         "prune": lambda: tersor.prune(model, [IMAGES], round_to=1),
