@@ -19,7 +19,7 @@ stages:
 
 
 def tersor(*arguments: str) -> str:
-    """What the installed command prints."""
+    """The output of the installed command."""
     command = Path(sys.executable).with_name("tersor")
     done = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

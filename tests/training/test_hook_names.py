@@ -17,7 +17,7 @@ class Right(Attachment):
         """A hook."""
 
 
-def test_a_method_with_nearly_the_name_of_a_hook_is_named():
+def test_a_method_with_nearly_the_name_of_a_hook_is_reported():
     model = nn.Linear(1, 1)
     assert misspelled_hooks(Slipped(model)) == [
         "Slipped.before_steps is not a hook and is not called during training. Did you mean before_step?"
