@@ -78,7 +78,7 @@ def on_affine_grids() -> Callable[..., torch.nn.Module]:
             low, high = torch.aminmax(shown) if per_tensor else torch.aminmax(shown.flatten(1), dim=1)
             weights[0] = FakeQuantize(grid, None if per_tensor else len(shown))
             scale, zero_point = affine_parameters(low, high, grid)
-            if runs and Target().cpu == "avx2":  # a file that runs here must not saturate
+            if runs and Target().cpu == "avx2":  # a file that is run on this machine must not saturate
                 scale = without_saturation(shown, scale, grid)
             weights[0].set_grid(scale, zero_point)
         return network

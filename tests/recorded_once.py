@@ -75,7 +75,7 @@ def _key(network: nn.Module, images: NetworkInput, batch: Any) -> Hashable:
 
 
 def described_call(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: str) -> Hashable:
-    """All that an export of a network depends on besides the values of its tensors."""
+    """Everything that an export of a network depends on, except the values of its tensors."""
     return shapes, *map(_described, args), *kwargs, *map(_described, kwargs.values()), *_parts(network)
 
 
@@ -97,7 +97,7 @@ def _parts(network: nn.Module) -> list[Hashable]:
 def _settings(module: nn.Module) -> tuple[Hashable, ...]:
     apart = _APART | _OF_A_GRAPH if isinstance(module, fx.GraphModule) else _APART
     values = _plain({key: value for key, value in vars(module).items() if key not in apart})
-    if isinstance(module, fx.GraphModule):  # each has a class of its own
+    if isinstance(module, fx.GraphModule):  # each has its own class
         nodes = [(node.target, str(node.meta.get("nn_module_stack"))) for node in module.graph.nodes]
         return fx.GraphModule, type(module).__name__, str(module.code), values, *nodes
     return type(module), type(module).forward, values

@@ -204,7 +204,7 @@ def test_export_warns_if_the_network_was_quantized_for_another_runtime(tmp_path)
         pytest.warns(CompressionWarning, match="for openvino and is exported for onnxruntime"),
         pytest.raises(InputError),
     ):
-        tersor.export(quantized, IMAGES[0], tmp_path / "model.onnx")  # refused before the slow part
+        tersor.export(quantized, IMAGES[0], tmp_path / "model.onnx")  # raises before the slow part
 
 
 def one_millisecond(openers, images, *, seconds):

@@ -57,11 +57,11 @@ def test_the_message_for_ctrl_c_lists_what_was_saved_and_how_to_continue(written
         (tmp_path / name).touch()
     command = ("run", "my recipe.yaml", "--out", "out", "--set", "seed=3")
     again = "tersor run 'my recipe.yaml' --out out --set seed=3"
-    told = f"interrupted. {line.format(again)}\n"
+    output = f"interrupted. {line.format(again)}\n"
     assert tersor(monkeypatch, *command) == 130
-    assert capfd.readouterr().err == told
+    assert capfd.readouterr().err == output
     assert tersor(monkeypatch, *command, "--resume") == 130
-    assert capfd.readouterr().err == told, "the option is not repeated"
+    assert capfd.readouterr().err == output, "the option is not repeated"
 
 
 def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
@@ -175,10 +175,10 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     artifact = numbers["artifact"]
     assert f"{artifact['score']:.2f} ± {artifact['score_error']:.2f} % on 359 test" in capfd.readouterr().out
     assert tersor(monkeypatch, "eval", out, "--json") == 0
-    told = capfd.readouterr()
-    assert document(told.out, "eval")["score"] == numbers["artifact"]["score"]
-    assert " 359 test images" in told.err
-    # the run above had every runtime
+    output = capfd.readouterr()
+    assert document(output.out, "eval")["score"] == numbers["artifact"]["score"]
+    assert " 359 test images" in output.err
+    # the run above used every runtime
     monkeypatch.setattr(importlib.import_module("tersor.pipeline.bench"), "installed_runtimes", lambda: ["onnxruntime"])
     assert tersor(monkeypatch, "bench", out, out / "model.onnx", "--seconds", 0.1) == 0
     table = capfd.readouterr().out
@@ -239,8 +239,8 @@ def test_sensitivity_writes_a_file_and_a_figure_and_lists_the_most_sensitive_lay
     (tmp_path / "mine.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "mine.sensitivity.json", "mine.sensitivity.svg"}
-    told = capfd.readouterr().out
-    assert "the 10 most sensitive of 20 layers" in told
+    output = capfd.readouterr().out
+    assert "the 10 most sensitive of 20 layers" in output
     written = json.loads((tmp_path / "mine.sensitivity.json").read_text())
     costs = written["costs"]
     assert written["first_and_last"] == ["conv1", "linear"]
@@ -250,10 +250,10 @@ def test_sensitivity_writes_a_file_and_a_figure_and_lists_the_most_sensitive_lay
     }
     worst = max(largest, key=largest.__getitem__)
     shown = next(cost for cost in costs if cost["layer"] == worst)
-    rows = [line for line in told.splitlines() if "conv" in line or "linear" in line]
+    rows = [line for line in output.splitlines() if "conv" in line or "linear" in line]
     assert len(rows) == 10
     assert worst in rows[0]
-    assert f"({shown['drop']:z.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
+    assert f"({shown['drop']:z.1f})" in output.splitlines()[output.splitlines().index(rows[0]) + 1]
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20, "--json") == 0
     assert document(capfd.readouterr().out, "sensitivity")["costs"] == costs
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 30) == 2
@@ -269,8 +269,8 @@ def test_the_sensitivity_table_is_sorted_by_the_drop_and_explains_its_8_bit_colu
     costs += [Cost(name, 8, 0.001, 0.0) for name in values]
     found = BitCosts(measured_with={}, weights=dict.fromkeys(values, 9), first_and_last=["conv1", "fc"], costs=costs)
     show(plain_console(), sensitivity_table(found))
-    told = capfd.readouterr().out
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if line.startswith("│")]
+    output = capfd.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
     assert rows == [
         *(["4", "c", "90", "0.10"], ["", "", "(3.0)", "(0.0)"]),
         *(["3", "b", "10", "0.10"], ["", "", "(3.0)", "(0.0)"]),
@@ -278,7 +278,7 @@ def test_the_sensitivity_table_is_sorted_by_the_drop_and_explains_its_8_bit_colu
         *(["1", "conv1 *", "50", "0.10"], ["", "", "(0.0)", "(0.0)"]),
         *(["2", "a", "20", "0.10"], ["", "", "(-1.0)", "(0.0)"]),
     ]
-    text = " ".join(told.split())
+    text = " ".join(output.split())
     assert "(0.0) means that the metric differs by less than 0.05 points from that in float, which is common" in text
     assert "* The first and last layer: ptq keeps them at 8 bits" in text
 
@@ -392,20 +392,20 @@ def test_explain_and_methods_do_not_train(tmp_path, weights, monkeypatch, capfd)
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     monkeypatch.chdir(tmp_path)
     assert tersor(monkeypatch, "run", "recipe.yaml", "--explain") == 0
-    told = capfd.readouterr().out
-    assert "269,722 parameters" in told
-    assert "in float" not in told
+    output = capfd.readouterr().out
+    assert "269,722 parameters" in output
+    assert "in float" not in output
     excluding = ("--set", "stages.0.methods.0.ptq.exclude=[layer1]")
     assert tersor(monkeypatch, "run", "recipe.yaml", "--explain", *excluding) == 0
-    told = " ".join(capfd.readouterr().out.split())
-    assert "in float (reason: excluded): layer1.0.conv1 (5.8 % of the MACs)" in told
-    assert "warning: only 65.1 % of the MACs are computed in integers" in told
+    output = " ".join(capfd.readouterr().out.split())
+    assert "in float (reason: excluded): layer1.0.conv1 (5.8 % of the MACs)" in output
+    assert "warning: only 65.1 % of the MACs are computed in integers" in output
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out
     assert tersor(monkeypatch, "methods") == 0
-    told = capfd.readouterr().out
-    assert "These cannot:\n  adaround: rounding changes the network even at 8 bits\n  brecq: " in told
+    output = capfd.readouterr().out
+    assert "These cannot:\n  adaround: rounding changes the network even at 8 bits\n  brecq: " in output
 
 
 @pytest.mark.parametrize("name", names())
@@ -440,14 +440,14 @@ def test_the_output_of_a_network_is_not_part_of_the_json_document(monkeypatch, c
 
 def test_methods_are_printed_as_json(monkeypatch, capfd):
     assert tersor(monkeypatch, "methods", "--json") == 0
-    told = json.loads(capfd.readouterr().out)
-    assert sorted(told) == list(names())
-    assert told["dpf"]["needs_steps"]
-    assert told["soft_targets"]["needs_teacher"]
-    assert set(told["ptq"]) == set(schema_of("methods")["$defs"]["MethodDescription"]["properties"])
+    output = json.loads(capfd.readouterr().out)
+    assert sorted(output) == list(names())
+    assert output["dpf"]["needs_steps"]
+    assert output["soft_targets"]["needs_teacher"]
+    assert set(output["ptq"]) == set(schema_of("methods")["$defs"]["MethodDescription"]["properties"])
     assert tersor(monkeypatch, "methods", "ptq", "--json") == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["ptq"]["parameters"]["properties"]["bits"]["default"] == 8
+    output = json.loads(capfd.readouterr().out)
+    assert output["ptq"]["parameters"]["properties"]["bits"]["default"] == 8
     assert tersor(monkeypatch, "methods", "ptk", "--json") == 2
     assert capfd.readouterr().out == ""
 
@@ -466,10 +466,10 @@ def test_explain_with_json_is_an_error(tmp_path, monkeypatch, capfd):
 
 def test_the_recipe_schema_contains_every_method(monkeypatch, capfd):
     assert tersor(monkeypatch, "schema") == 0
-    told = capfd.readouterr().out
-    assert json.loads(told)["$defs"]["Stage"]
-    assert "calibration_images" in told
-    assert "temperature" in told
+    output = capfd.readouterr().out
+    assert json.loads(output)["$defs"]["Stage"]
+    assert "calibration_images" in output
+    assert "temperature" in output
 
 
 @pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])

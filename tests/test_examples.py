@@ -140,7 +140,7 @@ def test_regression_predicts_angles(tmp_path, capsys):
     example("regression").main(tmp_path, epochs=3)
     errors = [float(line.split(" ")[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(errors) == 2
-    assert max(errors) < 25  # a constant is wrong by 30 degrees
+    assert max(errors) < 25  # the error of a constant prediction is 30 degrees
 
 
 @pytest.mark.slow

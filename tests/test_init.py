@@ -1,4 +1,4 @@
-"""A verb stays a verb, whatever was imported before: two modules bear the names of verbs."""
+"""Public functions can always be called, whatever was imported before: two modules have the names of functions."""
 
 import importlib
 import sys

@@ -63,7 +63,7 @@ def brief(path: Path) -> Experiment:
     assert experiment.teacher is not None
     for module in experiment.teacher.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # else two steps leave it with statistics that let 27 blocks overflow
+            module.momentum = None  # otherwise its statistics after two steps make 27 blocks overflow
     return experiment
 
 

@@ -44,7 +44,7 @@ def network(width):
 )
 def test_python_blocks_in_the_readme_run(changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)  # fewer rounds than a user gets
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)  # fewer rounds than by default
     (block,) = blocks("README.md", "python")
     for text, smaller in changes.items():
         assert text in block

@@ -393,7 +393,7 @@ def test_a_network_is_quantized_and_pruned_however_its_forward_is_written(varian
         if any(torch.equal(weight, each) for each in convolution.weight)
     ]
     assert len(kept) == convolution.out_channels
-    with torch.no_grad():  # what is fitted after the removal
+    with torch.no_grad():  # the weights fitted after the removal
         network.inner[4].weight.zero_()[:, kept] = linear.weight
         network.inner[4].bias.copy_(linear.bias)
         torch.testing.assert_close(pruned(IMAGES), network(IMAGES))

@@ -1,4 +1,4 @@
-"""What `make wheel` tries in an environment that holds the wheel alone: `python -P wheel_smoke.py`, from any folder."""
+"""A check by `make wheel` in an environment with only the wheel: `python -P wheel_smoke.py`, in any folder."""
 
 import json
 import os

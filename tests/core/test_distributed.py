@@ -54,7 +54,7 @@ CHILD = textwrap.dedent("""
 
 
 def pair(where, dies):
-    """Two processes of which one kills itself: exit code and error stream of each."""
+    """Start two processes, one of which kills itself; return exit code and error stream of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,7 +116,7 @@ def test_lost_connections_raise_process_lost(monkeypatch, words, lost):
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """This process is the second of two; the first has the tensors of ones."""
+    """Simulate the second of two processes; all tensors of the first one contain ones."""
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)

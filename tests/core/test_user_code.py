@@ -24,7 +24,7 @@ def inner(value):
 
 @pytest.mark.parametrize("function", [outer, functools.partial(outer)])
 def test_the_message_names_file_line_and_error(function):
-    """The line is the last one of the user's module."""
+    """The reported line is the last one in the user's module."""
     with pytest.raises(InputError) as raised, user_code("the loss outer", outer):
         function(0)
     line = divided.__code__.co_firstlineno + 1

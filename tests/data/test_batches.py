@@ -110,7 +110,7 @@ def test_seed_and_epoch_determine_the_batches():
     for epoch in (0, 1, 7):
         one.set_epoch(epoch)
         other.set_epoch(epoch)
-        torch.rand(epoch)  # what somebody else draws
+        torch.rand(epoch)  # other draws from the global generator
         assert same(one, other)
         assert same(one, one)
     assert places(one) != places(batches(images, seed=3, **options))

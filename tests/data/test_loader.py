@@ -176,7 +176,7 @@ def test_a_checked_loader_returns_class_indices_other_targets_or_none():
     ):
         with pytest.raises(InputError, match=words):
             list(Loader(given, **options))
-    # the lowest label of all batches counts
+    # the lowest label of all batches is used
     first_zero = Loader([(IMAGES, LABELS), (IMAGES, LABELS + 1)], 2)
     with pytest.raises(InputError, match="because the network has 2 classes"):
         list(first_zero)

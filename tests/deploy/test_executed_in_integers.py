@@ -20,7 +20,7 @@ IMAGES = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 class Network(nn.Module):
-    """Two layers and a classifier; `middle` is what is between the layers and around the second one."""
+    """Two layers and a classifier; `middle` is called between the layers and calls the second one."""
 
     def __init__(self, second, middle, *norms):
         super().__init__()
@@ -202,5 +202,5 @@ def test_a_listed_product_of_a_module_does_not_suppress_the_warning_for_its_laye
         tersor.export(quantized, IMAGES, path)
 
 
-def test_a_float_network_has_no_layers_with_integer_weights_computed_in_float(tmp_path):
+def test_for_a_float_network_no_layers_are_reported_as_computed_in_float(tmp_path):
     assert computed_in_float(tersor.export(Features(5).eval(), IMAGES, tmp_path / "m.onnx"), "onnxruntime") == []

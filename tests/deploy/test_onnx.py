@@ -317,7 +317,7 @@ class Twice(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Fully connected layers with a norm between them, and a layer whose output is always zero."""
+    """Fully connected layers with a norm between them, and an attention layer."""
 
     def __init__(self):
         super().__init__()

@@ -35,7 +35,7 @@ MS = {
     "onnxruntime": (8, 3, 2),
     "stage 1": (3, 3, 3),
 }
-"""Of each contender at batch 1, 32 and 128."""
+"""Latency of each contender at batch 1, 32 and 128."""
 
 RECORDS = [
     StageRecord(name="first", methods=["ptq"], steps=0, minutes=0.1, bits={"first": 8}),
@@ -128,13 +128,13 @@ def test_sessions_that_ran_the_test_set_are_closed_before_latency_is_measured(ru
         ran.append(weakref.ref(session))
         return predictions(session, *given)
 
-    def said(self, text):
+    def record_open_sessions(self, text):
         if text.startswith("latency"):
             still_open.extend(each() for each in ran if each() is not None)
         say(self, text)
 
     monkeypatch.setattr(module, "file_predictions", remembered)
-    monkeypatch.setattr(NullProgress, "say", said)
+    monkeypatch.setattr(NullProgress, "say", record_open_sessions)
     run("onnxruntime", ["onnxruntime"])
     assert len(ran) == 3
     assert not still_open

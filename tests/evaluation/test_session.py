@@ -231,7 +231,7 @@ def test_machine_describes_the_hardware_without_personal_data():
 @pytest.mark.skipif(sys.platform != "linux", reason="uses the C library of Linux")
 @runtimes
 def test_models_leave_no_freed_signal_stack_in_the_main_thread(tiny, runtime):
-    """With a freed signal stack, the next Ctrl-C is a segmentation fault."""
+    """With a freed signal stack, the next Ctrl-C causes a segmentation fault."""
 
     class Stack(ctypes.Structure):
         _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))

@@ -98,7 +98,7 @@ def test_the_graph_is_the_network(name):
         )
     if name in IN_TRAINING_ALONE:
         return
-    original = copy.deepcopy(model).train()  # with running statistics of its own
+    original = copy.deepcopy(model).train()  # with its own running statistics
     assert torch.equal(outputs_of(graph.train(), images), outputs_of(original, images))
     for (key, moved), (_, expected) in zip(graph.named_buffers(), original.named_buffers(), strict=True):
         assert torch.equal(moved, expected), key

@@ -141,7 +141,7 @@ def test_patterns_select_layers_and_unknown_layers_raise():
         (lambda: build("resnet18", 10), ("relu", "layer1", "layer2", "layer3")),
         (lambda: short("mobilenet2"), ("features.1", "features.3", "features.6")),
         (lambda: short("regnet_y"), ("stem.2", "trunk_output.block1", "trunk_output.block2", "trunk_output.block3")),
-        # what norm5 gives is rectified in place; pools and what they leave of a map give none of their own
+        # the output of norm5 is changed in place by a ReLU; outputs of pooling are not used
         (
             lambda: short("densenet"),
             ("features.relu0", "features.denseblock1", "features.denseblock2", "features.denseblock3"),
@@ -163,7 +163,7 @@ def test_tokens_are_converted_to_feature_maps():
     assert found.shape == (2, 6, 4, 4)
     assert torch.equal(found[0, :, 1, 2], tokens[0, 1 + 4 + 2])
     assert map_size(torch.Size([2, 6, 3])) is None
-    assert map_size(torch.Size([2, 16 + 5, 3])) == (4, 4)  # four registers beside the class
+    assert map_size(torch.Size([2, 16 + 5, 3])) == (4, 4)  # four register tokens and the class token
     assert map_size(torch.Size([2, 16 + 6, 3])) is None
     assert map_size(torch.Size([2, 9 + 5, 3])) == (3, 3)
     assert map_size(torch.Size([2, 4 + 1, 3])) == (2, 2)

@@ -30,7 +30,7 @@ def test_patterns_match_names_and_their_children(patterns, expected):
 def test_a_pattern_without_a_match_raises_and_suggests_the_nearest_name():
     with pytest.raises(InputError, match=r"'layer1\.0\.conv3' matches no layer\. Did you mean 'layer1\.0\.conv"):
         matching(["linear", "layer1.0.conv3"], NAMES)
-    with pytest.raises(InputError, match="Linear"):  # case counts
+    with pytest.raises(InputError, match="Linear"):  # matching is case-sensitive
         matching(["Linear"], NAMES)
 
 

@@ -341,7 +341,7 @@ def test_errors_explain_torchscript_and_assignments_to_data():
 
 
 class Shared(nn.Module):
-    """One convolution under two names."""
+    """One convolution with two names."""
 
     def __init__(self):
         super().__init__()

@@ -107,7 +107,7 @@ def test_strip_keeps_the_outputs_and_removes_all_parametrizations():
         "4.bias",
     }
     assert type(plain[0]) is nn.Conv2d
-    # the model is as it was
+    # the model is unchanged
     assert torch.equal(model(images), before)
     assert set(model.state_dict()) == keys
     assert parametrize.is_parametrized(model[0])
@@ -119,7 +119,7 @@ def test_the_plain_copy_shares_no_tensors_with_the_model(ready):
     model = network()
     for module in model.modules():
         if isinstance(module, FakeQuantize):
-            module.enabled = ready  # one that is not shows the very tensor that it was given
+            module.enabled = ready  # a disabled quantizer returns its input tensor
     images = draw(1, 2, 3, 8, 8)
     before = model(images)
     plain = strip(model)

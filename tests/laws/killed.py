@@ -96,7 +96,7 @@ def errors_of(out: Path) -> str:
 
 
 def whole(folder: Path, name: str = "whole") -> Whole:
-    """Run to the end, unless that was done before."""
+    """Run to the end, if that has not been done yet."""
     out, log = folder / name, folder / f"{name}.log"
     if not log.exists():
         shutil.rmtree(out, ignore_errors=True)

@@ -138,7 +138,7 @@ def check_outputs(model, kind):
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_method_trains_a_network_of_each_task_or_raises(name):
-    """Every method trains a network of each task, or says in `attach` what the task lacks, and what to write."""
+    """Every method trains a network of each task, or `attach` raises an error with what is missing."""
     for kind in TARGETS:
         method = build_method(name, "example")
         if hasattr(method, "iterations"):  # the length of the reconstruction does not matter here

@@ -142,7 +142,7 @@ def copied(model):
 
 @pytest.mark.parametrize("refined", [True, False])
 def test_the_refined_gradient_is_bit_identical_to_its_definition(refined):
-    """Kept weights by the masked path, masked ones by the dense one; without it, all by both."""
+    """Kept weights get the masked path's gradient, masked ones the dense path's; without it, all get the sum."""
     objective = objective_of(attached_to(model := small(), refined_gradient=refined, mutual=False))
     loss_of(objective).backward()
     found = copied(model)
@@ -218,7 +218,7 @@ def test_mutual_loss_equals_a_slow_implementation():
 
 
 def trained(methods, teacher=None, accumulate=1, **options):
-    """Eight steps of the loop."""
+    """The attachment and the result of eight training steps."""
     draw = torch.Generator().manual_seed(0)
     images, labels = torch.randn(32, 3, 6, 6, generator=draw), torch.arange(32) % 3
     batches = Given([Batch(images[start : start + 8], labels[start : start + 8]) for start in range(0, 32, 8)])

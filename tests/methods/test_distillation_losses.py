@@ -1,4 +1,4 @@
-"""The distillation losses against slow implementations of their formulas."""
+"""The distillation losses compared with slow implementations of their formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terms of `attach` against their formulas, for every option of a method.
+"""The terms of `attach` compared with their formulas, for every option of a method.
 
 The formulas are those of `test_distillation_losses.py`; these tests combine pairs, pooling, weights and options.
 """

@@ -143,7 +143,7 @@ def test_on_saturating_processors_learned_steps_stay_large_enough_for_two_produc
             Small().eval(), AttachContext(data=Loader(), steps=6, target=target)
         )
         found.begin()
-        for name in ("conv1", "conv2"):  # a step that learning made too small
+        for name in ("conv1", "conv2"):  # a step that became too small in training
             found.quantizers.of_weight(name).scale.data.mul_(0.05)
         fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=6)
         found.finish()

@@ -129,7 +129,7 @@ def test_other_activation_ranges_are_computed_from_the_histogram(kind):
     found = graph.get_submodule("quantizers.x")
     torch.testing.assert_close(found.scale, scale)
     assert found.zero_point == zero_point
-    if kind != "entropy":  # of which normal numbers need all
+    if kind != "entropy":  # for normal numbers, entropy keeps the full range
         assert found.scale * 15 < images(6, 0).max() - images(6, 0).min(), "it clips"
 
 
@@ -383,7 +383,7 @@ def test_bias_correction_uses_the_grids_set_in_the_hook_of_a_method(hooked):
 )
 def test_the_exported_file_agrees_with_the_network(options, tmp_path):
     model = one_sided()
-    nn.init.uniform_(model.bn1.weight, -1.5, 1.5)  # folded, some grids are turned around
+    nn.init.uniform_(model.bn1.weight, -1.5, 1.5)  # after folding, some grids are mirrored
     nn.init.uniform_(model.bn2.weight, -1.5, 1.5)
     graph = calibrated(model, PTQ(bits=4, first_last_bits=4, **options)).model.eval()
     path = export(graph, images()[:2], tmp_path / "model.onnx")
@@ -529,7 +529,7 @@ def test_a_channel_of_zeros_and_a_constant_zero_activation_are_quantized():
     with torch.no_grad():
         model.conv2.weight[0] = 0
         model.bn1.weight.zero_()
-        model.bn1.bias.fill_(-1.0)  # everything behind the first ReLU is zero
+        model.bn1.bias.fill_(-1.0)  # everything after the first ReLU is zero
     graph = calibrated(model).model
     assert torch.isfinite(graph(images())).all()
     torch.testing.assert_close(graph.conv2.weight[0], torch.zeros(4, 3, 3))
@@ -550,7 +550,7 @@ def test_gradients_pass_through_to_the_original_weights():
     assert all(parameter.grad.abs().sum() > 0 for parameter in originals)
 
 
-# what a user may get wrong
+# mistakes of users
 
 
 def test_missing_data_raises():
@@ -565,7 +565,7 @@ def test_empty_data_raises(data):
 
 
 def test_data_that_can_be_read_only_once_raises_if_two_passes_are_needed():
-    calibrated(data=iter([images()]))  # one pass needs no more
+    calibrated(data=iter([images()]))  # enough for one pass
     with pytest.raises(InputError, match=r"reads the data twice, but the data cannot be read again. Pass a DataLoader"):
         calibrated(method=PTQ(activation_range="mse"), data=iter([images()]))
 

@@ -133,7 +133,7 @@ def test_clipping_of_an_earlier_stage_is_kept_relative_to_the_largest_weight(bef
     expected = graph.eval()(images)
     found = QAT().attach(graph, AttachContext(steps=8, target=VNNI))
     found.begin()
-    found.after_step(0, None)  # nothing has moved, so nothing changes
+    found.after_step(0, None)  # the weights have not moved, so nothing changes
     torch.testing.assert_close(found.model.eval()(images), expected, rtol=1e-4, atol=1e-5)
     layer = found.model.get_submodule("conv2")
     quantizer = layer.parametrizations.weight[0]
@@ -147,7 +147,7 @@ def test_clipping_of_an_earlier_stage_is_kept_relative_to_the_largest_weight(bef
 
 def test_a_channel_of_zeros_can_recover_its_full_range():
     graph = attached(method=PTQ(bits=3, weight_range="mse")).model
-    parametrized(graph.get_submodule("conv2")).original.data[2] = 0  # as rounding leaves some
+    parametrized(graph.get_submodule("conv2")).original.data[2] = 0  # rounding can produce such channels
     found = QAT().attach(graph, AttachContext(steps=8, target=VNNI))
     found.begin()
     layer = found.model.get_submodule("conv2")
@@ -158,7 +158,7 @@ def test_a_channel_of_zeros_can_recover_its_full_range():
 
 def test_ranges_are_moving_averages_of_the_batch_ranges():
     found = attached(method=QAT(averaging=0.25))
-    edge = edges(found.model)[0]  # on the images themselves: no step changes what it is shown
+    edge = edges(found.model)[0]  # quantizes the images: its input does not change in training
     low, high = float(edge.observer.low), float(edge.observer.high)
     fit(found, Loader(), Training(), steps=6)
     for step in range(6):
@@ -326,7 +326,9 @@ def test_masked_weights_stay_zero_when_quantized():
         assert (layer.weight[masked] == 0).all()
         scale = next(each for each in layer.parametrizations.weight if isinstance(each, FakeQuantize)).scale
         kept = layer.parametrizations.weight.original.detach().masked_fill(masked, 0).abs().flatten(1).amax(1)
-        assert torch.allclose(scale, torch.where(kept > 0, kept / 7, 1.0))  # of what is shown, not of what is masked
+        assert torch.allclose(
+            scale, torch.where(kept > 0, kept / 7, 1.0)
+        )  # computed from the remaining weights, not the masked ones
 
 
 def test_the_moving_average_of_the_weights_gets_its_own_scales():

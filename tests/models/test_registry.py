@@ -86,7 +86,7 @@ def test_networks_of_torchvision_and_timm_have_random_weights_and_the_requested_
 
 
 class Configured(nn.Linear):
-    """A network of a library like transformers."""
+    """A network from a library like transformers."""
 
     config_class = SimpleNamespace(from_dict=lambda given: SimpleNamespace(**given))
 

@@ -30,10 +30,10 @@ from toy_networks import short
 class OverSome(nn.Module):
     """A slow layer norm over some of its channels only; the others are zero."""
 
-    def __init__(self, norm, gone):
+    def __init__(self, norm, removed):
         super().__init__()
         self.norm = norm
-        self.kept = [place for place in range(len(norm.weight)) if place not in gone]
+        self.kept = [place for place in range(len(norm.weight)) if place not in removed]
 
     def forward(self, x):
         some = x[..., self.kept]
@@ -65,10 +65,10 @@ def masked(graph, cuts):
             network.set_submodule(cut.layer, OverSome(module, set(places)))
     for node in network.graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default):
         given = arguments(node)
-        gone = {place for cut in cuts if cut.layer == given["weight"].target for place in cut.channels}
+        removed = {place for cut in cuts if cut.layer == given["weight"].target for place in cut.channels}
         norm = nn.LayerNorm(given["normalized_shape"], given["eps"])
         norm.weight, norm.bias = (tensors[given[name].target] for name in ("weight", "bias"))
-        network.add_module(f"some_of_{node.name}", OverSome(norm, gone))
+        network.add_module(f"some_of_{node.name}", OverSome(norm, removed))
         with network.graph.inserting_before(node):
             node.replace_all_uses_with(network.graph.call_module(f"some_of_{node.name}", (given["input"],)))
     network.recompile()
@@ -106,8 +106,8 @@ def check(model, images):
     with torch.no_grad():
         found = graph(images)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    [told] = json.loads(json.dumps(graph.meta["cuts"]))
-    remove(fresh, [Cut(layer, axis, tuple(at)) for layer, axis, at in told])
+    [cuts_saved] = json.loads(json.dumps(graph.meta["cuts"]))
+    remove(fresh, [Cut(layer, axis, tuple(at)) for layer, axis, at in cuts_saved])
     fresh.load_state_dict(graph.state_dict())
     assert torch.equal(fresh(images), found)
     graph.train()(images).square().mean().backward()

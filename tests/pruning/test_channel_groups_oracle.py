@@ -21,7 +21,7 @@ def hands_on(module):
 
 
 def theirs(model, images):
-    """For every channel of every group, the set of (layer, axis, place) that goes with it."""
+    """For every channel of every group, the set of (layer, axis, index) removed with it."""
     names = {module: name for name, module in model.named_modules()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -51,7 +51,7 @@ def even_signs(monkeypatch):
 
     def drawn(_low, _high, shape, generator):
         one_hot = nn.functional.one_hot(torch.arange(shape[0]) % shape[1], shape[1]) * shape[1] ** 0.5
-        return (one_hot + 1) / 2  # from 0 and 1 signs are made
+        return (one_hot + 1) / 2  # 0 and 1 are converted to signs
 
     monkeypatch.setattr(torch, "randint", drawn)
 
@@ -212,15 +212,15 @@ def test_gradients_are_computed_under_inference_mode():
 @pytest.mark.parametrize(("width", "batches"), [(6, 1), (20, 3)])
 def test_more_images_are_read_if_a_layer_needs_more_positions(width, batches):
     """With one position per image: 16 are enough for 6 channels, and 40 are needed for 20."""
-    looked_at = []
+    read_batches = []
 
     def data():
         for batch in DATA:
-            looked_at.append(batch)
+            read_batches.append(batch)
             yield batch
 
     lost(net(width), data(), 16)
-    assert len(looked_at) == batches
+    assert len(read_batches) == batches
 
 
 def test_a_group_that_does_not_depend_on_the_images_has_no_score():

@@ -154,10 +154,10 @@ def test_the_cost_is_half_the_squared_change_of_the_centered_logits(make, with_m
     graph = captured(make())
     found = find_branches(graph, IMAGES[:1])
     before = {key: value.clone() for key, value in graph.state_dict().items()}
-    told = removal_cost(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
+    measured_costs = removal_cost(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
     assert all(torch.equal(before[key], value) for key, value in graph.state_dict().items())
     with torch.no_grad():
-        for branch, change in zip(found, told, strict=True):
+        for branch, change in zip(found, measured_costs, strict=True):
             sides = {
                 branch.total: lambda *sides, each=branch: sides[each.keep] + with_mean * sides[1 - each.keep].mean(0)
             }
@@ -183,7 +183,7 @@ def test_the_cost_for_several_outputs_is_half_their_relative_squared_error():
     torch.manual_seed(0)
     graph = captured(Several())
     (branch,) = find_branches(graph, IMAGES[:1])
-    (told,) = removal_cost(graph, [branch], [IMAGES], 4, task=tasks.build("distance"))
+    (measured_costs,) = removal_cost(graph, [branch], [IMAGES], 4, task=tasks.build("distance"))
     with torch.no_grad():
         stem = graph.get_submodule("stem")(IMAGES)
         whole = stem + graph.get_submodule("inner")(stem).relu()
@@ -191,7 +191,7 @@ def test_the_cost_for_several_outputs_is_half_their_relative_squared_error():
         float((without - with_it).square().sum() / with_it.square().sum())
         for without, with_it in ((stem, whole), (stem.mean((2, 3)), whole.mean((2, 3))))
     ]
-    assert told == pytest.approx(sum(errors) / 2 / 2, rel=1e-4)
+    assert measured_costs == pytest.approx(sum(errors) / 2 / 2, rel=1e-4)
 
 
 def test_too_few_images_and_nonfinite_costs_raise():
@@ -282,7 +282,7 @@ def test_module_outputs_refer_to_remaining_nodes_after_removal(make, of):
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_logits_are_not_centered_if_the_batch_is_the_second_dimension(images):
+def test_the_mean_of_a_branch_is_not_kept_if_the_batch_is_the_second_dimension(images):
     class SequenceFirst(nn.Module):
         def __init__(self):
             super().__init__()
@@ -295,10 +295,12 @@ def test_logits_are_not_centered_if_the_batch_is_the_second_dimension(images):
 
     graph = captured(SequenceFirst())
     (branch,) = find_branches(graph, IMAGES[:1])
-    (told,) = removal_cost(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
+    (measured_costs,) = removal_cost(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
     with torch.no_grad():
         change = ReplacedSums(graph, {branch.total: lambda *sides: sides[branch.keep]}).run(IMAGES) - graph(IMAGES)
-    assert told == pytest.approx(float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4)
+    assert measured_costs == pytest.approx(
+        float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4
+    )
 
 
 def test_branches_that_cannot_be_removed_together_are_tried_one_by_one(monkeypatch):

@@ -143,7 +143,9 @@ def test_with_labels_the_drop_is_that_of_the_accuracy(wrap):
     x = images()
     rounds = predictions_of(quantized(max_drop=None).model, x)
     data = [wrap(*pair) for pair in zip(x.split(50), rounds.split(50), strict=True)]
-    attached = quantized(data=data)  # the labels are what all of it rounded answers: in float it is worse
+    attached = quantized(
+        data=data
+    )  # the labels are the predictions of the quantized network: in float the accuracy is lower
     assert attached.metrics["left_in_float"] == []
     assert attached.metrics["drop"] == pytest.approx(measured(attached, x, rounds))
     assert attached.metrics["drop"] < -20
@@ -225,7 +227,7 @@ def test_data_that_can_be_read_only_once_raises():
 
 
 def test_the_exported_file_agrees_with_the_network(tmp_path):
-    attached = quantized(target=Target())  # of this processor, which may add products in 16 bits
+    attached = quantized(target=Target())  # for this processor, which may accumulate in 16 bits
     path = export(attached.model.eval(), images()[:2], tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = images(seed=3)

@@ -210,7 +210,7 @@ def test_the_means_of_a_layer_with_its_own_forward_are_corrected():
 @pytest.mark.parametrize("options", [{}, {"per_channel": False}, {"symmetric": False}], ids=str)
 def test_bias_correction_reduces_the_error_of_a_residual_network(options):
     model = build("resnet20", 10)
-    for _ in range(3):  # statistics of its own
+    for _ in range(3):  # statistics that differ from the initial ones
         model.train()(images(64, 9))
     model.eval()
     unseen = images(64, seed=7)

@@ -63,7 +63,7 @@ def test_running_the_blocks_in_sequence_equals_the_network(name, layers, quantiz
         insert_quantizers(graph, Precision(), exclude=(), target=Target(), method="ptq")
     found = blocks(graph)
     assert [len(block.layers) for block in found][: len(layers)] == layers
-    # a quantizer belongs to the value that it rounds
+    # a quantizer is in the same block as its input
     assert all(block.end.startswith("quantizers") for block in found[:-1]) is quantized
     values = images
     for block in found:

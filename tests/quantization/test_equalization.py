@@ -313,8 +313,8 @@ def test_dead_channels_are_ignored(chain):
     model = unequal(build())
     first, norm, second = parts(model, pairs[0])
     with torch.no_grad():
-        (first if norm is None else norm).weight[0] = 0  # what it gives is its bias
-        (second.weight if second.groups > 1 else second.weight.transpose(0, 1))[1] = 0  # what nothing reads
+        (first if norm is None else norm).weight[0] = 0  # its output is its bias
+        (second.weight if second.groups > 1 else second.weight.transpose(0, 1))[1] = 0  # an unused channel
     constants = [(first if norm is None else norm).bias[dead].item() for dead in (0, 1)]
     same_after(model, len(pairs))
     assert all(torch.isfinite(each).all() for each in model.parameters())
@@ -325,7 +325,9 @@ def test_dead_channels_are_ignored(chain):
 
 def masked(layer):
     mask = Mask(layer.weight.shape)
-    mask.mask.copy_(layer.weight.abs() < layer.weight.abs().flatten(1).amax(1).median() / 2)  # the largest are hidden
+    mask.mask.copy_(
+        layer.weight.abs() < layer.weight.abs().flatten(1).amax(1).median() / 2
+    )  # the largest weights are masked
     parametrize.register_parametrization(layer, "weight", mask)
 
 

@@ -89,4 +89,4 @@ def test_scales_are_broadcast_over_channels():
     scale = symmetric_scale(weight.abs().amax(1), Grid.signed(8))
     integers = to_integers(weight, scale[:, None], torch.tensor(0), Grid.signed(8))
     assert integers.dtype == torch.int32
-    assert integers.tolist() == [[64, -127], [127, 64]]  # 63.5 goes to even
+    assert integers.tolist() == [[64, -127], [127, 64]]  # 63.5 is rounded to even

@@ -117,7 +117,7 @@ def test_values_and_gradients_equal_those_of_reference_code(case):
     shown.backward(told["gradient"])
     torch.testing.assert_close(shown.detach(), told["shown"], rtol=0, atol=1e-5)
     torch.testing.assert_close(values.grad, told["of_values"], rtol=0, atol=1e-6)
-    shared = len(values) if activation else len(step)  # how many times too many are counted
+    shared = len(values) if activation else len(step)  # the factor by which the reference counts too many
     expected = told["of_step"] * shared**0.5
     torch.testing.assert_close(quantizer.scale.grad.flatten(), expected, rtol=1e-4, atol=1e-5)
 

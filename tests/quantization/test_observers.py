@@ -180,7 +180,7 @@ def test_with_fewer_than_8_bits_nothing_saturates(bits):
 
 def test_affine_grids_with_7_bits_do_not_saturate():
     grid = Grid.full(7)
-    weight = draw(0, 3, 40).abs()  # all on one side of zero: integers less their zero point reach 127
+    weight = draw(0, 3, 40).abs()  # all on one side of zero: integers minus their zero point reach 127
     scale, _ = weight_grid(weight, grid)
     wide = without_saturation(weight, scale, grid)
     assert (wide > scale).any()

@@ -69,4 +69,4 @@ def test_rounding_equals_the_kernel_of_torch(bits, step, zero):
     expected.backward(gradient)
     assert 0.1 < (passed == 0).float().mean() < 0.9
     off = ((shown - expected.detach()).abs() > step / 2) | (passed != given.grad)
-    assert off.sum() <= 2  # it multiplies by 1 / step, which may differ in the middle between two points
+    assert off.sum() <= 2  # it multiplies by 1 / step, which can round differently in the middle of two points

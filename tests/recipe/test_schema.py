@@ -184,7 +184,7 @@ def test_values_can_be_overridden(tmp_path: Path):
             "stages.0.epochs=3",
             "seed=7",  # is not in the file
             "stages.0.lr_schedule.name=step",  # nor is the mapping around this
-            "stages.1.methods.0.ptq.bits=3",  # stands there as a bare name
+            "stages.1.methods.0.ptq.bits=3",  # is there as a name without parameters
             "teacher=original",
             "data={name: digits, limit: 10}",
             "target.runtime=onnxruntime",

@@ -389,7 +389,7 @@ def test_validation_images_that_the_original_was_trained_on_are_replaced(few, tm
 
 @pytest.mark.slow
 def test_a_search_on_the_digits_meets_its_budget(tmp_path, monkeypatch, capfd):
-    """Two minutes: branches and channels are removed, candidates are trained, and the winner's recipe runs."""
+    """Two minutes: branches and channels are removed, candidates are trained, and the best recipe is valid."""
     weights = tmp_path / "resnet20.safetensors"
     models.save_weights(models.build("resnet20", 10), weights)
     out = tmp_path / "out"

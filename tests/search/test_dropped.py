@@ -1,4 +1,4 @@
-"""Every candidate of a search is in its report: as a point of the front, or with the reason why it is not."""
+"""Every candidate of a search is in its report: as a point of the front, or with the reason why it is not there."""
 
 import pytest
 from optuna.storages import InMemoryStorage

@@ -255,7 +255,7 @@ def test_the_space_contains_fewer_bits_only_if_the_size_is_limited(tmp_path):
 def test_a_single_slow_candidate_does_not_determine_the_cost_of_the_survey(tmp_path):
     search = searching(tmp_path / "out")
     costs = search.folder.state.costs
-    costs.survey = costs.export = 40.0  # with the imports of the first export
+    costs.survey = costs.export = 40.0  # including the imports of the first export
     surveys._try(search, Candidate(branches=2))
     assert (costs.survey, costs.export) == pytest.approx((5.0, 3.0)), "the first survey replaces the estimate"
     search.bench.time.slowness = 5.0

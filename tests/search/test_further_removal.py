@@ -1,4 +1,4 @@
-"""What is removed from a trained candidate that has not used the allowed drop, by hand and in whole searches."""
+"""Further removal from a trained candidate that has not used the allowed drop, in single steps and full searches."""
 
 import json
 import math

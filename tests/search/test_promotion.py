@@ -189,7 +189,7 @@ def test_the_expected_improvement_matches_values_computed_by_hand(tmp_path, powe
     slow = add(search, Candidate(branches=1), 1, 88.0, 1.1)
     assert improvement(search, slow, 160.0, power) == 0
     search.points = [search.original.model_copy(update={"validation": 50.0, "name": "lost"})]
-    gain = math.log(2.0 / 0.5)  # nothing is within the budget: relative to the slowest point
+    gain = math.log(2.0 / 0.5)  # no point meets the budget: relative to the slowest point
     assert improvement(search, made, 160.0, power) == pytest.approx(gain * probability**power)
 
 

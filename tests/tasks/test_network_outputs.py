@@ -35,7 +35,7 @@ def test_distances_of_relative_values_equal_the_relative_error_of_the_outputs():
     torch.testing.assert_close(sum(squared), 4 * relative_squared_error(one, other))
 
 
-def test_relative_values_have_gradients():
+def test_relative_values_have_the_expected_gradients():
     values = torch.tensor([[3.0], [4.0]], requires_grad=True)
     relative_values((values,)).sum().backward()
     torch.testing.assert_close(values.grad, torch.full((2, 1), 2**0.5 / 5))

@@ -1,4 +1,4 @@
-"""The Python functions on one network of each task."""
+"""The Python functions with one network of each task."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ class Slipped(Attachment):
         """Would never be called."""
 
     def clip(self):
-        """A method of the user's own."""
+        """A user's own method."""
 
 
 class Right(Attachment):

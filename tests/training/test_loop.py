@@ -370,12 +370,12 @@ def test_a_nonfinite_loss_stops_before_the_update(value, accumulate, at):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_without_a_checkpoint_the_message_says_so():
+def test_the_error_says_that_no_checkpoint_was_written():
     with pytest.raises(NonFiniteLoss, match="none was written"):
         fit(Attachment(linear(), [Breaks(2, float("nan"))]), Toy(), Training(), steps=2)
 
 
-def test_a_loss_that_is_not_finite_in_the_first_step_is_not_due_to_the_learning_rate():
+def test_a_nonfinite_loss_in_the_first_step_is_not_attributed_to_the_learning_rate():
     with pytest.raises(NonFiniteLoss, match="'fragile' is nan before any update of the weights") as raised:
         fit(Attachment(linear(), [Breaks(1, float("nan"))]), Toy(), Training(), steps=1)
     assert "learning_rate" not in str(raised.value)

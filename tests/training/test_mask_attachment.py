@@ -148,7 +148,7 @@ def test_the_structure_contains_the_gradient_mode(method):
     wanted = {WeightPruning: "masked", DPF: "straight_through", DCIL: "split"}[type(method)]
     assert [mask_of(again[place]).gradient for place in (0, 2)] == [wanted, wanted]
     attached.finish()
-    assert {each["gradient"] for told in structure(attached.model)["weights"].values() for each in told} == {"masked"}
+    assert {each["gradient"] for log in structure(attached.model)["weights"].values() for each in log} == {"masked"}
 
 
 def test_steps_sparsity_and_changes_of_masks_are_reported():
@@ -167,16 +167,16 @@ def test_steps_sparsity_and_changes_of_masks_are_reported():
         if step % 2:
             masks.append(torch.cat([mask_of(layer).mask.flatten() for layer in layers.values()]).clone())
     attached.finish()
-    [told] = attached.metrics["masks"]
-    assert told["steps"] == [2, 4, 6, 8, 10, 12]
+    [log] = attached.metrics["masks"]
+    assert log["steps"] == [2, 4, 6, 8, 10, 12]
     size = len(masks[0])
-    assert told["sparsity"] == pytest.approx([int((~mask).sum()) / size for mask in masks[1:]], abs=1e-6)
-    assert told["sparsity"] == sorted(told["sparsity"])
-    assert told["sparsity"][2:] == [round(round(0.5 * size) / size, 6)] * 4
+    assert log["sparsity"] == pytest.approx([int((~mask).sum()) / size for mask in masks[1:]], abs=1e-6)
+    assert log["sparsity"] == sorted(log["sparsity"])
+    assert log["sparsity"][2:] == [round(round(0.5 * size) / size, 6)] * 4
     changed = [int((old != new).sum()) / size for old, new in itertools.pairwise(masks)]
-    assert told["changed"] == pytest.approx(changed, abs=1e-6)
-    assert told["changed"][3] == told["changed"][5] == 0
-    assert told["changed"][4] > 0.1, "masked weights came back"
+    assert log["changed"] == pytest.approx(changed, abs=1e-6)
+    assert log["changed"][3] == log["changed"][5] == 0
+    assert log["changed"][4] > 0.1, "masked weights came back"
 
 
 def test_a_method_that_never_sets_its_masks_causes_a_warning():
@@ -232,7 +232,7 @@ def test_two_methods_that_mask_the_same_layer_in_one_stage_raise():
     apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), AttachContext(steps=10))
     assert [len(part.masked) for part in apart.parts] == [1, 1]
     apart.begin()
-    assert [len(told["steps"]) for told in apart.metrics["masks"]] == [0, 1], "each tells of its own"
+    assert [len(log["steps"]) for log in apart.metrics["masks"]] == [0, 1], "each tells of its own"
     model = network()
     chain([WeightPruning(sparsity=0.5)], model, AttachContext())
     chain([DPF(sparsity=0.8)], model, AttachContext(steps=10))
@@ -257,7 +257,7 @@ def test_masked_weights_do_not_move_in_later_stages():
     assert moved[2][~before[2][0]].any(), "dpf moves what it masks"
 
 
-def test_masks_are_applied_before_quantizers():
+def test_insert_masks_sets_the_gradient_mode_of_an_existing_mask():
     model = network()
     parametrize.register_parametrization(model[0], "weight", Mask(model[0].weight.shape))
     insert_masks({"0": model[0]}, "split", "a method")

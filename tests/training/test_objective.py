@@ -233,7 +233,7 @@ class OfStem(OfLayer):
         return student.layers["0"].square().mean()
 
 
-def test_the_loss_of_a_frozen_layer_can_have_no_gradient(batch):
+def test_the_loss_of_a_frozen_layer_raises_unless_another_loss_has_a_gradient(batch):
     model = network()
     stem = next(iter(model.children()))
     stem.requires_grad_(requires_grad=False)

@@ -1,4 +1,4 @@
-"""Validation accuracy during training: what is measured, and that it does not change the training."""
+"""Validation accuracy during training: its values, and that measuring does not change the training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tersor.training.options import Training
 from tersor.training.validation_curve import ValidationCurve
 from two_processes import run_in_two_processes
 
-EPOCH = 8  # steps, of Toy
+EPOCH = 8  # steps of Toy
 
 RECIPE = """\
 model: {name: "toy_networks:resnet8"}

@@ -219,7 +219,7 @@ def test_an_instance_norm_without_weights_can_be_narrowed():
     remove(pruned, merge_cuts(group.cuts(range(0, 8, 2))))
     for parameter in masked.get_submodule("0").parameters():
         parameter.data[::2] = 0
-    with warnings.catch_warnings():  # torch warns of another number of channels than the module has
+    with warnings.catch_warnings():  # torch warns that the number of channels differs from that of the module
         warnings.simplefilter("error", UserWarning)
         assert torch.allclose(pruned(images), masked(images), atol=1e-5)
 
