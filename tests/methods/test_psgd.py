@@ -52,7 +52,7 @@ def test_distance_and_running_range_equal_the_authors_code(case):
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_step_by_hand(bits, per_channel):
-    """Weight decay is outside of the scale, momentum is of scaled gradients; the outer layers have 8 bits."""
+    """Weight decay is not scaled, momentum is of scaled gradients; below 4 bits, the outer layers have 8 bits."""
     rate, momentum, decay, mean_scale = 0.1, 0.9, 0.01, 3.0
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
