@@ -5,7 +5,7 @@ import difflib
 from tersor.core.errors import NonFiniteLoss, NonFiniteWeights, nearest, unknown
 
 
-def test_two_swapped_letters_come_before_other_similar_names():
+def test_swapped_letters_are_the_closest_match():
     assert difflib.get_close_matches("pqt", ["ptq", "qat"])[0] == "qat", "difflib alone prefers the other name"
     assert nearest("pqt", ["ptq", "qat"]) == "ptq"
 
@@ -15,20 +15,20 @@ def test_without_a_similar_name_there_is_no_hint():
     assert str(unknown("method", "resnet", ["qat", "ptq"])) == "unknown method 'resnet'. Possible: ptq, qat."
 
 
-def test_a_loss_of_another_process_has_no_name():
+def test_a_nonfinite_loss_of_another_process_is_reported_without_its_name():
     later, first = (NonFiniteLoss(step, "", float("nan"), 0.1, None) for step in (4, 1))
     assert str(later).startswith("a loss of another process is nan at step 4, with a learning rate of 0.1.")
     assert str(first).startswith("a loss of another process is nan before any update of the weights.")
     assert str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None)).startswith("the loss 'labels' is nan at step 4")
 
 
-def test_without_a_recipe_the_learning_rate_is_all_that_can_be_changed():
-    told = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None, recipe=False))
-    assert told.endswith("The weights were not updated in this step. Try a smaller learning_rate.")
+def test_without_a_recipe_only_a_smaller_learning_rate_is_suggested():
+    message = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None, recipe=False))
+    assert message.endswith("The weights were not updated in this step. Try a smaller learning_rate.")
     assert str(NonFiniteWeights("train", recipe=False)).endswith("infinite or NaN. Try a smaller learning_rate.")
 
 
-def test_a_python_file_needs_the_name_of_a_function_in_it(tmp_path, monkeypatch):
+def test_for_a_python_file_the_error_asks_for_a_function_in_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = "a function that returns the network"
     message = lambda: str(unknown("model", "net.py", ["resnet20"], own))  # noqa: E731
@@ -45,5 +45,5 @@ def test_a_python_file_needs_the_name_of_a_function_in_it(tmp_path, monkeypatch)
     assert message() == f"'net.py' is a file. Write net.py:NAME, where NAME is {own}."
 
 
-def test_a_name_that_no_python_file_can_define_is_only_unknown():
+def test_a_file_name_is_treated_as_an_unknown_name_where_no_function_is_possible():
     assert str(unknown("runtime", "ort.py", ["openvino"])) == "unknown runtime 'ort.py'. Possible: openvino."
