@@ -107,7 +107,7 @@ def prune(
 ) -> nn.Module:
     """Remove channels from a copy of a trained network; the remaining weights and BatchNorm statistics are refitted.
 
-    A `CompressionWarning` is issued if operators multiply whose MACs cannot be counted, or if the result would behave
+    A `CompressionWarning` is issued if the MACs of some operators cannot be counted, or if the result would behave
     differently from the network in later training: without stochastic depth, without its custom `train()`, or with
     gradients other than those of its custom `backward()`.
 
@@ -279,9 +279,9 @@ def compare(
         The entries `original` and `artifact`, each with the metric under its name, `agreement` with the original in
         percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
         `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original;
-        `difference_error`, one standard error of it in points (None unless the metric is the accuracy); and `speedup`
-        over the original by batch size: `value`, the 95 % interval `low` to `high`, the number of rounds, `n`, and the
-        number of groups that the rounds are divided into, `groups`.
+        `difference_error`, the standard error of `difference` in points (None unless the metric is the accuracy); and
+        `speedup` over the original by batch size: `value`, the 95 % interval `low` to `high`, the number of rounds,
+        `n`, and the number of groups that the rounds are divided into, `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.

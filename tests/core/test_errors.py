@@ -17,8 +17,8 @@ def test_without_a_similar_name_there_is_no_hint():
 
 def test_a_loss_of_another_process_has_no_name():
     later, first = (NonFiniteLoss(step, "", float("nan"), 0.1, None) for step in (4, 1))
-    assert str(later).startswith("a loss of another process is nan at step 4, with a learning rate of 0.1.")
-    assert str(first).startswith("a loss of another process is nan before any update of the weights.")
+    assert str(later).startswith("a loss in another process is nan at step 4, with a learning rate of 0.1.")
+    assert str(first).startswith("a loss in another process is nan before any update of the weights.")
     assert str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None)).startswith("the loss 'labels' is nan at step 4")
 
 

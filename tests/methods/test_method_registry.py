@@ -80,7 +80,7 @@ def test_what_people_say_is_met_with_the_name(given: str, meant: str):
 
 def test_no_hint_to_a_method_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tersor.methods, "names", lambda: ("soft_targets",))
-    own = r"Write a method of your own as package\.module:Class\."
+    own = r"Name a method of your own as package\.module:Class\."
     with pytest.raises(InputError, match=rf"unknown method 'quantize'\. Possible: soft_targets\. {own}"):
         get("quantize")
 
@@ -134,5 +134,5 @@ def test_a_users_file_that_cannot_be_imported_shows_its_own_error():
 
 
 def test_a_dot_in_place_of_the_colon_is_named():
-    with pytest.raises(InputError, match=r"unknown method 'slim\.Slim'\. Write .* as 'slim:Slim', with a colon"):
+    with pytest.raises(InputError, match=r"unknown method 'slim\.Slim'\. Name .* as 'slim:Slim', with a colon"):
         get("slim.Slim")

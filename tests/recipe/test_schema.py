@@ -224,7 +224,7 @@ def test_a_key_with_dots_is_overridden(tmp_path: Path):
         ("a..b=3", "write it as path=value"),
         ("seed=[", "this is not YAML: "),
         ("stages.0.epochs=???", "values are missing: stages.0.epochs. Write them in place of ???, or add "),
-        ("model=", "model should be a mapping of the keys name, num_classes, weights, got nothing."),
+        ("model=", "model should be a mapping with the keys name, num_classes, weights, got nothing."),
     ],
 )
 def test_overrides_that_cannot_be(assignment: str, expected: str, tmp_path: Path):

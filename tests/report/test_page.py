@@ -247,7 +247,7 @@ def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
     text = page()
     assert "Stage draw, psgd" in text
     assert text.count("mean distance: 0.250 before the stage, 0.125 after it") == 6, "of all and of a layer"
-    assert "weights far from a point move far" in text
+    assert "weights far from a point moved far, and weights on a point stayed." in text
     assert "initial distance 0.25 to 0.30 steps; mean movement: 0.125" in text
     assert "initial distance to the nearest point, both in steps." in text
     assert "conv, 3 bits" in text

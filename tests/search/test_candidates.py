@@ -1,4 +1,4 @@
-"""Candidates and their recipes, the space, the shipped family, and the cache of latencies."""
+"""Candidates and their recipes, the space, the `wide_plain` networks, and the cache of latencies."""
 
 import importlib
 import math

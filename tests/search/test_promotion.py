@@ -222,7 +222,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "
             f"points (standard error {error:.2f}) instead of 2.00. This is still more than allowed."
         ),
-        (f"Larger drop: this network loses 2.00 points and meets the other limits: {first.point.description}."),
+        f"Larger drop: one network ({first.point.description}) loses 2.00 points and meets the other limits.",
         (
             "Another runtime: the latency of original-openvino in openvino is 0.75 times that of the original in "
             "onnxruntime."

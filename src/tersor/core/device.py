@@ -28,7 +28,7 @@ def cpu_flags() -> frozenset[str]:
 def precision_for(device: torch.device, precision: Literal["auto", "float32", "bfloat16"]) -> torch.dtype | None:
     """Return the data type to autocast to on `device`, or None for the model's own.
 
-    `auto` is bfloat16 if the hardware computes in it: a CPU with AMX or AVX512-BF16, a GPU without emulation.
+    `auto` is bfloat16 if the hardware computes in it: a CPU with AMX or AVX512-BF16, or a GPU that need not emulate it.
     """
     if precision == "auto":
         if device.type == "cpu":

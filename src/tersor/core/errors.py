@@ -19,7 +19,7 @@ class CompressionWarning(UserWarning):
 class NonFiniteLoss(InputError):  # noqa: N818 - names the event
     """The loss `term` became infinite or NaN at `step` (from 1). The weights were not updated in that step.
 
-    `term` is empty if only a loss of another process did. `recipe`: whether a recipe has the training options.
+    `term` is empty if the loss belongs to another process. `recipe`: whether a recipe has the training options.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ def _smaller_steps(recipe: bool) -> str:
 
 
 def _named(term: str) -> str:
-    return f"the loss '{term}'" if term else "a loss of another process"
+    return f"the loss '{term}'" if term else "a loss in another process"
 
 
 def not_finite(term: str, value: float) -> str:

@@ -45,8 +45,8 @@ _FIRST_IR_VERSION_OF_OPSET_21 = 10
 _UNKNOWN = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 _STATIC = (
     "the file has a batch size of 1, because the forward method reshapes across the batch dimension in a way that the "
-    "exporter supports only for a fixed batch size. A batch of n images takes n runs. target.batch of a recipe, or "
-    "batch= of tersor.export, sets another size."
+    "exporter supports only for a fixed batch size. A batch of n images takes n runs. To set another size, "
+    "write target.batch in a recipe, or pass batch=... to tersor.export."
 )
 
 

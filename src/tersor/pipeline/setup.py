@@ -221,7 +221,7 @@ def _normalised(
     given = recipe.data.mean is not None
     if len(told) > 1 and not given:
         raise InputError(
-            f"model and teacher were trained with different mean and standard deviation: {told[0]} and {told[1]}. "
+            f"model and teacher were trained with different means and standard deviations: {told[0]} and {told[1]}. "
             "Both get the same images. Write data.mean and data.std to choose one normalization."
         )
     weights, computed = recipe.model.weights, False

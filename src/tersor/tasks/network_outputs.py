@@ -85,7 +85,7 @@ def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def relative_squared_error(outputs: Any, reference: Any) -> Tensor:
-    """The distance of two outputs as a loss: the mean over tensors of |outputs - reference|^2 / |reference|^2.
+    """The distance between two outputs as a loss: the mean over tensors of |outputs - reference|^2 / |reference|^2.
 
     It is differentiable at equal outputs too, unlike its root, the relative L2 error.
 

@@ -288,7 +288,7 @@ class _Loop:
         # After the backward pass was started: on a GPU the wait is then no longer than the pass.
         if any_rank(not bool(values.isfinite().all())):
             here = [loss for loss in zip(names, values.tolist(), strict=True) if not math.isfinite(loss[1])]
-            (name, value), saver = (*here, ("", math.nan))[0], self.checkpointer  # "": a loss of another process
+            (name, value), saver = (*here, ("", math.nan))[0], self.checkpointer  # "": a loss in another process
             raise NonFiniteLoss(step + 1, name, value, rate, saver.last if saver else None, recipe=self.recipe)
 
     def _optimizer_step(self, rate: float) -> None:
