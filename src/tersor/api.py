@@ -61,7 +61,8 @@ def quantize(
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
     A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers (`integer_coverage` lists
-    the operators in float, each with its share of the MACs), and if a classifier is at chance level.
+    the operators in float, each with its share of the MACs), if the MACs of some operators cannot be counted, if the
+    images contradict `normalization`, and if a classifier is at chance level.
 
     Args:
         model: a trained network; it is not changed.
@@ -207,8 +208,9 @@ def export(
 ) -> Path:
     """Write a network to one ONNX file and compare its outputs in `runtime` with those in torch, on `example`.
 
-    A `CompressionWarning` is issued if the outputs differ by more than usual, or if `quantize` was called with another
-    runtime.
+    A `CompressionWarning` is issued if the outputs differ by more than usual, if `quantize` was called with another
+    runtime, if the file leaves out quantizers or the runtime computes quantized layers in float, or if the values of
+    `example` contradict the normalization.
 
     Args:
         model: any network; the result of `quantize` is written with integer weights and operators.
@@ -219,7 +221,8 @@ def export(
         pixels: mean and standard deviation of the normalization; the file then takes uint8 pixels.
         normalization: mean and standard deviation that the images were normalized with, stored in the metadata for
             `tersor eval`; by default those given to `quantize`.
-        batch: fixed batch size; by default it is dynamic, or 1 with a warning if the installed OpenVINO would crash.
+        batch: fixed batch size; by default it is dynamic, or 1 with a warning if the network needs a fixed size or the
+            installed OpenVINO would crash.
 
     Raises:
         InputError: the network cannot be converted, the runtime is not installed or cannot run the file, or the

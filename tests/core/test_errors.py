@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import difflib
 
+import pytest
+
 from tersor.core.errors import NonFiniteLoss, NonFiniteWeights, nearest, unknown
 
 
@@ -22,10 +24,17 @@ def test_a_loss_of_another_process_has_no_name():
     assert str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None)).startswith("the loss 'labels' is nan at step 4")
 
 
-def test_without_a_recipe_the_learning_rate_is_all_that_can_be_changed():
-    told = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None, recipe=False))
-    assert told.endswith("The weights were not updated in this step. Try a smaller learning_rate.")
-    assert str(NonFiniteWeights("train", recipe=False)).endswith("infinite or NaN. Try a smaller learning_rate.")
+@pytest.mark.parametrize(("origin", "advice"), [("call", " Try a smaller learning_rate."), ("search", "")])
+def test_without_a_recipe_at_most_the_learning_rate_can_be_changed(origin, advice):
+    told = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None, origin=origin))
+    assert told.endswith(f"The weights were not updated in this step.{advice}")
+    assert str(NonFiniteWeights("train", origin=origin)).endswith(f"infinite or NaN.{advice}")
+
+
+def test_a_recipe_has_more_options_and_checkpoints():
+    told = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, "a/step-2"))
+    advice = "Try a smaller learning_rate, some warmup_epochs, or clip_norm."
+    assert told.endswith(f"The weights were not updated in this step. Last good checkpoint: a/step-2. {advice}")
 
 
 def test_a_python_file_needs_the_name_of_a_function_in_it(tmp_path, monkeypatch):

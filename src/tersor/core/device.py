@@ -17,10 +17,7 @@ from torch import nn
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """The processor's features as Linux names them; empty on other systems.
-
-    `torch.cpu.get_capabilities` returns the same, but needs a newer version than torch 2.9.
-    """
+    """The processor's features as Linux names them; empty on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
     return frozenset(cpuinfo.read_text().split()) if cpuinfo.exists() else frozenset()
 

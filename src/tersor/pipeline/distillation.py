@@ -81,7 +81,7 @@ def train_on_outputs(
                 teacher=fused(teacher, few, precision=precision),
                 progress=progress,
                 task=task,
-                recipe=False,
+                origin="call",
             )
     finally:
         for parameter in learning:

@@ -80,7 +80,9 @@ def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
             "networks that return tensors of the same shapes."
         )
     if not both[0]:
-        raise InputError("two outputs cannot be compared: they hold no floating-point tensor.")
+        raise InputError(
+            "two outputs cannot be compared: they hold no floating-point tensor. Compare networks that return one."
+        )
     return [(one, other.to(one.device)) for one, other in zip(*both, strict=True)]
 
 
