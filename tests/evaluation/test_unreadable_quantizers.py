@@ -1,4 +1,4 @@
-"""Quantizers with which OpenVINO cannot read a file are removed from it, and no others."""
+"""Quantizers that keep OpenVINO from reading a file are removed from it, and no others."""
 
 from collections import Counter
 

@@ -291,14 +291,14 @@ def test_the_same_evidence_gives_the_same_page(page):
     assert page() == page()
 
 
-def test_many_classes_are_reduced_to_those_with_the_largest_changes(page):
+def test_many_classes_are_reduced_to_those_with_the_lowest_and_the_highest_changes(page):
     evidence = evidence_of()
     evidence["predictions"]["classes"] = [
         {"class": number, "images": 50, "before": 25, "after": number // 4} for number in range(200)
     ]
     evidence["predictions"]["changes"] = [[number, number + 1, 5] for number in range(60)]
     text = page(evidence=evidence)
-    assert "The 20 classes with the largest changes" in text
+    assert "The 10 lowest and 10 highest changes among 200 classes" in text
     assert 'scope="row">class 199<' in text
     assert 'scope="row">class 100<' not in text
     assert "The most frequent changes" in text

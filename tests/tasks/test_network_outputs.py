@@ -1,4 +1,4 @@
-"""The distance of two outputs in its three forms, and what a task reads from a user's batch."""
+"""The distance between two outputs in its three forms, and what a task reads from a user's batch."""
 
 from __future__ import annotations
 

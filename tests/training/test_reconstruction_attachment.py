@@ -85,5 +85,5 @@ def test_first_and_last_layer_have_eight_bits(method):
 
 @pytest.mark.parametrize("method", [AdaRound(), BRECQ()])
 def test_without_images_it_says_what_to_pass(method):
-    with pytest.raises(InputError, match=r"needs a few hundred images to calibrate with\. Pass AttachContext\(data="):
+    with pytest.raises(InputError, match=r"needs images to calibrate with\. Pass a few hundred: AttachContext\(data="):
         method.attach(build("resnet20", 10), AttachContext())

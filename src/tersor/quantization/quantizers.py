@@ -279,7 +279,7 @@ def require_data(data: Iterable[Any] | None, method: str) -> Iterable[Any]:
         InputError: there is none.
     """
     if data is None:
-        raise InputError(f"{method} needs a few hundred images to calibrate with. Pass AttachContext(data=...).")
+        raise InputError(f"{method} needs images to calibrate with. Pass a few hundred: AttachContext(data=...).")
     return data
 
 
