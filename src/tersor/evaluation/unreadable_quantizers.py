@@ -65,8 +65,8 @@ def remove_unreadable_quantizers(path: Path, runtime: Runtime) -> None:
     readers = ", ".join(dict.fromkeys(each.reader for each in removed))
     warnings.warn(
         f"{runtime} cannot read this network with all of its {len(quantizers)} quantizers of activations. The file "
-        f"leaves out {len(removed)} of them, which are in front of these operators: {readers}. A further warning names "
-        "the layers that are computed in float because of this, if there are any.",
+        f"leaves out {len(removed)} of them (in front of {readers}). A further warning names the layers that are "
+        "computed in float because of this, if there are any.",
         CompressionWarning,
         stacklevel=3,
     )
