@@ -270,7 +270,7 @@ def compare(
 
     Args:
         original: a network, or its ONNX file.
-        artifact: an ONNX file, or the folder of a run.
+        artifact: an ONNX file, or the folder of a run or a search.
         loader: batches (images, targets) in the input format of the files; without targets, the metric is None. For
             files that take uint8 pixels, normalized images are converted to pixels.
         runtime: the runtime for both.

@@ -51,7 +51,7 @@ def less_memory(origin: Origin, batch_size: int, accumulate: int) -> str:
     if origin == "call":
         return "Pass a loader with a smaller batch size."
     if origin == "search":
-        return "Use smaller images (`--image-size`, image_size=...) or fewer workers (`--workers`, workers=...)."
+        return "Write a smaller image_size (`--image-size`), or fewer workers (`--workers`)."
     if batch_size == 1:
         return "The batch_size is already 1: use smaller images (data.image_size) or a smaller network."
     same = "about the same" if batch_size % 2 else "the same"
