@@ -15,7 +15,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Browser:
-    """One page. `complaints` are console messages, errors of the page, and requests that were refused."""
+    """One page. `complaints` are console messages, page errors, and blocked requests."""
 
     def __init__(self, process: subprocess.Popen, read: int, write: int) -> None:
         self.process, self.read, self.write = process, read, write

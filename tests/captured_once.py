@@ -23,7 +23,7 @@ _captured: dict[Hashable, ExportedProgram] = {}
 
 
 def pytest_configure() -> None:
-    """Begin; a process that a test starts calls it itself."""
+    """Start sharing captures. A process started by a test calls this itself."""
     Strategy._capture = _captured_once
 
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import settings
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
-    # before torch is imported: where workers fill the cores, a second thread in each makes tiny operations ten times
-    # slower, as every one of them waits for a core to become free
+    # before torch is imported: if the workers use all cores, a second thread in each makes small operations ten times
+    # slower, as each operation waits for a free core
     os.environ["OMP_NUM_THREADS"] = "1"
 
 PLUGINS = ("decomposed_once", "onnx_files", "recorded_once", "captured_once")  # the last one imports the others
 
-# how long one example takes says nothing on a busy machine
+# the time of one example is not meaningful on a busy machine
 settings.register_profile("tersor", deadline=None)
 settings.load_profile("tersor")
 
@@ -36,12 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker is left with one of them at the end."""
+    """Start with the longest files, so that no worker still runs one of them at the end."""
     items.sort(key=lambda item: "/laws/" not in item.nodeid)
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage less often, and only what the tests make: the imported libraries are a million objects."""
+    """Collect garbage less often, and only objects of the tests: the imported libraries have a million objects."""
     from tersor.pruning import channel_groups
 
     # it counts the frozen objects, which takes 10 ms with all those of the libraries; they are frozen for all tests
@@ -53,6 +53,6 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_unconfigure() -> None:
-    """Collect garbage once: pytest does so ten times at the end, which takes seconds with all that is cached."""
+    """Collect garbage once: pytest does so ten times at the end, which takes seconds with all cached objects."""
     gc.collect()
     gc.freeze()

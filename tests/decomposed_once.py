@@ -29,8 +29,8 @@ _overrides: list[tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]] = []
 
 
 def pytest_configure() -> None:
-    """Begin; a process that a test starts calls it itself."""
-    # registers operators of C++ in torch.ops, 60 times for every ONNX file; no test adds one
+    """Start sharing decompositions. A process started by a test calls this itself."""
+    # registers the C++ operators in torch.ops, 60 times for every ONNX file; no test adds an operator
     _export_utils._materialize_cpp_cia_ops = functools.cache(_export_utils._materialize_cpp_cia_ops)
     exported_program._collect_all_valid_cia_ops = functools.cache(exported_program._collect_all_valid_cia_ops)
     _decomp.create_onnx_friendly_decomposition_table = _table

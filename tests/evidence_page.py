@@ -1,4 +1,4 @@
-"""The keys of `evidence.json` that `docs/reference/evidence.md` lacks."""
+"""The keys of `evidence.json` that are missing from `docs/reference/evidence.md`."""
 
 import re
 from collections.abc import Iterator

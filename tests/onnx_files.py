@@ -1,4 +1,4 @@
-"""A tiny classifier as an ONNX file, and what it should answer."""
+"""A tiny classifier as an ONNX file, and its expected outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLASSES = 5
 
 @dataclass(frozen=True)
 class Tiny:
-    """Takes images (N, 3, 8, 8) float32, answers with logits (N, 5)."""
+    """Takes images (N, 3, 8, 8) float32, returns logits (N, 5)."""
 
     path: Path
     images: np.ndarray
@@ -67,7 +67,7 @@ def tiny(tmp_path: Path) -> Tiny:
 
 @pytest.fixture(scope="session")
 def on_affine_grids() -> Callable[..., torch.nn.Module]:
-    """Moves the weights of a quantized network off centre, and lays them on grids with zero points."""
+    """A function that shifts the weights of a quantized network and quantizes them with zero points."""
 
     def lay(network: torch.nn.Module, bits: int, *, per_tensor: bool, runs: bool = False) -> torch.nn.Module:
         grid = Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -78,7 +78,7 @@ def on_affine_grids() -> Callable[..., torch.nn.Module]:
             low, high = torch.aminmax(shown) if per_tensor else torch.aminmax(shown.flatten(1), dim=1)
             weights[0] = FakeQuantize(grid, None if per_tensor else len(shown))
             scale, zero_point = affine_parameters(low, high, grid)
-            if runs and Target().cpu == "avx2":  # a file that runs here must not saturate
+            if runs and Target().cpu == "avx2":  # a file that is run on this machine must not saturate
                 scale = without_saturation(shown, scale, grid)
             weights[0].set_grid(scale, zero_point)
         return network

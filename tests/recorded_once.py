@@ -34,11 +34,11 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, t
 
 
 class _OtherError(Exception):
-    """An attribute that is no plain value."""
+    """An attribute is not a plain value."""
 
 
 def pytest_configure() -> None:
-    """Begin; a process that a test starts calls it itself."""
+    """Start sharing records. A process started by a test calls this itself."""
     export_program._exported = _recorded_once
 
 
@@ -75,12 +75,12 @@ def _key(network: nn.Module, images: NetworkInput, batch: Any) -> Hashable:
 
 
 def described_call(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: str) -> Hashable:
-    """All that an export of a network depends on besides the values of its tensors."""
+    """Everything that an export of a network depends on, except the values of its tensors."""
     return shapes, *map(_described, args), *kwargs, *map(_described, kwargs.values()), *_parts(network)
 
 
 def is_small(network: nn.Module) -> bool:
-    """Whether to keep what was recorded of a network."""
+    """Whether the record of a network is kept."""
     return sum(each.numel() for each in network.parameters()) <= LARGEST
 
 
@@ -97,7 +97,7 @@ def _parts(network: nn.Module) -> list[Hashable]:
 def _settings(module: nn.Module) -> tuple[Hashable, ...]:
     apart = _APART | _OF_A_GRAPH if isinstance(module, fx.GraphModule) else _APART
     values = _plain({key: value for key, value in vars(module).items() if key not in apart})
-    if isinstance(module, fx.GraphModule):  # each has a class of its own
+    if isinstance(module, fx.GraphModule):  # each has its own class
         nodes = [(node.target, str(node.meta.get("nn_module_stack"))) for node in module.graph.nodes]
         return fx.GraphModule, type(module).__name__, str(module.code), values, *nodes
     return type(module), type(module).forward, values

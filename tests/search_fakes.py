@@ -1,4 +1,4 @@
-"""A search without networks: a clock that only moves when work is done, and a workbench that pretends to work."""
+"""A search without networks: a clock that only advances with work, and a workbench that simulates work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FLOAT, INTEGERS = 90.0, 89.8
 
 
 class FakeTime:
-    """A clock. `slowness` multiplies the time of all work but training, which is limited by time."""
+    """A clock. `slowness` multiplies the time of all work except training, which is limited by time."""
 
     def __init__(self):
         self.seconds = 1000.0
@@ -62,14 +62,14 @@ def relative_ms(candidate):
 
 
 def metric(candidate, seconds):
-    """Accuracy after so many seconds of training: less was lost, more time repairs it."""
+    """Accuracy after some seconds of training: the drop decreases with time."""
     lost = 40.0 if not candidate.inherits else 30 * (1 - relative_ms(candidate)) ** 2
     return max(10.0, INTEGERS - lost / (1 + seconds / 20))
 
 
 @dataclass
 class FakeBench:
-    """What `Workbench` does, at the cost of fake time.
+    """Simulates a `Workbench` with fake time.
 
     Attributes:
         log: what was done, in order.
@@ -164,7 +164,7 @@ class FakeBench:
 
 
 class FakeLatency:
-    """Latencies by the name that the fake file holds."""
+    """Latencies by the name in the fake file."""
 
     batch_sizes = (1, 128)
 
@@ -187,7 +187,7 @@ def latencies(candidates):
 
 
 def without_measurements(monkeypatch):
-    """Give all candidates their latencies, and leave out the final measurement."""
+    """Give all candidates fake latencies, and skip the final measurement."""
     kept = [round(0.1 + 0.05 * step, 2) for step in range(19)]
     latencies(
         [Candidate("wide"), Candidate("deep")]
@@ -232,7 +232,7 @@ def searching(path, *, minutes=10.0, budget=None, time=None, bench=None):
 
 
 def run(search):
-    """All phases after the feasible range."""
+    """Run all phases after the feasible range."""
     survey(search, SPACE)
     halve(search)
     run_on_test_images(search)

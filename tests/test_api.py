@@ -1,4 +1,4 @@
-"""The verbs leave what they are given as it was."""
+"""The Python functions do not change their arguments."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ LABELS = torch.arange(16) % 10
 
 
 class Answers(torch.nn.Module):
-    """A network that answers with two tensors, either of which can be the logits."""
+    """A network that returns two tensors, either of which could be the logits."""
 
     def __init__(self, network):
         super().__init__()
@@ -50,7 +50,7 @@ def loader():
     return DataLoader(TensorDataset(IMAGES, torch.randint(10, (16,))), 8)
 
 
-def test_prune_gives_a_smaller_network_and_leaves_the_one_given(model):
+def test_prune_returns_a_smaller_network_and_does_not_change_the_original(model):
     before = copy.deepcopy(model.state_dict())
     pruned = tersor.prune(model, IMAGES, keep_macs=0.5)
     assert costs(pruned, IMAGES[:1]).macs <= 0.5 * costs(model, IMAGES[:1]).macs
@@ -59,7 +59,7 @@ def test_prune_gives_a_smaller_network_and_leaves_the_one_given(model):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_prune_warns_of_operators_whose_macs_are_not_counted(model):
+def test_prune_warns_about_uncounted_operators(model):
     class Spectrum(nn.Module):
         def forward(self, images):
             return images + torch.fft.fft2(images).real
@@ -68,7 +68,7 @@ def test_prune_warns_of_operators_whose_macs_are_not_counted(model):
         tersor.prune(nn.Sequential(Spectrum(), model).eval(), IMAGES)
 
 
-def test_prune_goes_by_labels_and_by_a_latency(model, loader, monkeypatch):
+def test_prune_can_use_labels_and_latency(model, loader, monkeypatch):
     pruned = tersor.prune(model, loader, importance="taylor")
     assert costs(pruned, IMAGES[:1]).macs <= 0.5 * costs(model, IMAGES[:1]).macs
     widths = {name: layer.out_channels for name, layer in model.named_modules() if isinstance(layer, torch.nn.Conv2d)}
@@ -88,7 +88,7 @@ def test_prune_goes_by_labels_and_by_a_latency(model, loader, monkeypatch):
     assert 0.6 < costs(pruned, IMAGES[:1]).macs / costs(model, IMAGES[:1]).macs <= 0.7
 
 
-def test_quantize_and_prune_exclude_layers(model):
+def test_quantize_and_prune_can_exclude_layers(model):
     quantized = tersor.quantize(model, IMAGES, exclude=["conv1"])
     (left,) = tersor.integer_coverage(quantized, IMAGES).operators
     assert (left.name, left.reason) == ("conv1", "excluded")
@@ -102,7 +102,7 @@ def test_quantize_and_prune_exclude_layers(model):
         tersor.quantize(model, IMAGES, exclude="conv1")
 
 
-def test_quantize_leaves_the_network_also_when_it_fails(model, loader):
+def test_quantize_does_not_change_the_network_even_if_it_fails(model, loader):
     keys = list(model.state_dict())
     with pytest.raises(InputError, match="loader is empty"):
         tersor.quantize(model, [])
@@ -112,7 +112,7 @@ def test_quantize_leaves_the_network_also_when_it_fails(model, loader):
     assert model.training
 
 
-def test_distill_leaves_the_teacher_as_it_was(model, loader):
+def test_distill_does_not_change_the_teacher(model, loader):
     teacher = copy.deepcopy(model)
     tersor.distill(model, teacher, loader)
     assert teacher.training
@@ -166,13 +166,13 @@ def test_distill_leaves_the_teacher_as_it_was(model, loader):
         ),
     ],
 )
-def test_what_cannot_be_is_one_message(model, loader, call, words):
+def test_invalid_arguments_raise_one_error(model, loader, call, words):
     with pytest.raises(InputError, match=words) as caught:
         call(model, loader)
     assert "pydantic" not in str(caught.value)
 
 
-def test_distill_takes_labels_of_any_integers_and_asks_for_none_that_it_does_not_need(model):
+def test_distill_accepts_labels_of_any_integer_type_and_ignores_unused_labels(model):
     teacher, students = build("resnet20", 10).eval(), [copy.deepcopy(model) for _ in range(3)]
     for student, labels in zip(students, (LABELS, LABELS.int(), LABELS.to(torch.uint8)), strict=True):
         tersor.distill(student, teacher, [(IMAGES, labels)])
@@ -180,7 +180,7 @@ def test_distill_takes_labels_of_any_integers_and_asks_for_none_that_it_does_not
     tersor.distill(model, teacher, [(IMAGES, LABELS - 20)], label_weight=0)
 
 
-def test_export_leaves_nothing_that_the_runtime_refuses(model, tmp_path, monkeypatch):
+def test_a_failed_export_keeps_the_existing_file(model, tmp_path, monkeypatch):
     (tmp_path / "model.onnx").write_bytes(b"of before")
 
     def refuse(*_):
@@ -204,7 +204,7 @@ def test_export_warns_if_the_network_was_quantized_for_another_runtime(tmp_path)
         pytest.warns(CompressionWarning, match="for openvino and is exported for onnxruntime"),
         pytest.raises(InputError),
     ):
-        tersor.export(quantized, IMAGES[0], tmp_path / "model.onnx")  # refused before the slow part
+        tersor.export(quantized, IMAGES[0], tmp_path / "model.onnx")  # raises before the slow part
 
 
 def one_millisecond(openers, images, *, seconds):
@@ -213,7 +213,7 @@ def one_millisecond(openers, images, *, seconds):
     return Timings(groups, dict.fromkeys(BATCH_SIZES, "time"))
 
 
-def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
+def test_compare_reports_the_percentage_of_equal_predictions(tmp_path, monkeypatch):
     monkeypatch.setattr(file_comparison, "measure_latency", one_millisecond)
     torch.manual_seed(0)
     images = torch.randn(40, 3, 8, 8)
@@ -256,7 +256,7 @@ def test_agreement_is_the_share_of_equal_predictions(tmp_path, monkeypatch):
         tersor.compare(path, networks[0], [images])
 
 
-def test_the_speedup_is_the_original_over_the_artifact(tmp_path, monkeypatch):
+def test_the_speedup_is_the_latency_of_the_original_divided_by_that_of_the_artifact(tmp_path, monkeypatch):
     def timings(openers, _example, **_options):
         ms = {"original": 3.0, "artifact": 2.0}
         groups = {name: {size: [[ms[name]], [ms[name]]] for size in BATCH_SIZES} for name in openers}
@@ -269,7 +269,7 @@ def test_the_speedup_is_the_original_over_the_artifact(tmp_path, monkeypatch):
     assert ratio["low"] < 1.5 < ratio["high"]
 
 
-def test_a_file_for_pixels_is_compared_on_normalized_images(tmp_path, monkeypatch):
+def test_a_file_that_takes_pixels_is_compared_on_normalized_images(tmp_path, monkeypatch):
     examples = {}
 
     def timings(openers, example, **options):
@@ -318,7 +318,7 @@ def test_the_normalization_is_stored_in_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [np.float32, torch.tensor])
-def test_the_normalization_may_be_arrays_or_tensors(tmp_path, kind):
+def test_the_normalization_can_be_arrays_or_tensors(tmp_path, kind):
     network, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)).eval(), torch.randn(8, 3, 8, 8)
     given, path = tuple(map(kind, RGB)), tmp_path / "file.onnx"
     for stored in (
@@ -330,7 +330,7 @@ def test_the_normalization_may_be_arrays_or_tensors(tmp_path, kind):
         assert stored["std"] == pytest.approx(RGB[1])
 
 
-def test_pixels_and_normalization_that_differ_are_refused(tmp_path):
+def test_different_values_for_pixels_and_normalization_raise(tmp_path):
     network, images = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), torch.randn(8, 3, 8, 8)
     with pytest.raises(
         InputError,
@@ -339,7 +339,7 @@ def test_pixels_and_normalization_that_differ_are_refused(tmp_path):
         tersor.export(network, images, tmp_path / "a.onnx", pixels=RGB, normalization=((0.1, 0.4, 0.3), RGB[1]))
 
 
-def test_compare_warns_of_images_that_are_not_normalized(tmp_path, monkeypatch):
+def test_compare_warns_about_images_that_are_not_normalized(tmp_path, monkeypatch):
     monkeypatch.setattr(file_comparison, "measure_latency", one_millisecond)
     network, unit = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), torch.rand(24, 3, 8, 8)
     file = tersor.export(network, unit, tmp_path / "model.onnx", normalization=RGB)
@@ -367,7 +367,7 @@ def test_compare_warns_of_images_that_are_not_normalized(tmp_path, monkeypatch):
         (lambda unit: 8 * unit - 4, None),
     ],
 )
-def test_calibration_images_that_are_not_normalized_are_told(values, words):
+def test_calibration_images_that_are_not_normalized_cause_a_warning(values, words):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)).eval()
     unit = torch.rand(24, 3, 8, 8)
     unit[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
@@ -382,7 +382,7 @@ def test_calibration_images_that_are_not_normalized_are_told(values, words):
         assert seen[0].filename == __file__
 
 
-def test_outputs_that_are_no_logits_are_compared_with_those_of_the_original(tmp_path, monkeypatch):
+def test_outputs_that_are_not_logits_are_compared_by_distance(tmp_path, monkeypatch):
     monkeypatch.setattr(file_comparison, "measure_latency", one_millisecond)
     files = [scaling_file(tmp_path / f"{factor}.onnx", factor) for factor in (2.0, 2.2)]
     found = tersor.compare(*files, [torch.rand(5, 3, 8, 8)], seconds=0.01)
@@ -395,7 +395,7 @@ def test_outputs_that_are_no_logits_are_compared_with_those_of_the_original(tmp_
     ("given", "rate"),
     [({}, 0.05), ({"optimizer": "adamw"}, 0.0005), ({"optimizer": "adamw", "learning_rate": 0.3}, 0.3)],
 )
-def test_the_training_of_distill(model, loader, monkeypatch, given, rate):
+def test_distill_uses_the_given_options(model, loader, monkeypatch, given, rate):
     seen = {}
 
     def train(*networks, epochs, task, progress):
@@ -417,7 +417,7 @@ def test_the_training_of_distill(model, loader, monkeypatch, given, rate):
         tersor.distill(model, teacher, (batch for batch in loader))
 
 
-def test_compare_looks_for_the_file_before_it_converts_the_network(monkeypatch):
+def test_compare_checks_that_the_file_exists_before_it_converts_the_network(monkeypatch):
     monkeypatch.setattr(file_comparison, "to_export", None)
     with pytest.raises(InputError, match=r"missing\.onnx"):
         tersor.compare(resnet8(), "missing.onnx", [(IMAGES, LABELS)])

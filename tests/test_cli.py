@@ -1,4 +1,4 @@
-"""The command line: one run end to end, and what a user can do wrong: one message, exit code 2, nothing lost."""
+"""The command line: one run end to end, and mistakes of users: one error message, exit code 2, no lost files."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ LATE = "  - {name: b, methods: [{ptq: {exclude: [nothing]}}]}"
         ),
     ],
 )
-def test_ctrl_c_names_what_is_kept_and_how_to_go_on(written, line, tmp_path, monkeypatch, capfd):
+def test_the_message_for_ctrl_c_lists_what_was_saved_and_how_to_continue(written, line, tmp_path, monkeypatch, capfd):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
@@ -57,11 +57,11 @@ def test_ctrl_c_names_what_is_kept_and_how_to_go_on(written, line, tmp_path, mon
         (tmp_path / name).touch()
     command = ("run", "my recipe.yaml", "--out", "out", "--set", "seed=3")
     again = "tersor run 'my recipe.yaml' --out out --set seed=3"
-    told = f"interrupted. {line.format(again)}\n"
+    output = f"interrupted. {line.format(again)}\n"
     assert tersor(monkeypatch, *command) == 130
-    assert capfd.readouterr().err == told
+    assert capfd.readouterr().err == output
     assert tersor(monkeypatch, *command, "--resume") == 130
-    assert capfd.readouterr().err == told, "the option is not repeated"
+    assert capfd.readouterr().err == output, "the option is not repeated"
 
 
 def test_a_run_keeps_freed_memory(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def tersor(monkeypatch, *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_a_file_without_permission_is_one_line(monkeypatch, capsys, tmp_path):
+def test_a_permission_error_is_shown_in_one_line(monkeypatch, capsys, tmp_path):
     def app():
         raise PermissionError(13, "Permission denied", str(tmp_path / "cat.png"))
 
@@ -104,7 +104,7 @@ def test_a_file_without_permission_is_one_line(monkeypatch, capsys, tmp_path):
     )
 
 
-def test_an_error_of_the_operating_system_without_a_file_is_not_hidden(monkeypatch):
+def test_an_oserror_without_a_file_is_not_hidden(monkeypatch):
     monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     monkeypatch.setattr(sys, "argv", ["tersor", "methods"])
     with pytest.raises(OSError, match="Input/output error"):
@@ -122,7 +122,7 @@ def document(text, name):
 
 
 def small(num_classes):
-    """A network that is exported in a fraction of a ResNet-20's time; other random weights may fail a check."""
+    """A network that is exported much faster than a ResNet-20; other random weights could fail a check."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
@@ -175,10 +175,10 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     artifact = numbers["artifact"]
     assert f"{artifact['score']:.2f} ± {artifact['score_error']:.2f} % on 359 test" in capfd.readouterr().out
     assert tersor(monkeypatch, "eval", out, "--json") == 0
-    told = capfd.readouterr()
-    assert document(told.out, "eval")["score"] == numbers["artifact"]["score"]
-    assert " 359 test images" in told.err
-    # the run above had every runtime
+    output = capfd.readouterr()
+    assert document(output.out, "eval")["score"] == numbers["artifact"]["score"]
+    assert " 359 test images" in output.err
+    # the run above used every runtime
     monkeypatch.setattr(importlib.import_module("tersor.pipeline.bench"), "installed_runtimes", lambda: ["onnxruntime"])
     assert tersor(monkeypatch, "bench", out, out / "model.onnx", "--seconds", 0.1) == 0
     table = capfd.readouterr().out
@@ -201,7 +201,7 @@ def test_a_run_writes_the_folder_with_every_figure(tmp_path, monkeypatch, capfd)
     assert "already exists" in capfd.readouterr().err
 
 
-def test_a_run_without_latency_is_complete_otherwise(tmp_path, monkeypatch, capfd):
+def test_a_run_without_latency_is_complete_except_for_latency(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(latency, "_MIN_GROUPS", 2)
     recipe, weights, out = (tmp_path / name for name in ("recipe.yaml", "small.safetensors", "out"))
     models.save_weights(small(10), weights)
@@ -231,14 +231,16 @@ def test_the_version_is_printed(monkeypatch, capfd):
     assert capfd.readouterr().out.strip() == importlib.metadata.version("tersor")
 
 
-def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path, weights, monkeypatch, capfd):
+def test_sensitivity_writes_a_file_and_a_figure_and_lists_the_most_sensitive_layers(
+    tmp_path, weights, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tersor.pipeline.sensitivity_analysis.WIDTHS", (2, 4))
     (tmp_path / "mine.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "mine.sensitivity.json", "mine.sensitivity.svg"}
-    told = capfd.readouterr().out
-    assert "the 10 most sensitive of 20 layers" in told
+    output = capfd.readouterr().out
+    assert "the 10 most sensitive of 20 layers" in output
     written = json.loads((tmp_path / "mine.sensitivity.json").read_text())
     costs = written["costs"]
     assert written["first_and_last"] == ["conv1", "linear"]
@@ -248,10 +250,10 @@ def test_sensitivity_writes_a_file_and_a_figure_and_shows_the_costliest(tmp_path
     }
     worst = max(largest, key=largest.__getitem__)
     shown = next(cost for cost in costs if cost["layer"] == worst)
-    rows = [line for line in told.splitlines() if "conv" in line or "linear" in line]
+    rows = [line for line in output.splitlines() if "conv" in line or "linear" in line]
     assert len(rows) == 10
     assert worst in rows[0]
-    assert f"({shown['drop']:z.1f})" in told.splitlines()[told.splitlines().index(rows[0]) + 1]
+    assert f"({shown['drop']:z.1f})" in output.splitlines()[output.splitlines().index(rows[0]) + 1]
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 20, "--json") == 0
     assert document(capfd.readouterr().out, "sensitivity")["costs"] == costs
     assert tersor(monkeypatch, "sensitivity", "mine.yaml", "--images", 30) == 2
@@ -267,8 +269,8 @@ def test_the_sensitivity_table_is_sorted_by_the_drop_and_explains_its_8_bit_colu
     costs += [Cost(name, 8, 0.001, 0.0) for name in values]
     found = BitCosts(measured_with={}, weights=dict.fromkeys(values, 9), first_and_last=["conv1", "fc"], costs=costs)
     show(plain_console(), sensitivity_table(found))
-    told = capfd.readouterr().out
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if line.startswith("│")]
+    output = capfd.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
     assert rows == [
         *(["4", "c", "90", "0.10"], ["", "", "(3.0)", "(0.0)"]),
         *(["3", "b", "10", "0.10"], ["", "", "(3.0)", "(0.0)"]),
@@ -276,19 +278,19 @@ def test_the_sensitivity_table_is_sorted_by_the_drop_and_explains_its_8_bit_colu
         *(["1", "conv1 *", "50", "0.10"], ["", "", "(0.0)", "(0.0)"]),
         *(["2", "a", "20", "0.10"], ["", "", "(-1.0)", "(0.0)"]),
     ]
-    text = " ".join(told.split())
+    text = " ".join(output.split())
     assert "(0.0) means that the metric differs by less than 0.05 points from that in float, which is common" in text
     assert "* The first and last layer: ptq keeps them at 8 bits" in text
 
 
-def test_the_sensitivity_of_images_without_labels_has_no_drop(capfd):
+def test_the_sensitivity_table_without_labels_has_no_drop(capfd):
     costs = [Cost("a", 2, 0.1, None), Cost("b", 2, 0.2, None)]
     show(plain_console(), sensitivity_table(BitCosts(measured_with={}, weights={"a": 1, "b": 1}, costs=costs)))
     rows = [line.split("│")[1:-1] for line in capfd.readouterr().out.splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [["2", "b", "20"], ["1", "a", "10"]]
 
 
-def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, capfd):
+def test_interrupting_sensitivity_prints_how_to_continue(tmp_path, monkeypatch, capfd):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
@@ -334,7 +336,7 @@ def test_sensitivity_that_is_stopped_tells_how_to_go_on(tmp_path, monkeypatch, c
         (("ptq: {calibration_images: 64}", "channel_pruning: {exclude: ['*']}"), "no channel of"),
     ],
 )
-def test_what_cannot_be_used_is_one_message(change, message, tmp_path, weights, monkeypatch, capfd):
+def test_recipes_that_cannot_be_used_give_one_error_message(change, message, tmp_path, weights, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corrupt.safetensors").write_bytes(weights.read_bytes()[:1000])
     models.save_weights(models.build("resnet32", 10), tmp_path / "other.safetensors")
@@ -351,13 +353,13 @@ def test_what_cannot_be_used_is_one_message(change, message, tmp_path, weights, 
 
 
 @pytest.mark.parametrize("content", ["", "- a\n- list\n", "a: [1,\n", "just text"])
-def test_what_is_no_recipe(content, tmp_path, monkeypatch, capfd):
+def test_invalid_recipe_files_give_an_error_message(content, tmp_path, monkeypatch, capfd):
     (tmp_path / "recipe.yaml").write_text(content)
     assert tersor(monkeypatch, "run", tmp_path / "recipe.yaml", "--out", tmp_path / "out") == 2
     assert capfd.readouterr().err.startswith("error: ")
 
 
-def test_images_that_cannot_be_used(tmp_path, weights, monkeypatch, capfd):
+def test_images_that_cannot_be_used_are_named_in_the_error(tmp_path, weights, monkeypatch, capfd):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("WEIGHTS", str(weights)).replace("name: digits", "folder: " + str(tmp_path / "d")))
     for split in ("train", "test"):
@@ -376,7 +378,7 @@ def test_images_that_cannot_be_used(tmp_path, weights, monkeypatch, capfd):
     assert "bee" in capfd.readouterr().err
 
 
-def test_a_runtime_that_is_not_installed(tmp_path, weights, monkeypatch, capfd):
+def test_a_missing_runtime_gives_an_error_message(tmp_path, weights, monkeypatch, capfd):
     def absent(name: str) -> None:
         raise InputError(f"the runtime {name} is not installed. Write pip install openvino.")
 
@@ -386,28 +388,28 @@ def test_a_runtime_that_is_not_installed(tmp_path, weights, monkeypatch, capfd):
     assert "not installed" in capfd.readouterr().err
 
 
-def test_explain_and_methods_train_nothing(tmp_path, weights, monkeypatch, capfd):
+def test_explain_and_methods_do_not_train(tmp_path, weights, monkeypatch, capfd):
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("WEIGHTS", str(weights)))
     monkeypatch.chdir(tmp_path)
     assert tersor(monkeypatch, "run", "recipe.yaml", "--explain") == 0
-    told = capfd.readouterr().out
-    assert "269,722 parameters" in told
-    assert "in float" not in told
+    output = capfd.readouterr().out
+    assert "269,722 parameters" in output
+    assert "in float" not in output
     excluding = ("--set", "stages.0.methods.0.ptq.exclude=[layer1]")
     assert tersor(monkeypatch, "run", "recipe.yaml", "--explain", *excluding) == 0
-    told = " ".join(capfd.readouterr().out.split())
-    assert "in float (reason: excluded): layer1.0.conv1 (5.8 % of the MACs)" in told
-    assert "warning: only 65.1 % of the MACs are computed in integers" in told
+    output = " ".join(capfd.readouterr().out.split())
+    assert "in float (reason: excluded): layer1.0.conv1 (5.8 % of the MACs)" in output
+    assert "warning: only 65.1 % of the MACs are computed in integers" in output
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
     assert tersor(monkeypatch, "methods", "ptq") == 0
     assert "activation_bits" in capfd.readouterr().out
     assert tersor(monkeypatch, "methods") == 0
-    told = capfd.readouterr().out
-    assert "These cannot:\n  adaround: rounding changes the network even at 8 bits\n  brecq: " in told
+    output = capfd.readouterr().out
+    assert "These cannot:\n  adaround: rounding changes the network even at 8 bits\n  brecq: " in output
 
 
 @pytest.mark.parametrize("name", names())
-def test_the_description_of_a_method_is_complete_at_60_columns(name, monkeypatch, capfd):
+def test_the_description_of_a_method_fits_into_60_columns(name, monkeypatch, capfd):
     monkeypatch.setenv("COLUMNS", "60")
     assert tersor(monkeypatch, "methods", name) == 0
     text = capfd.readouterr().out
@@ -416,14 +418,14 @@ def test_the_description_of_a_method_is_complete_at_60_columns(name, monkeypatch
         assert "".join(description.split()) in cells
 
 
-def test_lines_in_a_file_are_not_folded(capfd):
+def test_lines_are_not_wrapped_if_the_output_is_a_file(capfd):
     line = "a warning of more than eighty characters with a [path] in it: " + "x" * 60
     with Bars(plain_console()) as bars:
         bars.say(line)
     assert line in capfd.readouterr().out.splitlines()
 
 
-def test_what_a_network_prints_is_not_in_the_json_document(monkeypatch, capsys):
+def test_the_output_of_a_network_is_not_part_of_the_json_document(monkeypatch, capsys):
     def methods() -> None:
         print("my network says hello")  # noqa: T201
         cli.print_json({"answer": 1})
@@ -436,41 +438,41 @@ def test_what_a_network_prints_is_not_in_the_json_document(monkeypatch, capsys):
     assert "hello" in printed.err
 
 
-def test_methods_as_json(monkeypatch, capfd):
+def test_methods_are_printed_as_json(monkeypatch, capfd):
     assert tersor(monkeypatch, "methods", "--json") == 0
-    told = json.loads(capfd.readouterr().out)
-    assert sorted(told) == list(names())
-    assert told["dpf"]["needs_steps"]
-    assert told["soft_targets"]["needs_teacher"]
-    assert set(told["ptq"]) == set(schema_of("methods")["$defs"]["MethodDescription"]["properties"])
+    output = json.loads(capfd.readouterr().out)
+    assert sorted(output) == list(names())
+    assert output["dpf"]["needs_steps"]
+    assert output["soft_targets"]["needs_teacher"]
+    assert set(output["ptq"]) == set(schema_of("methods")["$defs"]["MethodDescription"]["properties"])
     assert tersor(monkeypatch, "methods", "ptq", "--json") == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["ptq"]["parameters"]["properties"]["bits"]["default"] == 8
+    output = json.loads(capfd.readouterr().out)
+    assert output["ptq"]["parameters"]["properties"]["bits"]["default"] == 8
     assert tersor(monkeypatch, "methods", "ptk", "--json") == 2
     assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", Document.__args__)
-def test_every_document_has_a_schema(name, monkeypatch, capfd):
+def test_every_json_document_has_a_schema(name, monkeypatch, capfd):
     assert tersor(monkeypatch, "schema", name) == 0
     assert {"$defs", "properties"} & set(json.loads(capfd.readouterr().out))
 
 
-def test_explain_has_no_json(tmp_path, monkeypatch, capfd):
+def test_explain_with_json_is_an_error(tmp_path, monkeypatch, capfd):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     assert tersor(monkeypatch, "run", tmp_path / "recipe.yaml", "--explain", "--json") == 2
     assert "Leave out --json or --explain" in capfd.readouterr().err
 
 
-def test_the_schema_of_recipes_knows_every_method(monkeypatch, capfd):
+def test_the_recipe_schema_contains_every_method(monkeypatch, capfd):
     assert tersor(monkeypatch, "schema") == 0
-    told = capfd.readouterr().out
-    assert json.loads(told)["$defs"]["Stage"]
-    assert "calibration_images" in told
-    assert "temperature" in told
+    output = capfd.readouterr().out
+    assert json.loads(output)["$defs"]["Stage"]
+    assert "calibration_images" in output
+    assert "temperature" in output
 
 
 @pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])
-def test_a_time_that_is_none(seconds, monkeypatch, capfd):
+def test_an_invalid_time_is_an_error(seconds, monkeypatch, capfd):
     assert tersor(monkeypatch, "bench", "m.onnx", "--seconds", seconds) == 2
     assert "Write a finite number above 0" in capfd.readouterr().err

@@ -38,7 +38,7 @@ NEEDED = (
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the files that the steps need, with the new files in it."""
+    """A copy of the files needed by the steps, with the new files added."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in NEEDED:
         source = ROOT / name
@@ -65,7 +65,7 @@ def test_the_steps_create_a_method_and_a_test():
 
 
 def test_the_new_test_passes(checkout, monkeypatch):
-    """In this process, which is faster than the commands."""
+    """In this process, which is faster than running the commands."""
     monkeypatch.setattr(tersor.methods, "__path__", [*tersor.methods.__path__, str(checkout / "src/tersor/methods")])
     (path,) = (checkout / name for name, _ in FILES if name.startswith("tests/"))
     try:
@@ -92,7 +92,7 @@ def test_the_files_pass_the_linter(checkout):
         run([sys.executable, "-m", "ruff", *command, *(name for name, _ in FILES)], checkout)
 
 
-def test_the_hooks_run_the_linter_of_the_environment():
+def test_the_pre_commit_hooks_use_the_linter_of_the_environment():
     config = YAML(typ="safe").load(ROOT / ".pre-commit-config.yaml")
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
     assert {repository["repo"] for repository in config["repos"]} == {"local"}

@@ -1,4 +1,4 @@
-"""Every example runs at a small size."""
+"""Every example runs with a small configuration."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def example(name):
     return module
 
 
-def test_soft_targets_in_your_own_loop(capsys):
+def test_soft_targets_own_loop_trains_a_student(capsys):
     example("soft_targets_own_loop").main(epochs=1, sizes=("resnet20", "resnet20"))
     assert "student" in capsys.readouterr().out
 
@@ -107,7 +107,7 @@ def test_serving_needs_neither_tersor_nor_torch(exported, tmp_path, kind):
     assert sum(map(str.__eq__, predicted, labels)) > 30  # chance: 4
 
 
-def test_iterative_pruning_ends_sparse(capsys):
+def test_iterative_pruning_reaches_its_sparsities(capsys):
     example("iterative_pruning").main(epochs=1, sparsities=(0.5, 0.8))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" ")[0] for line in lines] == ["0.0", "50.0", "80.0"]
@@ -119,7 +119,7 @@ def few_test_scenes(monkeypatch):
 
 
 @pytest.mark.slow
-def test_segmentation_is_compared_in_miou(tmp_path, capsys, few_test_scenes):
+def test_segmentation_reports_miou(tmp_path, capsys, few_test_scenes):
     example("segmentation").main(tmp_path, epochs=1, images=32)
     original, artifact = capsys.readouterr().out.splitlines()
     assert original.startswith("original: mIoU ")
@@ -140,19 +140,19 @@ def test_regression_predicts_angles(tmp_path, capsys):
     example("regression").main(tmp_path, epochs=3)
     errors = [float(line.split(" ")[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(errors) == 2
-    assert max(errors) < 25  # a constant is wrong by 30 degrees
+    assert max(errors) < 25  # the error of a constant prediction is 30 degrees
 
 
 @pytest.mark.slow
-def test_own_data_loss_and_loop(capsys):
+def test_own_loop_with_a_users_data_and_loss_trains(capsys):
     example("own_loop").main(epochs=1)
     scores = [float(line.split(" ")[-5]) for line in capsys.readouterr().out.splitlines()]
     assert len(scores) == 2
     assert min(scores) > 60  # chance: 50
 
 
-def test_a_center_detector_finds_the_boxes_of_its_loss():
-    """Maps with a peak at each center and the right sides have a small loss and a perfect mAP50."""
+def test_a_center_detector_finds_boxes_where_its_loss_is_small():
+    """Maps with a peak at each center and correct sides have a small loss and a perfect mAP50."""
     module = example("center_detection")
     boxes = torch.tensor([[4.0, 8.0, 20.0, 24.0], [30.0, 30.0, 62.0, 50.0]])
     targets = [{"boxes": boxes, "labels": torch.tensor([2, 1])}]
@@ -174,7 +174,7 @@ def test_a_center_detector_finds_the_boxes_of_its_loss():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["segmentation", "detection"])
-def test_recipes_on_scenes(name, tmp_path, monkeypatch, few_test_scenes):
+def test_recipes_with_scenes_run(name, tmp_path, monkeypatch, few_test_scenes):
     from tersor.evaluation import measurement
     from tersor.pipeline.run import run
     from tersor.recipe import read
@@ -198,7 +198,7 @@ def test_recipes_on_scenes(name, tmp_path, monkeypatch, few_test_scenes):
     ("name", "package"),
     [("lightning_training", "lightning"), ("hugging_face_trainer", "transformers"), ("timm_training", "timm")],
 )
-def test_a_method_trains_in_another_trainer(name, package):
+def test_a_method_can_be_trained_with_another_trainer(name, package):
     pytest.importorskip(package)
     torch.manual_seed(0)
     trained = example(name).main()

@@ -1,4 +1,4 @@
-"""Which networks share a capture and a decomposition in exports of the tests, and that files do not change by it."""
+"""Which networks share a capture and a decomposition in the exports of the tests. Sharing does not change the files."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def program(model, images=IMAGES):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_files_are_the_same_without_it(tmp_path, monkeypatch, quantized):
+def test_sharing_does_not_change_the_exported_files(tmp_path, monkeypatch, quantized):
     networks = [tersor.quantize(network(), [IMAGES]) if quantized else network() for _ in range(2)]
     kept = len(captured_once._captured), len(decomposed_once._decomposed)
     shared = [export(each, IMAGES, tmp_path / f"{place}.onnx") for place, each in enumerate(networks)]
@@ -56,11 +56,11 @@ def test_equal_programs_share_a_decomposition():
     ],
     ids=["width", "images", "precision", "module paths"],
 )
-def test_others_do_not(other):
+def test_different_programs_do_not_share_a_decomposition(other):
     assert decomposed_once._key(other()) != decomposed_once._key(program(network()))
 
 
-def test_a_program_with_a_tensor_of_its_forward_method_is_decomposed_every_time(tmp_path):
+def test_a_program_with_a_tensor_created_in_forward_is_decomposed_every_time(tmp_path):
     class Shifted(nn.Linear):
         def forward(self, x):
             return super().forward(x) + torch.tensor([1.0, 2.0])
@@ -98,10 +98,10 @@ def scaled(graph):
     ],
     ids=["operators", "settings", "tensors", "attributes"],
 )
-def test_other_graphs_do_not(change):
+def test_different_graphs_do_not_share_a_capture(change):
     assert graph_key(change) != graph_key()
 
 
-def test_it_is_in_use():
+def test_the_shared_capture_and_decomposition_are_active():
     assert captured_once.Strategy._capture is captured_once._captured_once
     assert _fx_passes.decompose_with_registry is decomposed_once._decomposed_once

@@ -1,4 +1,4 @@
-"""A run that meets a fault: exit code 2, one message, nothing half-written, and --resume goes on where it can."""
+"""A run in which a fault occurs: exit code 2, one message, no partial files, and --resume continues where possible."""
 
 import errno
 import importlib
@@ -30,7 +30,7 @@ class Network(nn.Sequential):
 
 @pytest.fixture
 def tersor(tmp_path, monkeypatch, capfd):
-    """Runs the recipe into `out`: the exit code and the error stream."""
+    """A function that runs the recipe with output folder `out` and returns exit code and error stream."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     (tmp_path / "faulty.py").write_text(NETWORK)
@@ -73,7 +73,7 @@ def counted_steps(monkeypatch, step=None, error=None):
     return steps
 
 
-def test_a_loss_that_becomes_nan_names_the_last_good_checkpoint(tersor, tmp_path):
+def test_a_loss_that_becomes_nan_is_reported_with_the_last_good_checkpoint(tersor, tmp_path):
     code, errors = tersor(rate=1e30)
     assert code == 2
     message = one_message(errors)
@@ -83,7 +83,7 @@ def test_a_loss_that_becomes_nan_names_the_last_good_checkpoint(tersor, tmp_path
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
-def test_no_memory_left_names_the_batch_size_and_goes_on_with_resume(tersor, tmp_path, monkeypatch, error):
+def test_out_of_memory_suggests_a_batch_size_and_the_run_can_be_resumed(tersor, tmp_path, monkeypatch, error):
     with monkeypatch.context() as during:
         counted_steps(during, 3, error)
         code, errors = tersor()
@@ -108,7 +108,7 @@ def full(folder):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "model.onnx"))
 
 
-def test_no_memory_left_before_the_first_step_is_told(tersor, tmp_path, monkeypatch):
+def test_out_of_memory_before_the_first_step_is_reported(tersor, tmp_path, monkeypatch):
     def fails(*_given, **_options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
@@ -120,7 +120,7 @@ def test_no_memory_left_before_the_first_step_is_told(tersor, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_refuses_a_checkpoint_keeps_the_one_before(tersor, tmp_path, monkeypatch, number):
+def test_a_failed_checkpoint_write_keeps_the_earlier_checkpoint(tersor, tmp_path, monkeypatch, number):
     write, calls = store.save_file, []
 
     def refuses(tensors, path):
@@ -139,7 +139,7 @@ def test_a_disk_that_refuses_a_checkpoint_keeps_the_one_before(tersor, tmp_path,
     assert left(tmp_path) == ["out.checkpoints"]
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tersor, tmp_path, monkeypatch):
+def test_after_a_damaged_checkpoint_the_run_resumes_from_the_earlier_one(tersor, tmp_path, monkeypatch):
     with monkeypatch.context() as during:
         counted_steps(during, 4, KeyboardInterrupt())
         assert tersor()[0] == 130

@@ -1,4 +1,4 @@
-"""The house keeps its shape: levels, sizes, names, and what it may import."""
+"""The structure of the source code: levels, sizes, names, and allowed imports."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def name_of(file):
 
 
 def level(module):
-    """The number of its level, from the ground up, and the entry of `LEVELS` that it belongs to."""
+    """The number of its level, counted from the bottom, and its entry in `LEVELS`."""
     path = module.removeprefix("tersor.")
     entries = {entry: len(LEVELS) - place for place, row in enumerate(LEVELS) for entry in row}
     own = [entry for entry in entries if path == entry or path.startswith(f"{entry}.")]
@@ -167,7 +167,7 @@ def level(module):
 
 
 def imports(tree):
-    """Every module or name that is imported, at the top or inside a function, by its full name."""
+    """The full name of every imported module or name, at the top or inside a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -177,7 +177,7 @@ def imports(tree):
 
 
 def misplaced(importer, imported):
-    """Whether `importer` may not know `imported`."""
+    """Whether `importer` is not allowed to import `imported`."""
     if importer == "tersor":  # loads each verb when it is first used
         return False
     (own, own_entry), (other, other_entry) = level(importer), level(imported)
@@ -193,7 +193,7 @@ LIGHT = [
     ("tersor.checkpoint.artifact", ["torch", "onnx"]),
     *[(f"tersor.evaluation.{name}", ["torch", "onnx"]) for name in ("latency", "process_footprint")],
 ]
-"""Modules that start fast or run where torch is not installed, and what none of them may import."""
+"""Modules that start fast or run without torch, and the packages that they must not import."""
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,11 @@ LIGHT = [
         ("tersor.cli", "tersor.pipeline.run.run", False),
     ],
 )
-def test_what_misplaced_means(importer, imported, wrong):
+def test_misplaced_compares_the_levels_of_two_modules(importer, imported, wrong):
     assert misplaced(importer, imported) is wrong
 
 
-def test_imports_point_down():
+def test_modules_import_only_from_lower_levels():
     wrong = [
         f"{importer} imports {name}"
         for importer, names in IMPORTS.items()
@@ -238,7 +238,7 @@ def test_the_architecture_page_lists_every_folder():
     assert set(re.findall(r"^  (\w+)/ ", page, re.MULTILINE)) == folders
 
 
-def test_a_method_knows_no_other_method():
+def test_a_method_does_not_import_another_method():
     files = [name_of(file) for file in (SOURCE / "methods").glob("[!_]*.py")]
     wrong = [
         f"{own} imports {name}"
@@ -250,8 +250,8 @@ def test_a_method_knows_no_other_method():
     assert not wrong
 
 
-def test_quantization_and_pruning_are_our_own():
-    """The peers that we are measured against are for `bench/`."""
+def test_other_compression_libraries_are_not_imported():
+    """Other libraries are used for comparison in `bench/` only."""
     peers = ("nncf", "onnxruntime.quantization", "neural_compressor", "torchao", "torch_pruning")
     wrong = [
         f"{importer} imports {name}"
@@ -265,7 +265,7 @@ def test_quantization_and_pruning_are_our_own():
 
 
 def test_light_modules_import_no_torch():
-    """One process for all of them, the lightest first. `tersor --help` has to appear at once."""
+    """One process for all of them, starting with the lightest. `tersor --help` has to appear immediately."""
     code = f"""
 import importlib, sys
 for name, heavy in {LIGHT!r}:
@@ -290,7 +290,7 @@ assert "torchvision" not in sys.modules, "our own networks"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_a_long_file_says_why():
+def test_a_file_of_more_than_300_lines_states_the_reason():
     for file in FILES:
         lines = file.read_text().splitlines()
         assert len(lines) <= 300 or "lines" in lines[0], f"{name_of(file)}: {len(lines)} lines"
@@ -301,15 +301,15 @@ def test_only_the_command_line_sets_the_allocator():
     assert users == ["tersor.cli_compress", "tersor.cli_run"]
 
 
-def test_names_say_what_lies_there():
+def test_vague_file_names_are_not_used():
     vague = {"utils", "util", "helpers", "helper", "common", "misc", "base", "tools", "lib"}
     assert not [file for file in FILES if vague & {*file.relative_to(SOURCE).parts, file.stem}]
 
 
-def test_types_are_shipped():
+def test_the_package_contains_py_typed():
     assert (SOURCE / "py.typed").is_file()
 
 
-def test_no_file_name_is_there_twice():
+def test_file_names_are_unique():
     names = [file.name for file in FILES if file.name != "__init__.py"]
     assert not {name for name in names if names.count(name) > 1}

@@ -1,4 +1,4 @@
-"""A verb stays a verb, whatever was imported before: two modules bear the names of verbs."""
+"""Public functions can always be called, whatever was imported before: two modules have the names of functions."""
 
 import importlib
 import sys
@@ -24,7 +24,7 @@ def not_imported():
 
 @pytest.mark.parametrize("first", FIRST)
 @pytest.mark.usefixtures("not_imported")
-def test_verbs_are_functions_whatever_was_imported_first(first):
+def test_public_functions_are_callable_whatever_was_imported_first(first):
     if first:
         importlib.import_module(first)
     imported = importlib.import_module("tersor")
@@ -33,7 +33,7 @@ def test_verbs_are_functions_whatever_was_imported_first(first):
 
 
 @pytest.mark.usefixtures("not_imported")
-def test_packages_that_the_pages_name_need_no_import_of_their_own():
+def test_documented_subpackages_can_be_used_without_their_own_import():
     imported = importlib.import_module("tersor")
     assert callable(imported.data.load)
     assert callable(imported.models.build)
@@ -41,13 +41,13 @@ def test_packages_that_the_pages_name_need_no_import_of_their_own():
     assert "tersor.search" not in sys.modules
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'exprot'"):
         tersor.__getattr__("exprot")
 
 
 @pytest.mark.usefixtures("not_imported")
-def test_tab_completion_lists_the_functions_before_they_are_imported():
+def test_dir_lists_the_functions_before_they_are_imported():
     listed = dir(importlib.import_module("tersor"))
     assert set(tersor.__all__) <= set(listed)
     assert "import_module" not in listed

@@ -1,4 +1,4 @@
-"""The site: its code runs, its links lead somewhere, its generated pages are complete, and it builds."""
+"""The documentation site: its code runs, its links work, its generated pages are complete, and it can be built."""
 
 import contextlib
 import itertools
@@ -36,7 +36,7 @@ SELF_CONTAINED = [
     *("how-to/own-network.md", "how-to/vit.md", "how-to/deploy.md", "how-to/budget.md", "how-to/segmentation.md"),
     *("how-to/detection.md", "how-to/cpp.md"),
 ]
-"""Pages whose Python blocks need nothing but each other, and seconds."""
+"""Pages whose Python blocks need only each other and run in seconds."""
 OWN_METHOD = "how-to/own-method.md"
 QUICK = ["how-to/resume.md", "agents.md", OWN_METHOD]
 ENVIRONMENT = os.environ | {
@@ -59,7 +59,7 @@ def test_the_blocks_of_a_quick_page_run(page, tmp_path, monkeypatch):
     assert blocks.run(page, {})
 
 
-def test_the_function_of_the_data_page_has_validation_images_of_its_own(tmp_path, monkeypatch):
+def test_the_function_on_the_data_page_has_separate_validation_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "data.py").write_text(blocks.blocks("how-to/data.md", "python")[0])
@@ -68,14 +68,14 @@ def test_the_function_of_the_data_page_has_validation_images_of_its_own(tmp_path
     assert splits.validation.size == (32, 32)
 
 
-def test_what_integer_coverage_lists_has_its_share_of_the_macs():
-    """Every page that names the list says so, and so does the list."""
+def test_integer_coverage_lists_the_share_of_the_macs_as_documented():
+    """Every page that mentions the list says that it contains the share of the MACs."""
     texts = [(ROOT / "README.md").read_text(), *((DOCS / page).read_text() for page in PAGES), tersor.quantize.__doc__]
-    told = [
+    sentences = [
         found[0] for text in texts for found in re.finditer(r"integer_coverage(?:\([^)]*\))?`\s+lists[^.]*\.", text)
     ]
-    assert len(told) == 4
-    assert all("share of the MACs" in " ".join(sentence.split()) for sentence in told)
+    assert len(sentences) == 4
+    assert all("share of the MACs" in " ".join(sentence.split()) for sentence in sentences)
     example = torch.zeros(1, 3, 6, 6)
     covered = tersor.integer_coverage(network(4), example)
     assert [(each.name, each.macs, each.share) for each in covered.operators] == [
@@ -85,7 +85,7 @@ def test_what_integer_coverage_lists_has_its_share_of_the_macs():
 
 
 @pytest.mark.parametrize(("page", "files"), [("how-to/own-loop.md", ["model.onnx"]), ("how-to/tasks.md", [])])
-def test_the_blocks_of_a_page_with_networks_of_the_reader_run(page, files, tmp_path, monkeypatch):
+def test_the_blocks_of_a_page_with_the_readers_networks_run(page, files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loader = DataLoader(TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(10, (64,))), 32)
     blocks.run(page, {"student": network(4), "teacher": network(8), "loader": loader})
@@ -141,7 +141,7 @@ def test_recipes_in_pages_are_valid(page):
         assert parse(text, page).stages
 
 
-def test_the_tutorial_shows_what_its_blocks_print():
+def test_the_tutorial_shows_the_output_of_its_blocks():
     outputs = [text for page in blocks.TUTORIAL for text in blocks.blocks(page, "text")]
     assert len(outputs) > 8
     assert all(outputs)
@@ -153,14 +153,14 @@ def test_the_recipe_of_the_first_page_is_valid():
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_first_page_run_as_pasted(tmp_path):
+def test_the_commands_on_the_first_page_run_unchanged(tmp_path):
     (block,) = [text for text in blocks.blocks("index.md", "sh") if "tersor run" in text]
     subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=ENVIRONMENT, check=True)
     assert (tmp_path / "runs" / "int8" / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize("name", blocks.NOTEBOOKS)
-def test_a_notebook_is_made_of_its_pages(name):
+def test_a_notebook_is_generated_from_its_pages(name):
     written = (DOCS / "notebooks" / f"{name}.ipynb").read_text()
     assert written == blocks.notebook(blocks.NOTEBOOKS[name]), "write it again: python pages/blocks.py notebooks"
 
@@ -175,7 +175,7 @@ def test_a_notebook_runs(name, tmp_path):
     ).execute(env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
 
 
-def test_every_method_has_a_card_with_its_gain():
+def test_every_method_has_an_entry_with_its_gain():
     listed = [name for family in gains.FAMILIES.values() for name in family]
     assert sorted(listed) == sorted(names())
     assert set(gains.GAINS) <= set(names())
@@ -189,24 +189,24 @@ def test_every_method_has_a_card_with_its_gain():
     ("method", "points", "distinguishable"),
     [("soft_targets", 3.6, True), ("crd", 0.5, False), ("psgd", 5.9, True), ("dcil", 1.9, True), ("dpf", 0.1, False)],
 )
-def test_gains_are_those_of_the_tables_in_the_lecture(method, points, distinguishable):
+def test_gains_equal_those_in_the_tables_of_the_lecture(method, points, distinguishable):
     gain = gains.GAINS[method]
     assert (gain.points, gain.distinguishable) == (points, distinguishable)
 
 
-def test_rows_that_do_not_exist_are_an_error():
+def test_rows_that_do_not_exist_raise():
     with pytest.raises(LookupError, match="no row"):
         gains.matching("pruning", contender="nobody")
 
 
 def slug(heading):
-    """The anchor of a heading, as Python-Markdown makes it."""
+    """The anchor of a heading, as generated by Python-Markdown."""
     text = re.sub(r"\[([^\]]+)\]\([^)]*\)|[`*]", r"\1", heading).lower()
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", text).strip())
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{page}" for page in PAGES)])
-def test_links_with_an_anchor_lead_to_a_heading(document):
+def test_links_with_an_anchor_point_to_a_heading(document):
     path = ROOT / document
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", path.read_text()):
         linked = path if not target else path.parent / target
@@ -227,7 +227,7 @@ def test_the_page_for_agents_names_every_schema_and_exit_code():
 
 
 class Requests(HTMLParser):
-    """What a page loads, what it links to, and the anchors in it."""
+    """The files that a page loads, its links, and its anchors."""
 
     def __init__(self):
         super().__init__()
@@ -262,14 +262,14 @@ def pages(site):
 
 
 @pytest.mark.slow
-def test_the_site_loads_nothing_from_elsewhere(pages):
+def test_the_site_loads_nothing_from_other_servers(pages):
     assert len(pages) > 80
     for page, parser in pages.items():
         assert not [address for address in parser.loaded if re.match(r"(https?:)?//", address)], page
 
 
 @pytest.mark.slow
-def test_links_in_the_site_lead_to_a_file_and_an_anchor(site, pages):
+def test_links_in_the_site_point_to_a_file_and_an_anchor(site, pages):
     for page, parser in pages.items():
         for link in parser.links + parser.loaded:
             if re.match(r"[a-z]+:|//", link):
@@ -284,14 +284,14 @@ def test_links_in_the_site_lead_to_a_file_and_an_anchor(site, pages):
 
 
 @pytest.mark.slow
-def test_links_of_llms_txt_lead_to_pages_of_the_site(site):
+def test_links_in_llms_txt_point_to_pages_of_the_site(site):
     links = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text())
     assert len(links) > 20
     assert not [link for link in links if not link.endswith(".html") or not (site / link).is_file()]
 
 
 @pytest.mark.slow
-def test_the_site_has_the_notebooks(site, pages):
+def test_the_site_contains_the_notebooks(site, pages):
     linked = {(page.parent / link).resolve() for page, parser in pages.items() for link in parser.links}
     assert {site / "notebooks" / f"{name}.ipynb" for name in blocks.NOTEBOOKS} <= linked
 
@@ -348,12 +348,12 @@ def test_the_onnxruntime_program_compiles_and_runs(tmp_path):
     assert 0 <= int(done.stdout.split()[-1]) < 10
 
 
-def test_the_output_of_a_block_replaces_the_text_behind_it():
+def test_the_output_of_a_block_replaces_the_text_after_it():
     page = "```python\nprint(1)\n```\n\n```text\nold\n```\n\n```python\nx = 2\n```\n\n```\nformula\n```\n"
     assert blocks.with_outputs(page, ["1\n", ""]) == page.replace("old", "1")
 
 
-def test_a_notebook_has_the_prose_and_the_code(tmp_path, monkeypatch):
+def test_a_notebook_contains_the_prose_and_the_code(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text(
         "# Title\n\n[Link](a.md) text. [A\nnotebook](a.ipynb) has it.\n\n```python\nx = 1\n```\n\n```text\n1\n```\n\n"
         "![Figure](a.svg)\n\nThe end.\n"

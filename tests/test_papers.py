@@ -1,4 +1,4 @@
-"""The recipes with the papers' full protocols: `--explain` works, and two training steps run on stand-in images."""
+"""Recipes with the full protocols of papers: `--explain` works, and two training steps run on synthetic images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -63,12 +63,12 @@ def brief(path: Path) -> Experiment:
     assert experiment.teacher is not None
     for module in experiment.teacher.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # else two steps leave it with statistics that let 27 blocks overflow
+            module.momentum = None  # otherwise its statistics after two steps make 27 blocks overflow
     return experiment
 
 
 QUICK = "at-wrn-16-2-to-16-1"
-"""Has a teacher without weights, a stage of distillation and two networks, as the others have."""
+"""Like the other recipes, it has a teacher without weights, a distillation stage and two networks."""
 
 
 @pytest.mark.parametrize(

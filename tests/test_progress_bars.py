@@ -7,7 +7,7 @@ from rich.console import Console
 from tersor.progress_bars import Bars
 
 
-def test_no_bar_is_left_below_the_lines():
+def test_no_bar_remains_below_the_lines():
     console = Console(file=io.StringIO(), force_terminal=False)
     with Bars(console) as bars:
         bars.start("reading images", 3)

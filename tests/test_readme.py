@@ -42,9 +42,9 @@ def network(width):
         ),
     ],
 )
-def test_python_in_the_readme_runs(changes, tmp_path, monkeypatch):
+def test_python_blocks_in_the_readme_run(changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)  # fewer rounds than a user gets
+    monkeypatch.setattr(latency, "_MIN_GROUPS", 2)  # fewer rounds than by default
     (block,) = blocks("README.md", "python")
     for text, smaller in changes.items():
         assert text in block
@@ -54,7 +54,7 @@ def test_python_in_the_readme_runs(changes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_recipe_in_the_readme_runs_as_pasted(tmp_path):
+def test_the_recipe_in_the_readme_runs_unchanged(tmp_path):
     block = blocks("README.md", "sh")[-1]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, check=True)
@@ -71,7 +71,7 @@ def test_the_readme_lists_every_method():
     assert sorted(rows) == sorted(names())
 
 
-def test_the_readme_is_short():
+def test_the_readme_has_at_most_150_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
@@ -80,7 +80,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("do
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
-def test_links_lead_to_files(document):
+def test_links_point_to_existing_files(document):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text())
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert not [target for target in missing if (document.parent / target).resolve() not in GENERATED]
@@ -97,7 +97,7 @@ def test_the_index_lists_every_decision():
 
 
 def overrides(path):
-    """Return an override for every value that a shipped recipe leaves to its user."""
+    """Return an override for every value that the user has to set in an included recipe."""
     yaml = YAML(typ="safe").load(path)
     missing = [
         (name, key) for name, part in yaml.items() if isinstance(part, dict) for key in part if part[key] == "???"
@@ -106,13 +106,13 @@ def overrides(path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_recipe_is_valid(path):
+def test_an_included_recipe_is_valid(path):
     recipe = read(path, overrides(path))
     assert parse(write(recipe), "written") == recipe
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_recipe_names_no_file_of_ours(path):
+def test_an_included_recipe_contains_no_local_paths(path):
     recipe = read(path, overrides(path))
     networks = [each for each in (recipe.model, recipe.teacher) if isinstance(each, Network)]
     named = {recipe.data.folder, recipe.data.root, *(network.weights for network in networks)} - {None}

@@ -57,11 +57,11 @@ def test_networks_of_one_class_with_equal_settings_share_a_record():
         changed(lambda network: network.double()),
     ],
 )
-def test_others_do_not(other):
+def test_different_networks_do_not_share_a_record(other):
     assert key(other) != key(Net())
 
 
-def test_shared_modules_and_other_images_are_a_difference():
+def test_shared_modules_and_other_image_sizes_are_a_difference():
     assert key(Net(), torch.zeros(2, 3, 9, 9)) != key(Net())
     layer = nn.ReLU()
     assert key(nn.Sequential(layer, layer)) != key(nn.Sequential(nn.ReLU(), nn.ReLU()))
@@ -80,5 +80,5 @@ def test_networks_with_other_attributes_are_recorded_every_time(change):
         key(changed(change))
 
 
-def test_it_is_in_use():
+def test_the_shared_record_is_active():
     assert export_program._exported is recorded_once._recorded_once

@@ -19,7 +19,7 @@ API = Path(__file__).parents[1] / "docs" / "reference" / "api.md"
 
 
 def listed():
-    """Everything that the page documents, by its path."""
+    """All documented objects on the page, by path."""
     paths = re.findall(r"^::: (\S+)$", API.read_text(), re.MULTILINE)
     return {path: getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths}
 
@@ -44,12 +44,12 @@ def classes_of(value):
     return classes_in(hints)
 
 
-def test_the_reference_has_every_public_name():
+def test_the_reference_contains_every_public_name():
     documented = listed().values()
     assert not [name for name in tersor.__all__ if not any(getattr(tersor, name) is each for each in documented)]
 
 
-def test_the_reference_has_every_class_that_a_public_function_takes_or_returns():
+def test_the_reference_contains_every_class_in_public_signatures():
     documented = {each for each in listed().values() if isinstance(each, type)}
     pages = reference.generated()
     tables = pages["reference/recipe.md"] + pages["reference/front.md"]
@@ -66,13 +66,13 @@ def test_the_reference_has_every_class_that_a_public_function_takes_or_returns()
 
 
 def restricted():
-    """The paths of the page whose members are not all shown."""
+    """The paths on the page for which only some members are shown."""
     entries = re.findall(r"^::: (\S+)\n((?: +.*\n)*)", API.read_text(), re.MULTILINE)
     return {path for path, options in entries if re.search(r"^ +members:", options, re.MULTILINE)}
 
 
 def fields_of(value):
-    """Names of the public fields of a class, without those that a base class has."""
+    """Names of the public fields of a class, without those of base classes."""
     annotated = inspect.get_annotations(value, eval_str=True).items()
     return [name for name, hint in annotated if name[0] != "_" and typing.get_origin(hint) is not typing.ClassVar]
 
@@ -116,5 +116,5 @@ def test_every_field_of_a_published_document_has_a_description(document):
         ({"type": "object"}, "map"),
     ],
 )
-def test_types_are_written_in_words(field, kind):
+def test_types_are_described_in_words(field, kind):
     assert reference._kind(field) == kind

@@ -1,4 +1,4 @@
-"""Networks whose forward takes several tensors, by position or by name, through the Python functions."""
+"""Networks with several input tensors, by position or by name, in the Python functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = torch.randint(0, 10, (16,), generator=GENERATOR)
 
 
 class Siamese(nn.Module):
-    """Two images through one stem."""
+    """Applies the same stem to two images."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Siamese(nn.Module):
 
 
 class ImageAndText(nn.Module):
-    """An image and token numbers, which are integers, and an input that stays at its default."""
+    """An image, integer token indices, and an input that keeps its default value."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def batches(inputs):
 
 
 @pytest.mark.parametrize(("kind", "inputs"), [POSITIONAL, NAMED, TOKENS], ids=["positional", "named", "tokens"])
-def test_quantize_export_save_and_load(kind, inputs, tmp_path):
+def test_networks_with_several_inputs_are_quantized_exported_saved_and_loaded(kind, inputs, tmp_path):
     network = kind().eval()
     quantized = tersor.quantize(network, batches(inputs))
     expected, found = outputs(network, inputs), outputs(quantized, inputs)
@@ -114,7 +114,7 @@ def test_a_captured_network_has_the_input_names_of_the_original(network, inputs)
 
 
 @pytest.mark.parametrize(("kind", "inputs"), [POSITIONAL, TOKENS], ids=["positional", "tokens"])
-def test_prune_and_distill(kind, inputs):
+def test_networks_with_several_inputs_are_pruned_and_distilled(kind, inputs):
     network, before = kind().eval(), sum(each.numel() for each in kind().parameters())
     pruned = tersor.prune(network, batches(inputs), round_to=1, keep_macs=0.6, importance="obs")
     assert outputs(pruned, inputs).shape == (16, 10)
@@ -125,14 +125,14 @@ def test_prune_and_distill(kind, inputs):
     assert not all(map(torch.equal, weights, trained.parameters()))
 
 
-def test_importance_by_gradients():
+def test_taylor_importance_works_with_several_inputs():
     pruned = tersor.prune(Siamese().eval(), batches((LEFT, RIGHT)), round_to=1, keep_macs=0.6, importance="taylor")
     assert pruned.mix.out_channels < 16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [None, 4])
-def test_compare_of_an_exported_file_with_the_network(batch, tmp_path):
+def test_an_exported_file_with_several_inputs_is_compared_with_the_network(batch, tmp_path):
     network = Siamese().eval()
     path = tersor.export(network, (LEFT, RIGHT), tmp_path / "model.onnx", batch=batch)
     found = tersor.compare(network, path, batches((LEFT, RIGHT)), seconds=0.01)
@@ -140,7 +140,7 @@ def test_compare_of_an_exported_file_with_the_network(batch, tmp_path):
     assert found["artifact"]["accuracy"] == found["original"]["accuracy"]
 
 
-def test_wrong_inputs_are_one_message(tmp_path):
+def test_wrong_inputs_raise_one_error(tmp_path):
     with pytest.raises(InputError, match="needs 2 inputs: left, right, but a batch has one"):
         tersor.quantize(Siamese().eval(), [LEFT])
     with pytest.raises(InputError, match=r"does not run on the inputs left \(3, 8, 8\) of float32, wrong .*unexpected"):
@@ -169,5 +169,5 @@ class AnyNumber(nn.Module):
         (TensorInputs({"second": torch.zeros(2), "first": torch.zeros(2)}), ("second", "first")),
     ],
 )
-def test_names_of_inputs(inputs, names):
+def test_input_names_follow_from_the_inputs_and_the_signature(inputs, names):
     assert input_names(AnyNumber(), inputs) == names

@@ -1,4 +1,4 @@
-"""Networks as users write them: what their outputs, masks and stored tables must not change."""
+"""Unusual networks of users: their output containers, attention masks and stored tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class InNamedTuple(Parts):
 
 
 @pytest.mark.parametrize("kind", [InOrderedDict, InNamedTuple])
-def test_outputs_in_any_container_keep_their_size(kind):
+def test_outputs_in_any_container_keep_their_structure(kind):
     model = kind().eval()
     graph = capture(model, IMAGES)
     assert type(graph(IMAGES)) is type(model(IMAGES))
@@ -66,7 +66,7 @@ class Results:
 
 
 class Unknown:
-    """Holds tensors where torch cannot find them."""
+    """An output object whose tensors torch cannot find."""
 
     def __init__(self, logits, features):
         self.logits, self.features = logits, features
@@ -93,7 +93,7 @@ class Returns(Parts):
         ),
     ],
 )
-def test_dataclasses_are_outputs(container, names, tmp_path):
+def test_dataclasses_are_supported_as_outputs(container, names, tmp_path):
     model = Returns(container).eval()
     quantized = tersor.quantize(model, IMAGES)
     assert type(quantized(IMAGES)) is type(model(IMAGES))
@@ -101,14 +101,14 @@ def test_dataclasses_are_outputs(container, names, tmp_path):
     assert [each.name for each in file.graph.output] == names
 
 
-def test_a_student_may_return_a_dataclass():
+def test_a_student_can_return_a_dataclass():
     student = Returns(Result)
     before = student.head.weight.clone()
     tersor.distill(student, Returns(Result).eval(), [(IMAGES, torch.arange(4))] * 2, learning_rate=0.1)
     assert not torch.equal(student.head.weight, before)
 
 
-def test_an_object_with_tensors_is_explained():
+def test_an_unsupported_output_object_is_explained_in_the_error():
     with pytest.raises(
         InputError, match=r"it returns a Unknown, which .*\. Return tensors in a tuple, list, dict, named"
     ):
@@ -121,13 +121,13 @@ class SpecialForOne(Parts):
         return logits * 2 if x.shape[0] == 1 else logits
 
 
-def test_another_result_for_a_batch_of_one_is_refused():
+def test_a_network_that_computes_differently_for_a_batch_of_one_raises():
     with pytest.raises(InputError, match=r"not equivalent.*on a batch of 1 .*no branch on the batch size"):
         capture(SpecialForOne().eval(), IMAGES)
 
 
 class Masked(nn.Module):
-    """Attention to earlier tokens alone."""
+    """Attention to earlier tokens only."""
 
     def __init__(self, *, padding=False):
         super().__init__()
@@ -147,7 +147,7 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("padding", [False, True])
-def test_masks_of_attention(padding):
+def test_networks_with_attention_masks_are_captured_and_pruned(padding):
     model = Masked(padding=padding).eval()
     graph = capture(model, IMAGES)
     assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
@@ -158,7 +158,7 @@ def test_masks_of_attention(padding):
 
 
 class StoresATable(Parts):
-    """As many position encodings do, it computes a table when it first runs."""
+    """Computes a table in its first run, like many position encodings."""
 
     table = None
 
@@ -177,7 +177,7 @@ def test_a_network_that_stores_a_table_is_saved_and_loaded(tmp_path):
     assert torch.equal(again(IMAGES), quantized(IMAGES))
 
 
-def test_a_table_is_computed_on_the_device_of_the_network():
+def test_a_table_is_rebuilt_on_the_device_of_the_network():
     model = StoresATable().eval()
     model(IMAGES)
     graph = capture(model, IMAGES)
@@ -186,7 +186,7 @@ def test_a_table_is_computed_on_the_device_of_the_network():
     assert {each.device.type for each in again.parameters()} == {"meta"}
 
 
-def test_a_network_with_other_settings_is_not_loaded(tmp_path):
+def test_a_network_with_different_settings_cannot_be_loaded(tmp_path):
     class Parted(Parts):
         def __init__(self, act, stride=1):
             super().__init__()
@@ -202,14 +202,14 @@ def test_a_network_with_other_settings_is_not_loaded(tmp_path):
             tersor.load(other, tmp_path / "saved")
 
 
-def test_a_submodule_named_self_is_refused():
+def test_a_submodule_named_self_raises():
     model = Parts()
     model.add_module("self", nn.Identity())
     with pytest.raises(InputError, match=r"a submodule named 'self', .*\. Rename it\."):
         capture(model.eval(), IMAGES)
 
 
-def test_a_structure_with_a_huge_image_is_refused():
+def test_a_structure_with_a_huge_input_shape_raises():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)).eval()
     saved = structure(tersor.quantize(model, [IMAGES]))
     assert saved["inputs"] == [{"name": None, "shape": [3, 16, 16], "dtype": "float32"}]

@@ -1,4 +1,4 @@
-"""A submodule is compressed alone; the rest of the user's network stays and runs."""
+"""A single submodule can be compressed; the rest of the user's network is not changed and still runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Backbone(nn.Module):
 
 
 class Detector(nn.Module):
-    """Keeps as many places as have a high score."""
+    """Keeps all positions with a high score, so that the number of outputs depends on the values."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Detector(nn.Module):
         return found
 
 
-def test_the_whole_detector_is_refused_with_the_way_out(tmp_path, capfd):
+def test_compressing_the_whole_detector_raises_and_suggests_the_backbone(tmp_path, capfd):
     for attempt in (
         lambda: tersor.quantize(Detector().eval(), [IMAGES]),
         lambda: tersor.prune(Detector().eval(), [IMAGES]),
@@ -55,7 +55,7 @@ def test_the_whole_detector_is_refused_with_the_way_out(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("compress", [tersor.quantize, tersor.prune])
-def test_a_backbone_with_a_dict_of_features_is_compressed_alone(compress, tmp_path):
+def test_a_backbone_with_a_dict_of_features_can_be_compressed_separately(compress, tmp_path):
     detector = Detector().eval()
     before = detector.backbone(IMAGES)
     detector.backbone = compress(detector.backbone, [IMAGES])
@@ -73,7 +73,7 @@ def test_a_backbone_with_a_dict_of_features_is_compressed_alone(compress, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"])
-def test_the_backbones_of_torchvisions_detectors(name):
+def test_backbones_of_torchvisions_detectors_can_be_compressed(name):
     import torchvision
 
     size = 320 if "320" in name else 64

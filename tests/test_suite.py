@@ -1,4 +1,4 @@
-"""What every test keeps to: no clock decides whether it passes."""
+"""A rule for all tests: no clock decides whether a test passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLOCKS = {"perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "proce
 
 
 def reads_clock(tree, tainted):
-    """Whether an expression calls a clock of `time`, or uses a variable that holds what one returned."""
+    """Whether an expression calls a clock of `time`, or uses a variable with the value of a clock."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (node.attr in CLOCKS or ast.unparse(node) == "time.time"):
             return True
@@ -64,7 +64,7 @@ def asserts_on_a_clock(source):
         (["time.sleep(1)", "assert fitted.seconds == 3"], []),
     ],
 )
-def test_what_counts_as_an_assert_on_a_clock(lines, found):
+def test_asserts_on_a_clock_are_found(lines, found):
     assert asserts_on_a_clock("\n    ".join(["def test():", *lines])) == found
 
 

@@ -1,4 +1,4 @@
-"""Channels gone, masks that moved and grids, one stage after the other under a teacher: what the file holds of them."""
+"""Channel pruning, dynamic masks and quantization in successive stages with a teacher: the contents of the file."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from toy_networks import resnet8
 RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10-resnet56-sparse.yaml"
 
 
-def test_zeros_are_exact_in_the_file_and_it_runs(tmp_path):
+def test_masked_weights_are_zero_in_the_file_and_it_runs(tmp_path):
     torch.manual_seed(0)
     original = resnet8().eval()
     save_file(original.state_dict(), tmp_path / "weights.safetensors")
@@ -47,7 +47,7 @@ def test_zeros_are_exact_in_the_file_and_it_runs(tmp_path):
     for kernel, mask in zip(kernels, masks.values(), strict=True):
         assert not kernel[~mask.mask.numpy()].any(), "what is masked is zero"
         assert kernel[mask.mask.numpy()].any()
-    answers = file_predictions(open_session(file, "onnxruntime"), [images.numpy()])
+    outputs = file_predictions(open_session(file, "onnxruntime"), [images.numpy()])
     with torch.no_grad():
         expected = model(images).argmax(1).numpy()
-    assert (np.asarray(answers) == expected).mean() >= 0.9
+    assert (np.asarray(outputs) == expected).mean() >= 0.9

@@ -1,4 +1,4 @@
-"""Values of a run reach a tracker of accelerate."""
+"""Values of a run are logged to a tracker of accelerate."""
 
 import importlib.util
 
@@ -46,14 +46,14 @@ def test_without_a_tracker_progress_is_unchanged(tmp_path):
         assert progress is plain
 
 
-def test_a_tracker_that_is_not_installed_is_one_message(tmp_path, monkeypatch):
+def test_a_missing_tracker_raises_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda _name: None)
     with pytest.raises(InputError, match="pip install mlflow"), tracked(NullProgress(), "mlflow", tmp_path):
         pass
 
 
 @pytest.mark.slow
-def test_tensorboard_writes_its_file(tmp_path):
+def test_tensorboard_writes_an_event_file(tmp_path):
     pytest.importorskip("tensorboard")
     with tracked(NullProgress(), "tensorboard", tmp_path / "run.tracking") as progress:
         progress.start("training", 2)
@@ -63,7 +63,7 @@ def test_tensorboard_writes_its_file(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
-def test_mlflow_has_the_values(tmp_path, monkeypatch):
+def test_mlflow_contains_the_logged_values(tmp_path, monkeypatch):
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -1,4 +1,4 @@
-"""What a user can do wrong, or has: each kind works in every verb, or gets one true message that says what to do."""
+"""Unusual networks and mistakes of users: each works in every function, or raises one correct error with advice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def small(channels=3, classes=10, *behind):
 
 
 class Around(nn.Module):
-    """A network whose forward is `run(self, images)`, with what `more` names as attributes."""
+    """A network whose forward is `run(self, images)`, with additional attributes."""
 
     def __init__(self, run, **more):
         super().__init__()
@@ -117,7 +117,7 @@ WORKS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_wrappers_are_taken_off_a_copy(kind):
+def test_wrappers_are_removed_from_a_copy(kind):
     network = small()
     with torch.no_grad():
         wanted = network(IMAGES)
@@ -133,7 +133,7 @@ def test_wrappers_are_taken_off_a_copy(kind):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", WORKS)
-def test_it_works_and_is_left_as_it_was(kind):
+def test_unusual_networks_work_and_are_not_changed(kind):
     network = WORKS[kind]()
     images = {"gray": IMAGES[:, :1], "four channels": IMAGES[:, [0, 1, 2, 0]]}.get(kind, IMAGES)
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -155,7 +155,7 @@ def test_it_works_and_is_left_as_it_was(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_verb_unwraps(tmp_path):
+def test_every_function_unwraps_networks(tmp_path):
     for wrap in (nn.DataParallel, AveragedModel):
         network = small()
         student = wrap(small())
@@ -217,13 +217,13 @@ def test_it_is_one_message_in_every_verb(kind, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_that_no_file_can_hold(tmp_path):
+def test_outputs_that_cannot_be_exported_raise(tmp_path):
     network = Around(lambda self, images: (self.inner(images), 3))
     with pytest.raises(InputError, match=r"returns a tuple of shape \(2, 10\), a int\. Possible: tensors"):
         tersor.export(network, IMAGES, tmp_path / "n.onnx")
 
 
-def test_a_student_that_cannot_learn_in_place():
+def test_a_student_that_cannot_be_trained_raises():
     with pytest.raises(InputError, match=r"frozen\. Call student.requires_grad_\(True\)"):
         student_of(small().requires_grad_(requires_grad=False))
     with pytest.raises(InputError, match=r"torch.float16.*student.float\(\)"):
@@ -250,7 +250,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_a_loader_of_something_else(kind):
+def test_an_invalid_loader_raises(kind):
     loader, words = LOADERS[kind]
     for verb in (tersor.quantize, tersor.prune):
         with pytest.raises(InputError, match=words):
@@ -258,7 +258,7 @@ def test_a_loader_of_something_else(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_batches_may_be_dicts_with_one_value_of_images():
+def test_batches_can_be_dicts_with_a_single_image_tensor():
     torch.manual_seed(0)
     network, student, same = small(), small(), small()
     same.load_state_dict(student.state_dict())
@@ -273,7 +273,7 @@ def test_batches_may_be_dicts_with_one_value_of_images():
     assert torch.equal(student(IMAGES), same(IMAGES))
 
 
-def test_a_generator_is_kept_as_far_as_it_is_needed_and_other_precisions_are_converted():
+def test_a_generator_is_read_only_as_far_as_needed_and_other_precisions_are_converted():
     batches = iter([IMAGES[:16], IMAGES[16:32], IMAGES[32:]])
     kept, first = batches_of(batches, 20)
     assert [len(each) for each in kept] == [16, 16]
@@ -302,7 +302,7 @@ LABELLED = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", LABELLED)
-def test_labels_that_are_no_class_numbers(kind, artifact):
+def test_labels_that_are_not_class_indices_raise(kind, artifact):
     labels, words = LABELLED[kind]
     loader = [(IMAGES, labels)]
     calls = [
@@ -320,7 +320,7 @@ def artifact(tmp_path_factory):
     return tersor.export(small(), IMAGES, tmp_path_factory.mktemp("artifact") / "n.onnx")
 
 
-def test_one_logit_is_a_class_above_zero_unless_it_may_be_a_probability():
+def test_a_single_logit_is_compared_with_zero_unless_it_could_be_a_probability():
     session = Session(
         "onnxruntime",
         "float32",
@@ -334,7 +334,7 @@ def test_one_logit_is_a_class_above_zero_unless_it_may_be_a_probability():
         file_predictions(session, [IMAGES.sigmoid().numpy()])
 
 
-def test_distill_warns_of_its_teacher_and_trains():
+def test_distill_warns_about_its_teacher_and_trains():
     with pytest.warns(CompressionWarning, match="sum to 1.000"):
         tersor.distill(small(), small(3, 10, nn.Softmax(1)), [(IMAGES, LABELS)], label_weight=0)
     with pytest.warns(CompressionWarning, match=r"% of 40 labeled images .* by chance \(10.0 % for 10 classes\)"):
@@ -348,7 +348,7 @@ def in_place(network, images):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("verb", ["quantize", "prune", "export"])
-def test_images_are_left_as_they_were_where_a_forward_works_in_place(verb, tmp_path):
+def test_images_are_not_changed_by_a_forward_that_works_in_place(verb, tmp_path):
     images = IMAGES.clone()
     if verb == "export":
         tersor.export(Around(in_place).eval(), images, tmp_path / "m.onnx")
@@ -376,9 +376,9 @@ SPELLED = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("spelling", SPELLED)
-def test_however_a_forward_is_spelled_it_is_quantized_and_pruned(spelling):
-    network = SPELLED[spelling]().eval()
+@pytest.mark.parametrize("variant", SPELLED)
+def test_a_network_is_quantized_and_pruned_however_its_forward_is_written(variant):
+    network = SPELLED[variant]().eval()
     with torch.no_grad():
         expected = network(IMAGES)
     quantized = tersor.quantize(network, [IMAGES])
@@ -393,7 +393,7 @@ def test_however_a_forward_is_spelled_it_is_quantized_and_pruned(spelling):
         if any(torch.equal(weight, each) for each in convolution.weight)
     ]
     assert len(kept) == convolution.out_channels
-    with torch.no_grad():  # what is fitted after the removal
+    with torch.no_grad():  # the weights fitted after the removal
         network.inner[4].weight.zero_()[:, kept] = linear.weight
         network.inner[4].bias.copy_(linear.bias)
         torch.testing.assert_close(pruned(IMAGES), network(IMAGES))
@@ -410,7 +410,7 @@ def test_however_a_forward_is_spelled_it_is_quantized_and_pruned(spelling):
         (lambda net, x: net.named["class"](x), r"named\.class is a Python keyword"),
     ],
 )
-def test_what_cannot_be_captured_is_one_message(run, message):
+def test_a_network_that_cannot_be_captured_raises_one_error(run, message):
     named = {"named": nn.ModuleDict({"class": small()})} if "keyword" in message else {}
     network = Around(run, **named).eval()
     for verb in (tersor.quantize, tersor.prune):
@@ -419,7 +419,7 @@ def test_what_cannot_be_captured_is_one_message(run, message):
         assert "\n" not in str(caught.value)
 
 
-def test_batches_of_several_sizes_where_the_network_depends_on_the_size():
+def test_batches_of_several_sizes_raise_if_the_network_depends_on_the_size():
     def positions(network, images):
         return network.inner(images + nn.functional.interpolate(network.position, images.shape[2:]))
 
@@ -435,7 +435,7 @@ def test_batches_of_several_sizes_where_the_network_depends_on_the_size():
         (lambda net, x: net.inner(nn.functional.dropout(x, 0.5)), "uses random numbers in eval mode"),
     ],
 )
-def test_a_file_that_cannot_be_right_is_refused(run, message, tmp_path):
+def test_an_incorrect_exported_file_raises(run, message, tmp_path):
     with pytest.raises(InputError, match=message):
         tersor.export(Around(run).eval(), IMAGES, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -452,12 +452,12 @@ def test_a_file_that_cannot_be_right_is_refused(run, message, tmp_path):
         ({"pixels": ([127.0] * 3, [60.0] * 3)}, "not in 0 to 255"),
     ],
 )
-def test_metadata_that_cannot_be_right(options, message, tmp_path):
+def test_invalid_metadata_raises(options, message, tmp_path):
     with pytest.raises(InputError, match=message):
         tersor.export(small().eval(), IMAGES, tmp_path / "m.onnx", **options)
 
 
-def test_classes_are_as_many_as_logits_and_paths_can_be_written(tmp_path):
+def test_a_wrong_number_of_class_names_and_unwritable_paths_raise(tmp_path):
     network = small().eval()
     with pytest.raises(InputError, match="1 class names are given, and the network has 10 logits"):
         tersor.export(network, IMAGES, tmp_path / "m.onnx", classes=["a"])
@@ -466,7 +466,7 @@ def test_classes_are_as_many_as_logits_and_paths_can_be_written(tmp_path):
             tersor.export(network, IMAGES, path)
 
 
-def test_a_student_that_shares_a_layer_with_its_teacher():
+def test_a_student_that_shares_a_layer_with_its_teacher_raises():
     student, teacher = small(), small()
     student[0] = teacher[0]
     with pytest.raises(InputError, match=r"share 0\.weight, 0\.bias"):
@@ -474,14 +474,14 @@ def test_a_student_that_shares_a_layer_with_its_teacher():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_last_batch_of_one_image_under_batchnorm():
+def test_a_last_batch_of_one_image_with_batchnorm_raises():
     student = nn.Sequential(*small()[:-1], nn.BatchNorm1d(8), nn.Linear(8, 10))
     with pytest.raises(InputError, match=r"a batch has 1 image\. Drop a short last batch"):
         tersor.distill(student, small(), [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])])
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_advice_of_distill_names_only_what_distill_takes(monkeypatch):
+def test_advice_of_distill_mentions_only_its_own_arguments(monkeypatch):
     batches = [(IMAGES, LABELS)] * 3
     with pytest.raises(InputError, match=r"not updated in this step\. Try a smaller learning_rate\.$"):
         tersor.distill(small(), small(), batches, learning_rate=1e30)
@@ -497,12 +497,12 @@ def raising(error):
     return fails
 
 
-def test_coverage_of_something_else():
+def test_integer_coverage_raises_for_invalid_arguments():
     for model, example in ((small(), None), (small(), IMAGES[0]), (small(), IMAGES[:0]), ("net", IMAGES)):
         with pytest.raises(InputError):
             tersor.integer_coverage(model, example)
 
 
-def test_rounding_that_keeps_all_channels_is_named_as_the_cause():
+def test_rounding_that_keeps_all_channels_is_named_as_the_reason():
     with pytest.raises(InputError, match=r"as narrow as `floor` and `round_to` allow"):
         tersor.prune(small().eval(), IMAGES, round_to=1000)

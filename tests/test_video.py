@@ -1,4 +1,4 @@
-"""Networks of videos (N, C, T, H, W): quantized, pruned, saved and exported, with Conv3d in integers."""
+"""Networks for videos (N, C, T, H, W): quantized, pruned, saved and exported, with Conv3d in integers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VIDEOS = torch.rand(4, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Video(nn.Module):
-    """A residual network of videos with a Conv1d over time."""
+    """A residual network for videos with a Conv1d over time."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def network():
     return Video().eval()
 
 
-def test_convolutions_of_videos_run_in_integers(network, tmp_path):
+def test_convolutions_of_a_video_network_are_computed_in_integers(network, tmp_path):
     quantized = tersor.quantize(network, [VIDEOS])
     assert tersor.integer_coverage(quantized, VIDEOS).share == 1
     path = tersor.export(quantized, VIDEOS, tmp_path / "video.onnx")
@@ -55,14 +55,14 @@ def test_convolutions_of_videos_run_in_integers(network, tmp_path):
     torch.testing.assert_close(again.eval()(VIDEOS), quantized(VIDEOS), rtol=0, atol=0)
 
 
-def test_channels_of_videos_are_removed(network):
+def test_channels_of_a_video_network_are_removed(network):
     pruned = tersor.prune(network, [{"frames": VIDEOS}], keep_macs=0.5, round_to=1)
     before, after = (tersor.integer_coverage(each, VIDEOS).macs for each in (network, pruned))
     assert after <= 0.5 * before
     assert pruned(VIDEOS).shape == (4, 5)
 
 
-def test_pixels_of_videos_are_normalized_by_channel(network, tmp_path):
+def test_pixels_of_videos_are_normalized_per_channel(network, tmp_path):
     mean, deviation = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     path = tersor.export(network, VIDEOS, tmp_path / "video.onnx", pixels=(mean, deviation))
     pixels = (255 * VIDEOS).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Small networks that several test files share."""
+"""Small networks that are used by several test files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def resnet8(num_classes: int = 10) -> nn.Module:
 
 
 def short(name: str) -> nn.Module:
-    """A network of 10 classes with a few narrow blocks of each kind that the network of this name has."""
+    """A network for 10 classes with a few narrow blocks of each kind in the network of this name."""
     models = torchvision.models
     if name == "resnet8":
         return resnet8()

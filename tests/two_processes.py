@@ -12,7 +12,7 @@ import torch
 
 
 def run_in_two_processes(script: str, folder: Path) -> list[torch.Tensor | dict[str, torch.Tensor]]:
-    """Run `script RANK FILE` in two processes; return what each saved with torch.save."""
+    """Run `script RANK FILE` in two processes; return the values that each saved with torch.save."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

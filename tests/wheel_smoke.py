@@ -1,4 +1,4 @@
-"""What `make wheel` tries in an environment that holds the wheel alone: `python -P wheel_smoke.py`, from any folder."""
+"""A check by `make wheel` in an environment with only the wheel: `python -P wheel_smoke.py`, in any folder."""
 
 import json
 import os
@@ -19,7 +19,7 @@ stages:
 
 
 def tersor(*arguments: str) -> str:
-    """What the installed command prints."""
+    """The output of the installed command."""
     command = Path(sys.executable).with_name("tersor")
     done = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -29,14 +29,14 @@ def out(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "out", fill)
 
 
-def test_a_folder_is_read_as_it_was_written(out):
+def test_a_written_folder_is_read_back_unchanged(out):
     artifact = read_artifact(out)
     assert artifact.model == out / "model.onnx"
     assert {name: file.read_bytes() for name, file in artifact.files.items()} == CONTENTS
     assert names(out.parent) == ["out"], "no temporary folder stays"
 
 
-def test_the_manifest_tells_bytes_and_hash(out):
+def test_the_manifest_contains_size_and_hash_of_every_file(out):
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["tersor"]
     assert manifest["files"] == {
@@ -45,13 +45,13 @@ def test_the_manifest_tells_bytes_and_hash(out):
     }
 
 
-def test_others_may_read_the_folder_as_any_other(out):
+def test_the_folder_has_the_usual_permissions(out):
     ordinary = out.with_name("ordinary")
     ordinary.mkdir()
     assert out.stat().st_mode == ordinary.stat().st_mode
 
 
-def test_a_folder_appears_whole(tmp_path):
+def test_the_folder_appears_only_when_it_is_complete(tmp_path):
     out = tmp_path / "out"
 
     def watched(folder: Path) -> None:
@@ -63,13 +63,13 @@ def test_a_folder_appears_whole(tmp_path):
     assert out.is_dir()
 
 
-def test_folders_above_are_made(tmp_path):
+def test_missing_parent_folders_are_created(tmp_path):
     out = write_folder(tmp_path / "runs" / "today" / "out", fill)
     assert read_artifact(out).model.read_bytes() == b"network"
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, OSError])
-def test_a_failure_leaves_nothing(tmp_path, failure):
+def test_a_failed_write_leaves_no_files(tmp_path, failure):
     def fails(folder: Path) -> None:
         fill(folder)
         raise failure
@@ -79,7 +79,7 @@ def test_a_failure_leaves_nothing(tmp_path, failure):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_keeps_what_others_put_beside(tmp_path):
+def test_a_failed_write_keeps_other_files_in_the_parent_folder(tmp_path):
     def fails(folder: Path) -> None:
         (folder.parent / "mine.txt").write_text("mine")
         raise RuntimeError
@@ -90,7 +90,7 @@ def test_a_failure_keeps_what_others_put_beside(tmp_path):
 
 
 @pytest.mark.parametrize("taken", ["folder", "file", "broken link"])
-def test_what_exists_is_not_written_over(tmp_path, taken):
+def test_an_existing_path_is_not_overwritten(tmp_path, taken):
     out = tmp_path / "out"
     if taken == "folder":
         out.mkdir()
@@ -108,7 +108,7 @@ def test_what_exists_is_not_written_over(tmp_path, taken):
     assert names(tmp_path) == before
 
 
-def test_what_came_to_be_meanwhile_is_not_written_over(tmp_path):
+def test_a_folder_created_during_the_write_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
 
     def slow(folder: Path) -> None:
@@ -121,14 +121,14 @@ def test_what_came_to_be_meanwhile_is_not_written_over(tmp_path):
     assert not list(out.iterdir())
 
 
-def test_a_place_below_a_file_is_not_free(tmp_path):
+def test_a_path_below_a_file_raises(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="is not a folder"):
         require_free(tmp_path / "file" / "out")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_place_that_may_not_be_written_to_is_not_free(tmp_path):
+def test_a_path_without_write_permission_raises(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(InputError, match="may not be written"):
@@ -138,7 +138,7 @@ def test_a_place_that_may_not_be_written_to_is_not_free(tmp_path):
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_a_flipped_bit_is_found(out, name):
+def test_a_flipped_bit_in_a_file_is_detected(out, name):
     contents = bytearray((out / name).read_bytes())
     contents[-1] ^= 1
     (out / name).write_bytes(contents)
@@ -146,40 +146,40 @@ def test_a_flipped_bit_is_found(out, name):
         read_artifact(out)
 
 
-def test_every_damaged_file_is_named(out):
+def test_every_damaged_file_is_listed_in_the_error(out):
     (out / "model.onnx").write_bytes(b"net")
     (out / "original.onnx").unlink()
     with pytest.raises(InputError, match=r"model\.onnx has 3 bytes instead of 7, original\.onnx is missing"):
         read_artifact(out)
 
 
-def test_a_file_that_was_added_does_no_harm(out):
+def test_an_added_file_is_ignored(out):
     (out / "notes.txt").write_text("served since May")
     assert "notes.txt" not in read_artifact(out).files
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"tersor": "1", "files": {}}', '{"tersor": "1", "files": {"a": 1}}'])
-def test_a_damaged_manifest_is_refused(out, text):
+def test_a_damaged_manifest_raises(out, text):
     (out / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         read_artifact(out)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
-def test_a_manifest_does_not_lead_out_of_its_folder(out, name):
+def test_a_manifest_cannot_refer_to_files_outside_its_folder(out, name):
     manifest = {"tersor": "1", "files": {name: {"bytes": 1, "sha256": "0"}}}
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="outside the folder"):
         read_artifact(out)
 
 
-def test_a_folder_without_a_network_is_refused(tmp_path):
+def test_a_folder_without_a_model_raises(tmp_path):
     out = write_folder(tmp_path / "out", lambda folder: (folder / "a.txt").write_text("a") and None)
     with pytest.raises(InputError, match=r"holds no model\.onnx, only a\.txt\. Pass the folder of a run"):
         read_artifact(out)
 
 
-def test_a_bare_file_is_an_artifact(tmp_path):
+def test_a_single_onnx_file_is_read_as_an_artifact(tmp_path):
     path = tmp_path / "net.onnx"
     path.write_bytes(b"network")
     artifact = read_artifact(path)
@@ -187,7 +187,7 @@ def test_a_bare_file_is_an_artifact(tmp_path):
     assert artifact.files == {"net.onnx": path}
 
 
-def test_what_is_no_artifact_is_refused(tmp_path):
+def test_a_path_that_is_not_an_artifact_raises(tmp_path):
     with pytest.raises(InputError, match="not found"):
         read_artifact(tmp_path / "absent")
     with pytest.raises(InputError, match=r"has no manifest\.json"):
@@ -201,7 +201,7 @@ def write_report(text: str):
     return lambda folder: (folder / "report.html").write_text(text)
 
 
-def test_a_file_that_is_written_anew_is_in_the_manifest(out):
+def test_a_replaced_file_is_in_the_manifest(out):
     replace_file(out, "report.html", write_report("first"))
     assert "report.html" in read_artifact(out).files
     replace_file(out, "report.html", write_report("second"))
@@ -210,7 +210,7 @@ def test_a_file_that_is_written_anew_is_in_the_manifest(out):
     assert names(out) == ["checkpoints", "manifest.json", "model.onnx", "original.onnx", "report.html"]
 
 
-def test_a_damaged_file_may_be_written_anew_but_nothing_from_others_that_are(out):
+def test_a_damaged_file_can_be_replaced_but_not_while_another_file_is_damaged(out):
     replace_file(out, "report.html", write_report("first"))
     (out / "report.html").write_text("broken")
     replace_file(out, "report.html", write_report("second"))
@@ -221,7 +221,7 @@ def test_a_damaged_file_may_be_written_anew_but_nothing_from_others_that_are(out
     assert (out / "report.html").read_text() == "second"
 
 
-def test_where_writing_fails_the_manifest_stays(out):
+def test_a_failed_replacement_keeps_the_manifest(out):
     before = (out / "manifest.json").read_bytes()
 
     def fails(_: Path) -> None:
@@ -232,7 +232,7 @@ def test_where_writing_fails_the_manifest_stays(out):
     assert (out / "manifest.json").read_bytes() == before
 
 
-def test_only_in_a_folder_a_file_is_written_anew(tmp_path):
+def test_a_file_can_be_replaced_in_an_artifact_folder_only(tmp_path):
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         replace_file(tmp_path, "report.html", write_report("text"))
     with pytest.raises(InputError, match=r"does not exist\. Pass a folder that a run or tersor\.save wrote"):
@@ -244,7 +244,7 @@ def manifest_naming(out, name, **entry):
     (out / "manifest.json").write_text(json.dumps({"tersor": "1", "files": {name: entry}}))
 
 
-def test_a_link_does_not_lead_out_of_the_folder(out, tmp_path):
+def test_a_symbolic_link_to_a_file_outside_the_folder_raises(out, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (out / "link").symlink_to(tmp_path / "secret")
     (out / "linked").symlink_to(tmp_path)
@@ -255,14 +255,14 @@ def test_a_link_does_not_lead_out_of_the_folder(out, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "a\x00b", "a\nb", "a" * 5000, "..\\secret", "\ud800"])
-def test_a_name_that_no_file_has_is_refused(out, name):
+def test_an_invalid_file_name_in_the_manifest_raises(out, name):
     manifest_naming(out, name)
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         read_artifact(out)
 
 
 @pytest.mark.parametrize("entry", [{"bytes": -1}, {"bytes": "6"}, {"bytes": 10**30}, {"bytes": 6.5}, {"sha256": 1}])
-def test_an_entry_of_another_type_is_refused(out, entry):
+def test_a_manifest_entry_of_the_wrong_type_raises(out, entry):
     manifest_naming(out, "model.onnx", **entry)
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         read_artifact(out)
@@ -271,14 +271,14 @@ def test_an_entry_of_another_type_is_refused(out, entry):
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, "9" * 5000, " " * 2**22 + "{}", "\ud800".encode(errors="surrogatepass")]
 )
-def test_a_manifest_that_is_no_page_of_json_is_refused(out, text):
+def test_a_manifest_that_is_not_valid_json_raises(out, text):
     (out / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         read_artifact(out)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_full_or_read_only_disk_is_told_and_nothing_is_left(tmp_path, number):
+def test_a_full_or_read_only_disk_raises_one_error_and_leaves_no_files(tmp_path, number):
     def fails(folder: Path) -> None:
         fill(folder)
         raise OSError(number, os.strerror(number), str(folder / "model.onnx"))
@@ -288,7 +288,7 @@ def test_a_full_or_read_only_disk_is_told_and_nothing_is_left(tmp_path, number):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_somebody_else_cannot_open_is_not_told_as_ours(tmp_path):
+def test_an_oserror_for_another_file_propagates(tmp_path):
     def fails(_: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file", "their_weights.bin")
 
@@ -296,7 +296,7 @@ def test_what_somebody_else_cannot_open_is_not_told_as_ours(tmp_path):
         write_folder(tmp_path / "out", fails)
 
 
-def test_a_manifest_that_cannot_be_replaced_leaves_nothing_beside(tmp_path, monkeypatch):
+def test_a_manifest_that_cannot_be_replaced_leaves_no_temporary_file(tmp_path, monkeypatch):
     out = write_folder(tmp_path / "out", lambda folder: (folder / "report.html").write_text("first"))
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.name == "manifest.json"}
 
@@ -311,7 +311,7 @@ def test_a_manifest_that_cannot_be_replaced_leaves_nothing_beside(tmp_path, monk
     assert (out / "manifest.json").read_bytes() == before["manifest.json"]
 
 
-def test_only_a_whole_folder_of_a_search_is_read_without_a_manifest(tmp_path):
+def test_without_a_manifest_only_a_complete_folder_of_a_search_is_read(tmp_path):
     for names in (("front.json",), ("model.onnx",)):
         folder = tmp_path / "-".join(names)
         folder.mkdir()
@@ -326,7 +326,7 @@ def test_only_a_whole_folder_of_a_search_is_read_without_a_manifest(tmp_path):
         read_folder(folder)
 
 
-def test_a_parent_folder_lists_the_runs_in_it(tmp_path):
+def test_for_a_parent_folder_the_error_lists_the_runs_in_it(tmp_path):
     for name in ("b", "a", "more/c"):
         write_folder(tmp_path / "runs" / name, lambda folder: (folder / "model.onnx").write_text("x"))
     (tmp_path / "runs" / "search").mkdir()
@@ -355,7 +355,7 @@ def test_a_damaged_folder_is_written_again_as_it_was_made(file, again, tmp_path)
         read_folder(out)
 
 
-def test_many_runs_are_not_all_listed(tmp_path):
+def test_the_list_of_runs_in_the_error_is_truncated(tmp_path):
     for number in range(12):
         write_folder(tmp_path / f"{number:02}", lambda folder: (folder / "model.onnx").write_text("x"))
     with pytest.raises(InputError, match=r"/09, \.\.\.\. Pass one of them, such as .*/00\."):

@@ -1,4 +1,4 @@
-"""A network comes back from weights and a plan, or one message says why not."""
+"""A network is restored from its weights and its plan, or one error message explains why it cannot be."""
 
 import json
 import textwrap
@@ -25,7 +25,7 @@ IMAGES = torch.rand(8, 3, 16, 16)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A network that was cut, masked and quantized, in a folder; and the network."""
+    """The folder of a pruned, masked and quantized network, and the network itself."""
     torch.manual_seed(0)
     methods = [ChannelPruning(keep_macs=0.6), WeightPruning(sparsity=0.5), PTQ()]
     attached = chain(methods, build("resnet20", 10).eval(), AttachContext(data=[IMAGES]))
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     return path, attached.model
 
 
-def test_what_was_saved_is_loaded_into_a_copy(folder):
+def test_a_saved_network_is_loaded_into_a_copy(folder):
     path, model = folder
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "model.safetensors", "structure.json"]
     fresh = build("resnet20", 10)
@@ -46,7 +46,7 @@ def test_what_was_saved_is_loaded_into_a_copy(folder):
     assert fresh.state_dict().keys() == before.keys()
 
 
-def test_a_plain_network_is_saved_too(tmp_path):
+def test_an_uncompressed_network_can_be_saved(tmp_path):
     model = build("resnet20", 10).eval()
     again = tersor.load(build("resnet20", 10), tersor.save(model, tmp_path / "plain"))
     assert torch.equal(again(IMAGES), model(IMAGES))
@@ -76,7 +76,7 @@ def flip(path, name):
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is damaged"),
     ],
 )
-def test_damage_is_told(folder, tmp_path, harm, words):
+def test_a_damaged_folder_raises(folder, tmp_path, harm, words):
     path = tersor.save(folder[1], tmp_path / "mine")
     harm(path)
     with pytest.raises(InputError, match=words):
@@ -92,19 +92,19 @@ def test_damage_is_told(folder, tmp_path, harm, words):
         pytest.param(("mobilenet_v3_small", 10), marks=pytest.mark.slow),
     ],
 )
-def test_another_network_is_told(folder, other):
+def test_loading_into_a_different_network_raises(folder, other):
     with pytest.raises(InputError, match=r"does not belong|num_classes"):
         tersor.load(build(*other), folder[0])
 
 
 class Doubled(nn.Module):
-    """A parametrization of a user's own."""
+    """A user's own parametrization."""
 
     def forward(self, weight):
         return 2 * weight
 
 
-def test_mistakes_are_told(folder, tmp_path):
+def test_wrong_arguments_and_unsupported_parametrizations_raise(folder, tmp_path):
     path, model = folder
     with pytest.raises(InputError, match="already exists"):
         tersor.save(model, path)
@@ -125,7 +125,7 @@ def test_mistakes_are_told(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_nothing_in_the_folder_is_code(folder):
+def test_the_saved_files_contain_no_code(folder):
     path, _ = folder
     assert json.loads((path / "structure.json").read_text())["cuts"]
     assert (path / "model.safetensors").read_bytes()[8:9] == b"{"

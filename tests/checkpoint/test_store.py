@@ -23,7 +23,7 @@ def checkpoints(tmp_path):
     return Checkpoints(tmp_path / "out.checkpoints")
 
 
-def test_the_newest_is_found_again(checkpoints):
+def test_the_newest_checkpoint_is_found(checkpoints):
     save(checkpoints, 1, 4, done=True)
     for step in (2, 4, 6):
         save(checkpoints, 2, step)
@@ -48,7 +48,7 @@ def test_checkpoints_of_a_renamed_stage_are_removed_and_later_stages_stay(checkp
 
 
 @pytest.mark.parametrize("file", ["clock.json", "structure.json", "tensors.safetensors"])
-def test_a_flipped_bit_costs_the_last_steps_only(checkpoints, file):
+def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_is_used(checkpoints, file):
     save(checkpoints, 1, 2)
     path = save(checkpoints, 1, 4)
     content = bytearray((path / file).read_bytes())
@@ -58,7 +58,7 @@ def test_a_flipped_bit_costs_the_last_steps_only(checkpoints, file):
     assert checkpoints.damaged == [path]
 
 
-def test_a_full_disk_leaves_the_ones_before(checkpoints, monkeypatch):
+def test_a_full_disk_keeps_earlier_checkpoints(checkpoints, monkeypatch):
     first = save(checkpoints, 1, 2)
 
     def full(*_):
@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_the_ones_before(checkpoints, monkeypatch):
     assert not checkpoints.scratch.exists()
 
 
-def test_two_runs_into_one_folder_are_refused(checkpoints):
+def test_a_second_process_cannot_use_the_same_folder(checkpoints):
     other = Checkpoints(checkpoints.folder)
     with checkpoints.held("recipe", resume=False):
         save(checkpoints, 1, 2)
@@ -81,7 +81,7 @@ def test_two_runs_into_one_folder_are_refused(checkpoints):
         assert other.newest_within(1).step == 2
 
 
-def test_what_has_not_ended_is_not_written_over(checkpoints):
+def test_an_unfinished_run_is_not_overwritten_and_resumes_with_the_same_recipe_only(checkpoints):
     with checkpoints.held("a: 1\n", resume=False):
         save(checkpoints, 1, 2)
     with pytest.raises(InputError, match="--resume"), checkpoints.held("a: 1\n", resume=False):
@@ -92,13 +92,13 @@ def test_what_has_not_ended_is_not_written_over(checkpoints):
     assert checkpoints.newest_within(1).step == 2
 
 
-def test_nothing_is_left_where_nothing_was_reached(checkpoints):
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_folder(checkpoints):
     with pytest.raises(ValueError, match="early"), checkpoints.held("a: 1\n", resume=True):
         raise ValueError("early")
     assert not checkpoints.folder.exists()
 
 
-def test_a_run_that_was_killed_while_it_began_begins_anew(checkpoints):
+def test_a_run_killed_while_it_wrote_the_recipe_starts_again(checkpoints):
     checkpoints.folder.mkdir()
     (checkpoints.folder / "recipe.yaml").write_text("a: ")
     with checkpoints.held("a: 1\n", resume=True):
@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_while_it_began_begins_anew(checkpoints):
 
 
 def rewritten(path, **changes):
-    """A checkpoint as somebody writes it who wants it to be read: whatever is in it, its hashes are right."""
+    """A checkpoint as an attacker would write it: the contents are changed and the hashes are correct."""
     clock = json.loads((path / "clock.json").read_text()) | changes
     (path / "clock.json").write_text(json.dumps(clock))
     name = f"{path.name[:-8]}{hashlib.sha256((path / 'clock.json').read_bytes()).hexdigest()[:8]}"
@@ -127,7 +127,7 @@ def rewritten(path, **changes):
         {"more": 1},
     ],
 )
-def test_a_clock_of_another_shape_is_passed_over(checkpoints, changes):
+def test_a_clock_with_invalid_values_is_skipped(checkpoints, changes):
     save(checkpoints, 1, 2)
     path = rewritten(save(checkpoints, 1, 4), **changes)
     assert checkpoints.newest_within(1).step == 2
@@ -135,7 +135,7 @@ def test_a_clock_of_another_shape_is_passed_over(checkpoints, changes):
 
 
 @pytest.mark.parametrize("clock", ["", "[]", "[" * 100_000, "9" * 5000, "null", "\x00"])
-def test_a_clock_that_is_no_clock_is_passed_over(checkpoints, clock):
+def test_a_clock_that_is_not_a_json_object_is_skipped(checkpoints, clock):
     path = save(checkpoints, 1, 4)
     (path / "clock.json").write_text(clock)
     rewritten_name = hashlib.sha256(clock.encode()).hexdigest()[:8]
@@ -145,13 +145,13 @@ def test_a_clock_that_is_no_clock_is_passed_over(checkpoints, clock):
 
 
 @pytest.mark.parametrize("record", [{}, {"stages": 1}, {"stages": [1]}, {"stages": {"a": {}}}])
-def test_stages_of_another_shape_are_told(checkpoints, record):
+def test_a_record_of_stages_with_a_wrong_shape_raises(checkpoints, record):
     checkpoints.save(1, "train", step=1, done=True, tensors={}, structure={}, record=record)
     with pytest.raises(InputError, match="does not belong to this run"), restoring("01"):
         _ = checkpoints.end_of(1).stages
 
 
-def test_tensors_whose_header_lies_are_told(checkpoints):
+def test_tensors_with_a_wrong_header_raise(checkpoints):
     path = save(checkpoints, 1, 4)
     content = (path / "tensors.safetensors").read_bytes().replace(b"[0,12]", b"[0,99]")
     (path / "tensors.safetensors").write_bytes(content)
@@ -163,7 +163,7 @@ def test_tensors_whose_header_lies_are_told(checkpoints):
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 @pytest.mark.parametrize("where", ["mkdir", "write_text"])
-def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path, monkeypatch, number, where):
+def test_a_folder_that_cannot_be_written_raises_and_nothing_is_left(tmp_path, monkeypatch, number, where):
     def refused(path, *_given, **_options):
         raise OSError(number, "refused", str(path))
 
@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path, m
     assert not checkpoints.folder.exists()
 
 
-def test_where_no_lock_can_be_had_the_folders_that_were_made_are_removed(tmp_path, monkeypatch):
+def test_without_file_locks_the_created_folders_are_removed(tmp_path, monkeypatch):
     def refused(*_given, **_options):
         raise NotImplementedError("no locks here")
 
@@ -208,7 +208,7 @@ def test_a_stage_resumes_from_its_setup_or_from_its_training(checkpoints):
     assert checkpoints.newest_within(2).structure() == {}
 
 
-def test_a_checkpoint_of_the_same_step_replaces_the_one_before(checkpoints):
+def test_a_checkpoint_of_the_same_step_replaces_the_earlier_one(checkpoints):
     save(checkpoints, 1, 2)
     tensors = {"a": torch.zeros(3)}
     second = checkpoints.save(1, "train", step=2, done=False, tensors=tensors, structure={}, record={})

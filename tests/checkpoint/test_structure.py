@@ -29,7 +29,7 @@ LAID = {
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("laid", LAID)
-def test_a_fresh_network_takes_the_state(laid, runtime):
+def test_a_new_network_is_rebuilt_from_the_structure(laid, runtime):
     attached = chain(
         LAID[laid], build("resnet20", 10).eval(), AttachContext(data=[IMAGES], target=Target(runtime=runtime))
     )
@@ -54,7 +54,7 @@ class Rewritten(nn.Module):
         return self.head(torch.cat([self.token.expand(images.shape[0], -1, -1), tokens], 1).mean(1))
 
 
-def test_what_is_rewritten_for_openvino_is_rewritten_again():
+def test_rewrites_for_openvino_are_applied_again():
     torch.manual_seed(0)
     model = tersor.quantize(Rewritten().eval(), [IMAGES], runtime="openvino")
     again = rebuild(Rewritten().eval(), structure(model))
@@ -67,7 +67,7 @@ class Own(nn.BatchNorm2d):
 
 
 def with_other_norms():
-    """One that is split, one with a forward of its own, one of several processes."""
+    """BatchNorms: one that is split, one with its own forward, one that is synchronized between processes."""
     torch.manual_seed(0)
     layers = [
         nn.Conv2d(3, 4, 3),
@@ -80,7 +80,7 @@ def with_other_norms():
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
 
 
-def test_the_runtime_and_the_normalization_of_a_quantized_network_last():
+def test_runtime_and_normalization_of_a_quantized_network_are_kept():
     normalization = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     images = (torch.rand(16, 3, 16, 16) - 0.4) / 0.25
     quantized = tersor.quantize(build("resnet20", 10), images, runtime="openvino", normalization=normalization)
@@ -94,7 +94,7 @@ def test_the_runtime_and_the_normalization_of_a_quantized_network_last():
 
 
 class Scaled(nn.Module):
-    """A convolution, and a constant that is no Parameter."""
+    """A convolution, and a constant that is not a Parameter."""
 
     def __init__(self, factor):
         super().__init__()
@@ -104,14 +104,14 @@ class Scaled(nn.Module):
         return self.conv(images * self.factor).mean((2, 3))
 
 
-def test_a_network_with_another_constant_is_refused():
+def test_a_network_with_a_different_constant_raises():
     found = structure(tersor.quantize(Scaled(2.0).eval(), IMAGES))
     rebuild(Scaled(2.0).eval(), found)
     with pytest.raises(InputError, match="its operators or the settings of its layers differ"):
         rebuild(Scaled(3.0).eval(), found)
 
 
-def test_norms_of_other_classes_are_frozen_and_rebuilt():
+def test_subclasses_of_batchnorm_are_frozen_and_rebuilt():
     attached = QAT(freeze_norm_at=0.5).attach(with_other_norms(), AttachContext(data=[IMAGES], steps=2))
     attached.begin()
     attached.model.train()
@@ -125,7 +125,7 @@ def test_norms_of_other_classes_are_frozen_and_rebuilt():
     assert torch.equal(again.eval()(IMAGES), attached.model.eval()(IMAGES))
 
 
-def test_rounds_of_cuts_are_replayed_one_after_the_other():
+def test_several_rounds_of_channel_removal_are_replayed_in_order():
     model = build("resnet20", 10).eval()
     for method in (ChannelPruning(keep_macs=0.8), ChannelPruning(keep_macs=0.7, scope="global", round_to=2)):
         attached = method.attach(model, AttachContext(data=[IMAGES]))
@@ -159,7 +159,7 @@ def test_a_pruned_network_with_a_new_head_is_loaded_into_a_network_with_its_clas
         tersor.load(network(5), tmp_path / "saved")
 
 
-def test_a_strange_parametrization_is_told():
+def test_an_unsupported_parametrization_raises():
     model = build("resnet20", 10)
     parametrize.register_parametrization(model.conv1, "weight", nn.Identity())
     with pytest.raises(InputError, match="Identity"):
@@ -186,7 +186,7 @@ def changed(plan, key, change):
 CODE = 'quantizers.x") or getattr(__import__("os"), "mkdir")("tersor_was_executed") or ("'
 
 
-def test_a_name_in_a_plan_is_not_executed(plan, tmp_path, monkeypatch):
+def test_code_in_a_name_of_a_plan_is_not_executed(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     strange = changed(plan, "edges", lambda edges: edges[0].__setitem__(1, CODE))
     with pytest.raises(InputError, match=r"damaged: edges\.0\.1"):
@@ -219,17 +219,17 @@ def test_a_name_in_a_plan_is_not_executed(plan, tmp_path, monkeypatch):
         ("freezable", lambda names: names.append("conv1")),
     ],
 )
-def test_a_plan_of_another_shape_is_refused(plan, key, change):
+def test_a_plan_with_a_wrong_shape_raises(plan, key, change):
     with pytest.raises(InputError, match=r"damaged|does not belong"):
         rebuild(build("resnet20", 10), changed(plan, key, change))
 
 
 @pytest.mark.parametrize("strange", [None, [], {}, "plan", 1e308, {"captured": True}, [[[]]]])
-def test_what_is_no_plan_is_refused(strange):
+def test_a_value_that_is_not_a_plan_raises(strange):
     with pytest.raises(InputError, match="damaged"):
         rebuild(build("resnet20", 10), strange)
 
 
-def test_a_key_that_nobody_knows_is_refused(plan):
+def test_an_unknown_key_in_a_plan_raises(plan):
     with pytest.raises(InputError, match="extra"):
         rebuild(build("resnet20", 10), plan | {"extra": 1})

@@ -40,7 +40,7 @@ def test_a_gpu_that_emulates_bfloat16_uses_float32(monkeypatch, native, expected
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch has no torch.cpu.get_capabilities")
-def test_the_flags_agree_with_torch():
+def test_the_cpu_flags_agree_with_torch():
     known = torch.cpu.get_capabilities()
     for flag in ("amx_bf16", "avx512_bf16", "avx2"):
         assert (flag in cpu_flags()) == bool(known.get(flag, False)), flag
@@ -70,7 +70,7 @@ def test_seeded_draws_from_the_seed_and_restores_the_generator():
     assert torch.equal(torch.rand(2), drawn)
 
 
-def test_seeded_leaves_the_generators_of_gpus_alone(monkeypatch):
+def test_seeded_does_not_seed_the_generators_of_gpus(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", calls.append)
     with seeded(5):
@@ -98,7 +98,7 @@ print(after(4) - warm)
 
 
 EAGER = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""What glibc begins with; left alone it raises them, how far depends on what was freed in which order."""
+"""The initial values of glibc. It raises them at run time, depending on the order in which memory is freed."""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back so eagerly")

@@ -54,16 +54,16 @@ CHILD = textwrap.dedent("""
 
 
 def pair(where, dies):
-    """Two processes of which one kills itself: exit code and error stream of each."""
+    """Start two processes, one of which kills itself; return exit code and error stream of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    told = {"WHERE": where, "DIES": str(dies), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    raised = {"WHERE": where, "DIES": str(dies), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen(
             [sys.executable, "-c", CHILD],
-            env={**os.environ, **shared, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **shared, **raised, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -93,9 +93,9 @@ def test_the_remaining_process_ends_with_one_message(where, dies):
 
 
 def test_a_single_process_propagates_the_error():
-    with pytest.raises(RuntimeError, match="gloo") as told, distributed.others_alive():
+    with pytest.raises(RuntimeError, match="gloo") as raised, distributed.others_alive():
         raise RuntimeError("gloo: connection closed by peer")
-    assert not isinstance(told.value, ProcessLost)
+    assert not isinstance(raised.value, ProcessLost)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_a_single_process_propagates_the_error():
 def test_lost_connections_raise_process_lost(monkeypatch, words, lost):
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    with pytest.raises(ProcessLost if lost else RuntimeError) as told, distributed.others_alive():
+    with pytest.raises(ProcessLost if lost else RuntimeError) as raised, distributed.others_alive():
         raise RuntimeError(words)
-    assert isinstance(told.value, ProcessLost) == lost
+    assert isinstance(raised.value, ProcessLost) == lost
 
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """This process is the second of two; the first has the tensors of ones."""
+    """Simulate the second of two processes; all tensors of the first one contain ones."""
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)
@@ -136,7 +136,7 @@ def second_of_two(monkeypatch):
 
 
 @pytest.mark.usefixtures("second_of_two")
-def test_the_state_of_the_first_process_and_tensors_of_all():
+def test_tensors_are_broadcast_from_the_first_process_and_gathered_from_all():
     assert (distributed.count(), distributed.rank()) == (2, 1)
     network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     distributed.broadcast_from_rank0(network)
@@ -147,7 +147,7 @@ def test_the_state_of_the_first_process_and_tensors_of_all():
 
 @pytest.mark.usefixtures("second_of_two")
 @pytest.mark.parametrize(("here", "there"), [(False, False), (True, False), (False, True)])
-def test_a_condition_of_any_process(monkeypatch, here, there):
+def test_any_rank_is_true_if_the_condition_holds_in_any_process(monkeypatch, here, there):
     def all_reduce(flag, operation, group):
         assert (operation, group) == (distributed.dist.ReduceOp.MAX, "group")
         flag.fill_(max(int(flag), there))
@@ -156,7 +156,7 @@ def test_a_condition_of_any_process(monkeypatch, here, there):
     assert distributed.any_rank(here) is (here or there)
 
 
-def test_one_process_needs_no_communication():
+def test_a_single_process_needs_no_communication():
     assert (distributed.count(), distributed.rank()) == (1, 0)
     assert [distributed.any_rank(each) for each in (True, False)] == [True, False]
     tensor = torch.ones(2)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; JSON from untrusted files is read or refused with one message."""
+"""Files are written completely or not at all; JSON from untrusted files is read or raises one error."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_json_values_are_read(tmp_path):
         (b" " * 101, "larger than"),
     ],
 )
-def test_unreadable_json_is_one_message(tmp_path, monkeypatch, content, words):
+def test_unreadable_json_raises_one_error(tmp_path, monkeypatch, content, words):
     if words == "larger than":
         monkeypatch.setattr(files, "LARGEST", 100)
     (tmp_path / "a.json").write_bytes(content)
@@ -33,12 +33,12 @@ def test_unreadable_json_is_one_message(tmp_path, monkeypatch, content, words):
         read_json(tmp_path / "a.json", "Do this.")
 
 
-def test_a_folder_cannot_be_read(tmp_path):
+def test_reading_a_folder_as_json_raises(tmp_path):
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         read_json(tmp_path, "")
 
 
-def test_a_failed_write_keeps_the_earlier_file_and_leaves_no_other(tmp_path):
+def test_a_failed_write_keeps_the_existing_file_and_leaves_no_temporary_file(tmp_path):
     path = tmp_path / "a.txt"
     write_file(path, b"before")
 
@@ -53,7 +53,7 @@ def test_a_failed_write_keeps_the_earlier_file_and_leaves_no_other(tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_file_that_cannot_be_written_is_one_message(tmp_path):
+def test_a_file_that_cannot_be_written_raises_one_error(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"cannot write .*folder: Is a directory"):
         write_file(tmp_path / "folder", b"")

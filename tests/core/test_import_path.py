@@ -18,20 +18,20 @@ def here(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_a_function_in_the_current_folder_is_found(here):
+def test_a_function_in_the_current_folder_is_imported(here):
     (here / "our_nets_a.py").write_text("def build(num_classes):\n    return num_classes + 1\n")
     assert is_function_path("our_nets_a:build")
     assert import_function("our_nets_a:build")(4) == 5
 
 
-def test_a_file_that_python_cannot_import_is_to_be_renamed(here):
+def test_for_a_file_that_python_cannot_import_the_error_suggests_renaming_it(here):
     (here / "my-net.py").write_text("def make(): ...\n")
     with pytest.raises(InputError, match=r"'my-net\.py:make': Python cannot import my-net\.py\. Rename the file"):
         import_function("my-net.py:make")
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "expected"),
     [
         ("net.py:my-func", "'my-func' cannot be the name of a Python function. Write one that net.py defines."),
         ("net.py:", "'net.py' is a file. Write net.py:make. net.py defines make."),
@@ -42,28 +42,28 @@ def test_a_file_that_python_cannot_import_is_to_be_renamed(here):
         ("json/net.py:make", "json/__init__.py, not from this folder. Rename the folder."),
     ],
 )
-def test_the_part_of_a_path_that_python_cannot_import_is_named(here, path, said):
+def test_the_error_names_the_part_of_the_path_that_cannot_be_imported(here, path, expected):
     for file in ("net.py", "my-nets/net.py", "json/net.py", "net-a.txt", "notes.txt"):
         (here / file).parent.mkdir(exist_ok=True)
         (here / file).write_text("def make(): ...\n")
     with pytest.raises(InputError) as caught:
         import_function(path)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_a_path_may_begin_with_the_current_folder(here):
+def test_a_path_can_start_with_the_current_folder(here):
     (here / "our_nets_f.py").write_text("def build():\n    return 3\n")
     assert import_function("./our_nets_f.py:build")() == 3
 
 
-def test_a_function_is_named_by_its_file_too(here):
+def test_a_function_can_be_given_by_its_file(here):
     (here / "nets_d").mkdir()
     (here / "nets_d" / "our_nets_d.py").write_text("def build():\n    return 3\n")
     assert is_function_path("nets_d/our_nets_d.py:build")
     assert import_function("nets_d/our_nets_d.py:build")() == 3
 
 
-def test_a_file_may_be_in_another_folder(here, monkeypatch):
+def test_a_file_can_be_in_another_folder(here, monkeypatch):
     for folder in ("nets_e", "project"):
         (here / folder).mkdir()
     (here / "nets_e" / "our_sizes_e.py").write_text("SIZE = 7\n")
@@ -79,14 +79,14 @@ def test_a_file_may_be_in_another_folder(here, monkeypatch):
         import_function("../nets_e/our.nets.py:build")
 
 
-def test_a_file_here_never_stands_in_for_an_installed_package(here):
+def test_a_local_file_does_not_shadow_an_installed_package(here):
     (here / "safetensors.py").write_text("def save():\n    raise AssertionError\n")
     assert not str(sys.modules.get("safetensors", "")).startswith(str(here))
     assert import_function("safetensors.torch:save").__module__ == "safetensors.torch"
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "expected"),
     [
         (":build", "package.module:function"),
         ("pack age:build", "package.module:function"),
@@ -98,29 +98,29 @@ def test_a_file_here_never_stands_in_for_an_installed_package(here):
         ("json:decoder", "of type module"),
     ],
 )
-def test_what_is_wrong_with_a_path_is_said(path, said):
+def test_a_wrong_path_raises_an_error_with_the_reason(path, expected):
     with pytest.raises(InputError) as caught:
         import_function(path)
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert path in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("import not_installed_here", "No module named 'not_installed_here'"),
         ("from json import lodas", "cannot import name 'lodas'"),
         ("def build(:", "SyntaxError"),
     ],
 )
-def test_the_import_error_of_the_users_module_is_shown(here, text, said):
+def test_an_import_error_in_the_users_module_is_in_the_message(here, text, expected):
     (here / "our_nets_b.py").write_text(text)
     with pytest.raises(InputError, match="importing 'our_nets_b' failed") as caught:
         import_function("our_nets_b:build")
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_what_the_users_module_raises_itself_has_its_file_and_line(here):
+def test_an_exception_in_the_users_module_is_reported_with_file_and_line(here):
     (here / "our_nets_c.py").write_text("1 / 0\n")
     with pytest.raises(InputError) as raised:
         import_function("our_nets_c:build")
@@ -131,7 +131,7 @@ def test_what_the_users_module_raises_itself_has_its_file_and_line(here):
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
-def test_a_module_that_does_not_exist_may_be_a_file_in_a_folder(here):
+def test_for_a_missing_module_the_error_suggests_the_path_of_a_file(here):
     with pytest.raises(InputError, match=r"the path of a file .* 'ours/nets.py:build' or 'folder/ours/nets.py:bu"):
         import_function("ours.nets:build")
     (here / "ours").mkdir()
@@ -141,7 +141,7 @@ def test_a_module_that_does_not_exist_may_be_a_file_in_a_folder(here):
         named("importance", ["magnitude"])("magnitud")
 
 
-def test_an_exception_of_the_function_has_its_file_and_line():
+def test_an_exception_in_the_users_function_is_reported_with_file_and_line():
     def build():
         raise KeyError("depth")
 
@@ -167,7 +167,7 @@ class Metric:
 """
 
 
-def test_a_wrong_value_for_a_class_of_the_user_is_one_message(here):
+def test_a_wrong_value_for_a_users_class_raises_one_error(here):
     (here / "our_metric.py").write_text(RECORD)
     expected = "'our_metric:Metric': Metric.classes: Input should be a valid integer, unable to parse string as an "
     with pytest.raises(InputError) as caught:

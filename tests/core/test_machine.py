@@ -1,4 +1,4 @@
-"""What is read from the description of a processor."""
+"""Parsing the description of the processor."""
 
 import pytest
 
@@ -15,7 +15,7 @@ Features\t: fp asimd i8mm
 
 @pytest.fixture
 def described(tmp_path, monkeypatch):
-    """A function that makes the given text the description of the processor."""
+    """A function that replaces the description of the processor by the given text."""
 
     def describe(text, kind="x86_64"):
         (tmp_path / "cpuinfo").write_text(text)
@@ -30,7 +30,7 @@ def described(tmp_path, monkeypatch):
     ("flag", "kind"),
     [("", "avx2"), ("avx512_vnni", "vnni"), ("avx_vnni", "vnni"), ("amx_int8", "vnni"), ("sse", "avx2")],
 )
-def test_a_processor_of_intel_or_amd(described, flag, kind):
+def test_an_x86_processor_is_parsed(described, flag, kind):
     described(X86.format(flag))
     found = machine.machine()
     assert found["cpu"] == "Some CPU @ 2 GHz"
@@ -40,7 +40,7 @@ def test_a_processor_of_intel_or_amd(described, flag, kind):
     assert {"fma", "avx2"} <= device.cpu_flags.__wrapped__()
 
 
-def test_a_processor_of_arm(described):
+def test_an_arm_processor_is_parsed(described):
     described(ARM, "aarch64")
     found = machine.machine()
     assert found["cpu"] == "aarch64"

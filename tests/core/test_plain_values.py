@@ -1,4 +1,4 @@
-"""Constructors of methods, tasks and recipes: a wrong value is one plain message."""
+"""Constructors of methods, tasks and recipes: a wrong value raises one plain error message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TASKS = [tasks.get(name) for name in tasks.NAMES]
 
 
 @pytest.mark.parametrize("kind", [*RECORDS, *METHODS, *TASKS], ids=lambda kind: kind.__name__)
-def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
+def test_the_error_for_an_unknown_parameter_lists_the_valid_ones(kind):
     with pytest.raises(InputError, match=rf"{kind.__name__} .*tempeature") as caught:
         kind(tempeature=4)
     assert "pydantic" not in str(caught.value)
@@ -64,7 +64,7 @@ def test_an_unknown_parameter_is_named_with_the_possible_ones(kind):
         (lambda: tasks.build("segmentation", num_clases=3), "Segmentation has no parameter 'num_clases'."),
     ],
 )  # fmt: skip
-def test_an_invalid_value_is_one_line(make, message):
+def test_an_invalid_value_raises_a_one_line_error(make, message):
     with pytest.raises(InputError) as caught:
         make()
     assert str(caught.value).startswith(message)
@@ -85,14 +85,14 @@ class Even(PlainRecord):
         return self
 
 
-def test_an_error_of_the_whole_record_is_one_line():
+def test_a_failed_check_of_the_whole_record_raises_a_one_line_error():
     with pytest.raises(InputError, match=r"^number is odd$"):
         Even(number=3)
 
 
 @plain_dataclass(frozen=True)
 class Rate:
-    """A method of the user with a check of its own."""
+    """A user's own method that checks its parameters."""
 
     rate: float
 
@@ -109,13 +109,13 @@ class Rate:
     ("rate", "message"),
     [(-1, "the rate is below 0"), (0, "Rate does not accept 0"), ("x", "rate should be a num")],
 )
-def test_an_exception_of_a_check_of_the_user_is_its_text(rate, message):
+def test_an_exception_in_a_users_check_becomes_the_error_message(rate, message):
     with pytest.raises(InputError, match=f"^{message}"):
         Rate(rate=rate)
 
 
-def test_a_class_inside_a_function_may_use_the_names_there():
-    """With `from __future__ import annotations`, as here, an annotation is text."""
+def test_a_class_defined_in_a_function_can_use_local_names_in_annotations():
+    """With `from __future__ import annotations`, as here, annotations are strings."""
     Share = Annotated[float, Field(lt=1)]  # noqa: N806
 
     @plain_dataclass(frozen=True)
@@ -127,7 +127,7 @@ def test_a_class_inside_a_function_may_use_the_names_there():
         Local(2)
 
 
-def test_an_error_of_pydantic_in_one_line():
+def test_a_pydantic_error_is_formatted_as_one_line():
     with pytest.raises(ValidationError) as of_values:
         TypeAdapter(dict[str, SoftTargets]).validate_python({"a": {"temperature": 0, "heat": 1}})
     title = of_values.value.title
@@ -136,14 +136,14 @@ def test_an_error_of_pydantic_in_one_line():
     )
 
 
-def test_validators_do_not_call_the_constructors():
-    """In a recipe, the lines of a file are named: pydantic's own error reaches the reader of the recipe."""
+def test_pydantic_validators_bypass_the_constructors():
+    """Errors in a recipe are reported with lines of the file, so the recipe reader has to get pydantic's own error."""
     for kind in (Training, SoftTargets):
         with pytest.raises(ValidationError):
             TypeAdapter(kind).validate_python({"tempeature": 4})
 
 
 @pytest.mark.parametrize("value", [SoftTargets(temperature=2), Training(batch_size=3), Target()])
-def test_records_are_copied_and_pickled(value):
+def test_records_can_be_copied_and_pickled(value):
     assert copy.deepcopy(value) == value
     assert pickle.loads(pickle.dumps(value)) == value

@@ -1,4 +1,4 @@
-"""Progress that nobody watches."""
+"""Progress without a reporter."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Missing memory and disk errors become one message; other errors propagate."""
+"""Out-of-memory and disk errors become one message; other errors propagate."""
 
 import errno
 import shutil
@@ -25,9 +25,9 @@ from tersor.core.resources import enough_memory, less_memory, writable
 )
 def test_out_of_memory_errors_suggest_a_batch_size(error):
     words = r"not enough memory .*batch_size is 128. Write a smaller one. .*write batch_size: 64 and accumulate: 6"
-    with pytest.raises(InputError, match=words) as told, enough_memory(less_memory("recipe", 128, 3)):
+    with pytest.raises(InputError, match=words) as raised, enough_memory(less_memory("recipe", 128, 3)):
         raise error
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_batch_size_of_one_suggests_smaller_images():
@@ -41,13 +41,13 @@ def test_without_a_recipe_the_remedy_names_no_key_of_one(origin, words):
     assert "batch_size" not in remedy
 
 
-def test_half_of_an_odd_batch_size_keeps_about_the_number_of_images():
+def test_a_batch_size_is_halved_and_accumulation_is_doubled():
     of_recipe = lambda size: less_memory("recipe", size, 1)  # noqa: E731
     assert "To keep the same number of images per step, write batch_size: 4 and accumulate: 2." in of_recipe(8)
     assert "To keep about the same number of images per step, write batch_size: 4" in of_recipe(9)
 
 
-def test_the_error_of_torch_is_recognized():
+def test_an_out_of_memory_error_of_torch_is_recognized():
     with pytest.raises(InputError, match="not enough memory"), enough_memory("."):
         torch.empty(2**60, dtype=torch.uint8)
 
@@ -59,7 +59,7 @@ def test_other_errors_propagate(error):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO])
-def test_disk_errors_are_one_message_for_any_file(number):
+def test_a_disk_error_for_any_file_raises_one_error(number):
     words = r"runs/out could not be written.*No incomplete output remains"
     with pytest.raises(InputError, match=words), writable(Path("runs/out")):
         raise OSError(number, "words", "/tmp/elsewhere")
@@ -69,7 +69,7 @@ def test_disk_errors_are_one_message_for_any_file(number):
     "error",
     [OSError(errno.EACCES, "words", "runs/.out.1a2b3c4d.partial/model.onnx"), shutil.Error([("a", "b", "no room")])],
 )
-def test_errors_of_temporary_files_are_one_message(error):
+def test_an_error_for_a_temporary_file_raises_one_error(error):
     with pytest.raises(InputError, match="could not be written"), writable(Path("runs/out")):
         raise error
 

@@ -24,7 +24,7 @@ def inner(value):
 
 @pytest.mark.parametrize("function", [outer, functools.partial(outer)])
 def test_the_message_names_file_line_and_error(function):
-    """The line is the last one of the user's module."""
+    """The reported line is the last one in the user's module."""
     with pytest.raises(InputError) as raised, user_code("the loss outer", outer):
         function(0)
     line = divided.__code__.co_firstlineno + 1
@@ -35,7 +35,7 @@ def test_the_message_names_file_line_and_error(function):
 
 
 class Percentage(BaseModel):
-    """A record of the user."""
+    """A user's own record."""
 
     value: float = Field(le=100)
     unit: str
@@ -45,7 +45,7 @@ def percentage(value):
     return Percentage(value=value)
 
 
-def test_an_error_of_pydantic_is_one_line():
+def test_a_pydantic_error_is_shown_in_one_line():
     line = percentage.__code__.co_firstlineno + 1
     with pytest.raises(InputError) as raised, user_code("the metric percentage", percentage):
         percentage(101)
@@ -60,7 +60,7 @@ class Base:
         return divided(value)
 
 
-def test_errors_in_a_base_class_of_another_module_are_explained():
+def test_an_error_in_a_base_class_of_another_module_is_reported_as_user_code():
     own = type("Own", (Base,), {"__module__": "elsewhere"})()
     message = rf"the metric Own failed in {__file__}, line \d+ .*: ZeroDivisionError"
     with pytest.raises(InputError, match=message), user_code("the metric Own", own):
@@ -76,7 +76,7 @@ def refused():
 
 
 @pytest.mark.parametrize(("function", "error"), [(out_of_memory, RuntimeError), (refused, InputError)])
-def test_other_messages_stay(function, error):
+def test_errors_with_their_own_message_are_not_changed(function, error):
     with pytest.raises(error) as raised, user_code("the loss", function):
         function()
     assert "failed in" not in str(raised.value)
@@ -86,7 +86,7 @@ def without_mask():
     return mask_of(torch.nn.Conv2d(3, 4, 2))
 
 
-def test_an_error_that_tersor_raises_in_a_users_function_names_its_line():
+def test_an_error_raised_by_tersor_in_a_users_function_is_reported_with_its_line():
     line = without_mask.__code__.co_firstlineno + 1
     with pytest.raises(InputError) as raised, user_code("outer", without_mask), user_code("attach", without_mask):
         without_mask()
@@ -96,7 +96,7 @@ def test_an_error_that_tersor_raises_in_a_users_function_names_its_line():
     )
 
 
-def test_an_error_outside_of_the_function_stays():
+def test_an_error_outside_the_users_function_propagates():
     with pytest.raises(ZeroDivisionError), user_code("the loss", pytest.raises):
         divided(0)
 
@@ -106,14 +106,14 @@ class OfTorch(torch.nn.Module):
         return 1 / value
 
 
-def test_errors_of_tersors_own_modules_stay():
+def test_an_error_in_a_module_of_tersor_propagates():
     own = type("Own", (OfTorch,), {"__module__": "tersor.methods.crd"})()
     OfTorch.__module__ = "tersor.methods.crd"
     with pytest.raises(ZeroDivisionError), user_code("the loss", own):
         own(0)
 
 
-def test_a_function_that_ends_the_program_is_one_message():
+def test_a_function_that_exits_the_program_raises_one_error():
     def script():
         sys.exit(3)
 

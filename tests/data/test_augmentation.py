@@ -11,7 +11,7 @@ from tersor.data.augmentation import augmented, described, resolve
 
 
 def every_crop(image: np.ndarray) -> dict[tuple[int, int, bool], bytes]:
-    """All that may become of an image (H, W, 3), by the slow way: pad, crop, flip."""
+    """All possible augmentations of an image (H, W, 3), by a slow reference: pad, crop, flip."""
     height, width, _ = image.shape
     up, left = height // 8, width // 8
     padded = np.pad(image, ((up, up), (left, left), (0, 0)), mode="reflect")
@@ -32,7 +32,7 @@ def test_crop_flip_crops_the_padded_image(height, width, seed):
         assert after.tobytes() in every_crop(before).values()
 
 
-def test_all_shifts_are_equally_frequent():
+def test_all_crops_and_flips_are_equally_frequent():
     draw = torch.Generator().manual_seed(0)
     image = torch.arange(16 * 16 * 3).view(1, 16, 16, 3).remainder(251).to(torch.uint8)
     possible = {crop: move for move, crop in every_crop(image[0].numpy()).items()}
@@ -43,7 +43,7 @@ def test_all_shifts_are_equally_frequent():
         assert 50 < moves.count(move) < 150  # 100 expected, 10 is the standard deviation
 
 
-def test_flip_mirrors_half_of_the_images_and_shifts_none():
+def test_flip_mirrors_half_of_the_images_and_does_not_shift_any():
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (1000, 3, 5, 3), dtype=torch.uint8, generator=draw)
     after, _ = augmented(pixels, None, "flip", draw)
@@ -52,7 +52,7 @@ def test_flip_mirrors_half_of_the_images_and_shifts_none():
     assert 400 < int(flipped.sum()) < 600
 
 
-def test_none_draws_nothing():
+def test_none_returns_the_pixels_and_draws_no_random_numbers():
     draw = torch.Generator().manual_seed(0)
     pixels = torch.zeros(2, 3, 5, 3, dtype=torch.uint8)
     state = draw.get_state()
@@ -86,7 +86,7 @@ def turned(images, targets):
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop_flip", TRANSFORMS, turned])
-def test_masks_move_with_their_images(augment):
+def test_masks_are_augmented_with_their_images(augment):
     draw = torch.Generator().manual_seed(3)
     pixels, masks = stripes_and_masks()
     after, moved = augmented(pixels.clone(), masks, resolve(augment), draw)
@@ -111,7 +111,7 @@ CROPPED = ["RandomHorizontalFlip", {"RandomCrop": {"size": [20, 30], "padding": 
 
 
 @pytest.mark.parametrize("augment", ["flip", CROPPED])
-def test_boxes_move_with_their_images(augment):
+def test_boxes_are_augmented_with_their_images(augment):
     pixels, targets = boxes_and_images()
     after, moved = augmented(pixels, targets, resolve(augment), torch.Generator().manual_seed(3))
     assert not all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(moved, targets, strict=True))
@@ -132,14 +132,14 @@ def test_boxes_that_leave_the_image_are_dropped():
     assert counts == [int(image.any()) for image in after]
 
 
-def test_values_stay_as_they_are():
+def test_targets_that_are_values_are_not_changed():
     pixels, _ = stripes_and_masks(4)
     for augment in ("crop_flip", TRANSFORMS):
         values = torch.rand(4, 2)
         assert augmented(pixels.clone(), values, resolve(augment), torch.Generator())[1] is values
 
 
-def test_crop_flip_is_not_for_boxes():
+def test_crop_flip_raises_for_boxes():
     with pytest.raises(InputError, match=r"crop_flip, which pads images by reflection, .* objects without boxes"):
         augmented(*boxes_and_images(2), "crop_flip", torch.Generator())
 
@@ -149,7 +149,7 @@ def test_a_function_must_return_masks_too():
         augmented(*stripes_and_masks(2), lambda images, _: images, torch.Generator())
 
 
-def test_an_exception_of_a_function_has_its_file_and_line():
+def test_an_exception_in_a_users_function_is_reported_with_file_and_line():
     def broken(images):
         return images / None
 
@@ -158,7 +158,7 @@ def test_an_exception_of_a_function_has_its_file_and_line():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_sixteen_bits_and_other_channels_are_augmented(channels):
+def test_sixteen_bit_images_and_other_channel_counts_are_augmented(channels):
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 2**16, (64, 8, 9, channels), generator=draw).to(torch.uint16)
     for augment in ("crop_flip", ["RandomHorizontalFlip"], ["GaussianNoise"]):
@@ -169,7 +169,7 @@ def test_sixteen_bits_and_other_channels_are_augmented(channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_transforms_keep_every_value_of_16_bits(channels):
+def test_transforms_keep_16_bit_values(channels):
     pixels = torch.arange(2**16).to(torch.uint16).view(4, 128, 128, 1).expand(-1, -1, -1, channels).contiguous()
     flip = [{"RandomHorizontalFlip": {"p": 1}}]
     masks = torch.arange(128).expand(4, 128, 128)
@@ -178,7 +178,7 @@ def test_transforms_keep_every_value_of_16_bits(channels):
     assert torch.equal(moved, masks.flip(2))
 
 
-def test_what_a_user_reads_of_an_augmentation():
+def test_descriptions_of_augmentations():
     assert described("none") == "none"
     assert described("flip") == "flip (half of the images are mirrored)"
     assert described("mine.py:change") == "mine.py:change"

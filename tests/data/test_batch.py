@@ -1,4 +1,4 @@
-"""The first images of a user's data, which stay to be read."""
+"""The first images of a user's data can be read without consuming them."""
 
 import itertools
 
@@ -13,7 +13,7 @@ BATCHES = [torch.rand(0, 3, 4, 4), torch.rand(2, 3, 4, 4), torch.rand(3, 3, 4, 4
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_looking_at_the_first_images_takes_none_away(once):
+def test_first_batch_does_not_consume_the_data(once):
     data = AttachContext(data=iter(BATCHES) if once else BATCHES).data
     for _ in range(2):
         assert torch.equal(first_batch(data, "ptq"), BATCHES[1]), "the first batch that is not empty"
@@ -21,7 +21,7 @@ def test_looking_at_the_first_images_takes_none_away(once):
     assert len(list(data)) == (0 if once else 3)
 
 
-def test_of_endless_data_no_more_is_read_than_needed():
+def test_first_batch_reads_no_more_of_endless_data_than_it_needs():
     read = []
     data = AttachContext(data=(read.append(number) or BATCHES[1] for number in itertools.count())).data
     first_batch(data, "ptq")
@@ -29,7 +29,7 @@ def test_of_endless_data_no_more_is_read_than_needed():
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "words"),
     [
         (None, "ptq needs images"),
         ([], "ptq needs images, and the data contains none"),
@@ -37,6 +37,6 @@ def test_of_endless_data_no_more_is_read_than_needed():
         ([torch.zeros(2, 3, 4, 4, dtype=torch.uint8)], r"torch\.uint8.*floating-point"),
     ],
 )
-def test_data_without_images_is_told(data, told):
-    with pytest.raises(InputError, match=told):
+def test_data_without_images_raises(data, words):
+    with pytest.raises(InputError, match=words):
         first_batch(data, "ptq")

@@ -27,7 +27,7 @@ def some_images(count: int) -> Pixels:
 
 
 def decoded(images: Pixels) -> Decoded:
-    """The same images, but as if they had to be decoded."""
+    """The same images, decoded on demand."""
     return Decoded(images.targets, lambda number: images.take(torch.tensor([number]))[0].permute(1, 2, 0).numpy(), 2)
 
 
@@ -47,7 +47,7 @@ def same(one: Batches, other: Batches) -> bool:
     )
 
 
-def test_without_shuffle_every_image_comes_once_in_order():
+def test_without_shuffle_every_image_is_returned_once_in_order():
     of = batches(some_images(10))
     assert places(of) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(of) == 3
@@ -80,7 +80,7 @@ def test_images_are_normalized():
     shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_processes_get_different_images(count, size, world, shuffle, epoch):
+def test_processes_get_disjoint_shares_of_the_images(count, size, world, shuffle, epoch):
     assume(count == 0 or count >= world)
     assume(shuffle or size > 1 or count % world == 0)
     ranks = [batches(some_images(count), size, shuffle=shuffle, rank=rank, world=world) for rank in range(world)]
@@ -110,7 +110,7 @@ def test_seed_and_epoch_determine_the_batches():
     for epoch in (0, 1, 7):
         one.set_epoch(epoch)
         other.set_epoch(epoch)
-        torch.rand(epoch)  # what somebody else draws
+        torch.rand(epoch)  # other draws from the global generator
         assert same(one, other)
         assert same(one, one)
     assert places(one) != places(batches(images, seed=3, **options))
@@ -139,7 +139,7 @@ def test_processes_augment_differently():
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_decoding_ahead_changes_nothing(shuffle):
+def test_decoding_ahead_does_not_change_the_batches(shuffle):
     images = some_images(23)
     options = {"shuffle": shuffle, "augment": "crop_flip", "seed": 5}
     assert same(batches(images, **options), batches(decoded(images), **options))
@@ -155,7 +155,7 @@ def jittered(images):
 
 @pytest.fixture(params=["list", "function", "callable", "transform"])
 def transform(request):
-    """Each way to write an augmentation of one's own."""
+    """Each way to define a custom augmentation."""
     return {
         "list": CROPS,
         "function": f"{__name__}:jittered",
@@ -164,7 +164,7 @@ def transform(request):
     }[request.param]
 
 
-def test_transforms_change_images_by_seed_epoch_and_batch_alone(transform):
+def test_transforms_depend_on_seed_epoch_and_batch_only(transform):
     images = Pixels(some_images(1).take(torch.zeros(16, dtype=torch.int64)).permute(0, 2, 3, 1), torch.zeros(16).long())
     options = {"shuffle": True, "augment": transform, "seed": 3}
     one, lazy = batches(images, 8, **options), batches(decoded(images), 8, **options)
@@ -182,7 +182,7 @@ def test_transforms_change_images_by_seed_epoch_and_batch_alone(transform):
 
 
 @pytest.mark.parametrize("images", [some_images(12), decoded(some_images(12))])
-def test_transforms_and_the_training_draw_independently(transform, images):
+def test_transforms_do_not_use_the_random_numbers_of_the_training(transform, images):
     torch.manual_seed(0)
     expected = [torch.rand(3) for _ in range(3)]
     alone = [*batches(images, augment=transform)]
@@ -206,7 +206,7 @@ class Snapshots:
             raise KeyboardInterrupt
 
 
-def test_a_resumed_training_with_transforms_has_the_same_bits(transform):
+def test_resumed_training_with_transforms_is_bit_identical(transform):
     def trained(checkpointer):
         torch.manual_seed(3)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.3), nn.Flatten(), nn.Linear(168, 3))
@@ -220,7 +220,7 @@ def test_a_resumed_training_with_transforms_has_the_same_bits(transform):
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
-def test_random_crops_are_torchvision_s():
+def test_random_crops_equal_those_of_torchvision():
     [batch] = batches(some_images(6), 6, augment=CROPS, seed=1)
     slow = v2.Compose([v2.RandomCrop((8, 9), padding=2), v2.RandomHorizontalFlip()])
     with torch.random.fork_rng():
@@ -230,7 +230,7 @@ def test_random_crops_are_torchvision_s():
     torch.testing.assert_close(batch.images, (crops / 255 - mean) / std)
 
 
-def test_transforms_of_transforms_and_data_types():
+def test_transforms_with_nested_transforms_and_dtypes():
     noise = [
         {"ToDtype": {"dtype": "float32", "scale": True}},
         "GaussianNoise",
@@ -265,12 +265,12 @@ def test_transforms_of_transforms_and_data_types():
         ("crop", "unknown augmentation 'crop'.*package.module:function"),
     ],
 )
-def test_transforms_that_cannot_be_used(augment, words):
+def test_invalid_transforms_raise(augment, words):
     with pytest.raises(InputError, match=words):
         batches(some_images(3), augment=augment)
 
 
-def test_leaving_early_leaves_no_thread():
+def test_leaving_the_loop_early_leaves_no_thread():
     before = threading.active_count()
     for _ in batches(decoded(some_images(23))):
         break
@@ -288,7 +288,7 @@ def test_errors_while_decoding_ahead_are_raised():
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, torch.uint8), (4, torch.uint8), (3, torch.uint16)])
-def test_other_channels_and_bits_are_normalized(channels, dtype):
+def test_images_with_other_channels_and_bit_depths_are_normalized(channels, dtype):
     draw = torch.Generator().manual_seed(0)
     largest = torch.iinfo(dtype).max
     pixels = torch.randint(0, largest + 1, (6, 8, 9, channels), generator=draw).to(dtype)
@@ -309,6 +309,6 @@ def test_other_channels_and_bits_are_normalized(channels, dtype):
         ({"world": 2, "size": 1}, "3 images cannot be divided evenly among 2 processes"),
     ],
 )
-def test_impossible_batches(options, words):
+def test_invalid_batch_options_raise(options, words):
     with pytest.raises(InputError, match=words):
         batches(some_images(3), **options)

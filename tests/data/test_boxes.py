@@ -11,14 +11,14 @@ def test_boxes_are_scaled_with_the_image():
     assert scaled(target, (100, 50), (100, 50)) is target
 
 
-def test_an_image_may_have_no_box():
+def test_an_image_can_have_no_boxes():
     target = box_target([], [], (10, 10), "it")
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].dtype == torch.int64
     assert scaled(target, (10, 10), (5, 5))["boxes"].shape == (0, 4)
 
 
-def test_a_pixel_over_the_edge_is_cut_off():
+def test_boxes_are_clipped_at_the_edge_of_the_image():
     assert box_target([[-1, 0, 11, 10]], [1], (10, 10), "it")["boxes"].tolist() == [[0, 0, 10, 10]]
 
 
@@ -36,6 +36,6 @@ def test_a_pixel_over_the_edge_is_cut_off():
         ("boxes", [1], "boxes that are not an array of numbers"),
     ],
 )
-def test_boxes_that_cannot_be_used(boxes, labels, words):
+def test_invalid_boxes_raise(boxes, labels, words):
     with pytest.raises(InputError, match=words):
         box_target(boxes, labels, (20, 10), "it")

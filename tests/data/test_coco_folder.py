@@ -29,7 +29,7 @@ TEST = content([(1, "a.png")], [(1, 3, [0.5, 0.5, 2, 2], 0)])
 
 @pytest.fixture(params=["annotations", "beside"])
 def coco(request, tmp_path):
-    """A function that writes the files, in the layout of COCO or beside the images, and returns the folder."""
+    """A function that writes the files, in the COCO layout or next to the images, and returns the folder."""
 
     def write(train=TRAIN, test=TEST):
         for which, each in (("train", train), ("val", test)):
@@ -47,7 +47,7 @@ def coco(request, tmp_path):
     return write
 
 
-def test_boxes_and_classes(coco):
+def test_boxes_and_classes_are_read(coco):
     splits = load(folder=coco(), validation=0)
     assert splits.classes == ("background", "cat", "dog")
     first, second = splits.train.targets_at(torch.arange(2))
@@ -82,12 +82,12 @@ def changed(**changes):
         (changed(categories=[{"id": 3, "name": "cow"}]), "different categories"),
     ],
 )
-def test_files_that_cannot_be_used(coco, train, words):
+def test_invalid_files_raise(coco, train, words):
     with pytest.raises(InputError, match=words):
         load(folder=coco(train), validation=0)
 
 
-def test_a_set_that_is_missing(coco):
+def test_a_missing_test_set_raises(coco):
     folder = coco()
     for path in [*folder.glob("val*/*.json"), *folder.glob("annotations/*val*")]:
         path.unlink()

@@ -8,7 +8,7 @@ from tersor.data import load
 
 @pytest.fixture
 def table(tmp_path):
-    """A function that writes a CSV file beside ten images, and returns its path."""
+    """A function that writes a CSV file next to ten images, and returns its path."""
     for number in range(10):
         Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
 
@@ -33,7 +33,7 @@ def test_values(table):
         assert images.targets_at(torch.arange(len(images))).tolist() == expected
 
 
-def test_one_class(table):
+def test_a_class_column_gives_one_label_per_image(table):
     path = table("path,class", *("cat" if number % 2 else "dog" for number in range(10)), encoding="utf-8-sig")
     splits = load(csv=path, validation=0.2)
     assert splits.classes == ("cat", "dog")
@@ -43,7 +43,7 @@ def test_one_class(table):
         assert images.targets.tolist() == [1 - number % 2 for number in numbers_of(images)]
 
 
-def test_several_classes(table):
+def test_a_classes_column_gives_several_labels_per_image(table):
     path = table("path, split, classes", "train,cat; dog", "train,", "val,cow", "test,dog")
     splits = load(csv=path)
     assert splits.classes == ("cat", "cow", "dog")
@@ -73,12 +73,12 @@ def test_several_classes(table):
         ("path,split,x", ["train,1", "train,2"], "2 training and 0 test images"),
     ],
 )
-def test_tables_that_cannot_be_used(table, header, cells, words):
+def test_invalid_tables_raise(table, header, cells, words):
     with pytest.raises(InputError, match=words):
         load(csv=table(header, *cells))
 
 
-def test_files_that_are_no_table(table, tmp_path):
+def test_files_that_are_not_csv_raise(table, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load(csv=tmp_path / "none.csv")
     table("path,x", "1").write_text("path,x\n,1\n")
@@ -89,14 +89,14 @@ def test_files_that_are_no_table(table, tmp_path):
         load(csv=tmp_path / "table.csv")
 
 
-def test_an_image_that_is_missing(table, tmp_path):
+def test_a_missing_image_raises(table, tmp_path):
     path = table("path,x", *"0123456789")
     (tmp_path / "4.png").unlink()
     with pytest.raises(InputError, match=r"4\.png' does not exist"):
         load(csv=path)
 
 
-def test_a_python_file_is_no_csv_file(tmp_path):
+def test_a_python_file_instead_of_a_csv_file_raises(tmp_path):
     (tmp_path / "data.py").write_text("from pathlib import Path\n")
     with pytest.raises(InputError, match=r"data\.py' is a file\. Write .*data\.py:NAME, where NAME is a function"):
         load(csv=tmp_path / "data.py")

@@ -24,7 +24,7 @@ def targets_of(*items, **options):
     return test.targets_at(torch.arange(len(items)))
 
 
-def test_pairs_and_dicts_are_the_same():
+def test_pairs_and_dicts_are_equivalent():
     for items in ([(IMAGE, 1), (IMAGE, 0)], [{"image": IMAGE, "label": 1}, {"image": IMAGE, "label": 0}]):
         assert targets_of(*items).tolist() == [1, 0]
 
@@ -70,7 +70,7 @@ BOXES = [[1.0, 0.0, 3.0, 4.0]]
         ),
     ],
 )
-def test_boxes(item):
+def test_boxes_are_read(item):
     splits = loaded(item)
     [target] = splits.test.targets_at(torch.tensor([0]))
     assert target["boxes"].tolist() == BOXES
@@ -81,7 +81,7 @@ def test_boxes(item):
     assert targets_of(item, image_size=[8, 6])[0]["boxes"].tolist() == [[1.0, 0.0, 3.0, 8.0]]
 
 
-def test_validation_and_names_of_the_classes():
+def test_validation_set_and_class_names_are_read():
     class Set(list):
         classes = ("cat", "dog")
 
@@ -94,7 +94,7 @@ def test_validation_and_names_of_the_classes():
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, torch.uint8), (5, torch.uint8), (3, torch.uint16)])
-def test_images_of_any_number_of_channels(channels, dtype):
+def test_images_can_have_any_number_of_channels(channels, dtype):
     image = torch.arange(channels * 24).view(channels, 4, 6).to(dtype)
     if dtype == torch.uint16:
         image = (image.int() * 500).to(dtype)
@@ -129,13 +129,13 @@ def test_images_of_any_number_of_channels(channels, dtype):
         ([(IMAGE, 0), (IMAGE.to(torch.uint16), 1)], {}, "some images have 8 and others 16 bits"),
     ],
 )
-def test_items_that_cannot_be_used(items, options, words):
+def test_invalid_items_raise(items, options, words):
     with pytest.raises(InputError, match=words):
         loaded(*items, **options)
 
 
 @pytest.mark.parametrize("target", [MASK, {"boxes": BOXES, "labels": [2]}])
-def test_class_numbers_without_a_name(target):
+def test_a_class_index_without_a_name_raises(target):
     class Set(list):
         classes = ("background", "cat")
 
@@ -144,7 +144,7 @@ def test_class_numbers_without_a_name(target):
         load(datasets={"train": pairs, "test": pairs}, validation=0)
 
 
-def test_hugging_face_s_names_and_columns():
+def test_hugging_face_columns_and_class_names_are_read():
     class ClassLabel:
         names = ("cat", "dog")
 

@@ -17,7 +17,7 @@ def everything(images) -> torch.Tensor:
     return images.take(torch.arange(len(images)))
 
 
-def test_digits():
+def test_digits_are_loaded():
     splits = from_name("digits", None, ImageFormat())
     assert splits.classes == tuple("0123456789")
     assert (len(splits.train), len(splits.test), splits.train.size) == (1438, 359, (8, 8))
@@ -34,12 +34,12 @@ def test_digits():
 
 
 def test_the_test_digits_are_the_same_on_every_machine():
-    """Otherwise nobody could compare two published accuracies."""
+    """Otherwise published accuracies would not be comparable."""
     pixels = everything(from_name("digits", None, ImageFormat()).test).contiguous().numpy().tobytes()
     assert hashlib.sha256(pixels).hexdigest().startswith("fbac2d5fa64835e2")
 
 
-def test_digits_can_be_made_larger():
+def test_digits_can_be_enlarged():
     assert from_name("digits", None, ImageFormat((16, 16))).test.size == (16, 16)
 
 
@@ -52,12 +52,12 @@ def test_digits_can_be_made_larger():
         ("no/such/folder", "there is no folder 'no/such/folder' in"),
     ],
 )
-def test_unknown_names(name, words):
+def test_unknown_names_raise(name, words):
     with pytest.raises(InputError, match=words):
         from_name(name, None, ImageFormat())
 
 
-def test_digits_have_no_root(tmp_path):
+def test_a_root_for_digits_raises(tmp_path):
     with pytest.raises(InputError, match="no root"):
         from_name("digits", tmp_path, ImageFormat())
 
@@ -68,14 +68,14 @@ def test_torchvision_sets_need_a_root():
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "SVHN", "STL10", "USPS", "ImageNet"])
-def test_messages_for_missing_sets_explain_the_download(name, tmp_path):
+def test_the_error_for_a_missing_dataset_explains_the_download(name, tmp_path):
     words = "Put ILSVRC2012" if name == "ImageNet" else rf"python -c .* import {name}; .*download=True"
     with pytest.raises(InputError, match=words):
         from_name(name, tmp_path, ImageFormat())
     assert list(tmp_path.rglob("*.tar*")) == []
 
 
-def test_a_torchvision_set_from_its_files(tmp_path):
+def test_a_torchvision_dataset_is_read_from_its_files(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_a_torchvision_set_from_its_files(tmp_path):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A function that writes a module, and returns what the data of its `make` are."""
+    """A function that writes a module, and returns the data from its function `make`."""
     numbers = iter(range(100))
 
     def data_of(code: str, root=None, size=None):
@@ -110,14 +110,14 @@ def own(tmp_path, monkeypatch):
     return data_of
 
 
-def test_a_pair_from_a_function(own):
+def test_a_function_can_return_train_and_test_sets(own):
     splits = own("def make(): return [(image, 0), (image.flip(2), 1), (image, 2)], [(image, 1)]")
     assert splits.classes == ("0", "1", "2")
     assert splits.train.targets.tolist() == [0, 1, 2]
     assert torch.equal(everything(splits.train)[1], torch.arange(48, dtype=torch.uint8).view(3, 4, 4).flip(2))
 
 
-def test_a_function_may_accept_root_and_return_pil_images(own, tmp_path):
+def test_a_function_can_accept_root_and_return_pil_images(own, tmp_path):
     splits = own("def make(root): return [(picture, len(root)), (picture, 0)], [(picture, 0)]", tmp_path, (3, 3))
     assert splits.train.targets.tolist() == [len(str(tmp_path)), 0]
     assert everything(splits.test)[0, :, 2, 2].tolist() == [1, 2, 3]
@@ -139,7 +139,7 @@ def make(): return Set(), Set()
     assert splits.train.targets.tolist() == [1, 0, 1]
 
 
-def test_listed_labels_are_checked(own):
+def test_listed_labels_are_checked_against_the_items(own):
     code = """
 class Set(torch.utils.data.Dataset):
     targets = [1, 0, 1]
@@ -188,6 +188,6 @@ def make(): return made
         ("def mak(): return None", "has no 'make'. Did you mean 'mak'"),
     ],
 )
-def test_messages_for_invalid_functions(own, code, words):
+def test_invalid_functions_raise(own, code, words):
     with pytest.raises(InputError, match=words):
         own(code)

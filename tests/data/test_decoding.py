@@ -28,13 +28,13 @@ def test_every_format_is_read(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "LA", "RGBA", "CMYK"])
-def test_every_mode_becomes_rgb(mode):
+def test_every_pillow_mode_is_converted_to_rgb(mode):
     image = Image.fromarray(PIXELS).convert(mode)
     assert np.array_equal(pixels_of(image, ImageFormat(), "it"), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_are_kept(tmp_path, channels):
+def test_sixteen_bit_values_are_kept(tmp_path, channels):
     values = np.random.default_rng(0).integers(0, 2**16, (6, 4), dtype=np.uint16)
     path = tmp_path / "deep.png"
     Image.fromarray(values).save(path)
@@ -62,7 +62,7 @@ def test_four_channels_are_independent(mode):
         assert np.array_equal(small[..., band], np.asarray(alone))
 
 
-def test_without_crop_both_sides_are_resized():
+def test_without_crop_the_image_is_resized_to_both_sides():
     found = pixels_of(Image.fromarray(SMOOTH), ImageFormat((10, 10), crop=False), "it")
     assert np.array_equal(found, np.asarray(Image.fromarray(SMOOTH).resize((10, 10), Image.Resampling.BILINEAR)))
     assert not np.array_equal(found, pixels_of(Image.fromarray(SMOOTH), ImageFormat((10, 10)), "it"))
@@ -77,12 +77,12 @@ def test_without_crop_both_sides_are_resized():
         (Image.fromarray(np.full((4, 4), 2**16, np.int32)), 3, "more than 16 bits"),
     ],
 )
-def test_channels_that_cannot_be_had(image, channels, words):
+def test_an_impossible_number_of_channels_raises(image, channels, words):
     with pytest.raises(InputError, match=words):
         pixels_of(image, ImageFormat(channels=channels), "it")
 
 
-def test_a_mask_is_resized_without_new_values():
+def test_resizing_a_mask_adds_no_new_values():
     values = np.random.default_rng(0).choice(np.array([0, 7, 255], np.uint8), (9, 12))
     palette = Image.fromarray(values).convert("P")
     palette.putdata(values.flatten().tolist())
@@ -103,13 +103,13 @@ def test_a_mask_is_resized_without_new_values():
         (torch.full((4, 4), -1), "from -1 to -1"),
     ],
 )
-def test_masks_that_have_no_class_numbers(image, words):
+def test_masks_without_class_indices_raise(image, words):
     with pytest.raises(InputError, match=words):
         mask_of(image, None, "it")
 
 
 @pytest.mark.parametrize("options", [(".jpg", {}), (".jpg", {"progressive": True}), (".png", {}), (".webp", {})])
-def test_a_file_cut_anywhere_is_named(options, tmp_path):
+def test_a_truncated_file_is_named_in_the_error(options, tmp_path):
     suffix, how = options
     whole = tmp_path / f"whole{suffix}"
     Image.fromarray(PIXELS).save(whole, **how)
@@ -121,7 +121,7 @@ def test_a_file_cut_anywhere_is_named(options, tmp_path):
             read_file(str(path), ImageFormat())
 
 
-def test_broken_bytes_give_an_input_error_or_pixels(tmp_path):
+def test_corrupted_bytes_are_decoded_or_raise_an_input_error(tmp_path):
     random = np.random.default_rng(0)
     path = tmp_path / "broken"
     for suffix in (".jpg", ".png", ".bmp", ".gif", ".webp", ".ppm"):
@@ -145,12 +145,12 @@ def test_a_named_pipe_does_not_hang(tmp_path):
         read_file(str(tmp_path / "pipe.png"), ImageFormat())
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_raises(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png' does not exist"):
         read_file(str(tmp_path / "gone.png"), ImageFormat())
 
 
-def test_text_is_not_an_image(tmp_path):
+def test_a_text_file_raises(tmp_path):
     path = tmp_path / "letter.jpg"
     path.write_text("Dear reader")
     with pytest.raises(InputError, match=r"letter\.jpg' is not an image"):
@@ -158,7 +158,7 @@ def test_text_is_not_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(30, 20), (20, 30), (10, 10), (11, 57), (5, 40)])
-def test_the_shorter_side_is_resized_and_the_centre_stays(size):
+def test_the_shorter_side_is_resized_and_the_center_is_kept(size):
     image = Image.new("RGB", size, (200, 100, 50))
     image.putpixel((0, 0), (0, 0, 0))
     found = pixels_of(image, ImageFormat((10, 10)), "it")
@@ -171,7 +171,7 @@ def test_the_shorter_side_is_resized_and_the_centre_stays(size):
     assert np.abs(close).max() <= 8  # half a pixel of the centre
 
 
-def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale_with_nearly_the_same_pixels(tmp_path):
     path = tmp_path / "large.jpg"
     Image.fromarray(PIXELS).resize((900, 600), Image.Resampling.BICUBIC).save(path, quality=95)
     with Image.open(path) as image:
@@ -179,7 +179,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
     assert np.abs(read_file(str(path), ImageFormat((32, 32))) - whole).max() <= 3
 
 
-def test_tensors():
+def test_tensors_are_converted():
     tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
     assert np.array_equal(pixels_of(tensor, ImageFormat(), "it"), PIXELS)
     assert np.array_equal(pixels_of(tensor[:1], ImageFormat(), "it"), PIXELS[:, :, :1].repeat(3, axis=2))
@@ -187,13 +187,13 @@ def test_tensors():
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8), "a path", None])
-def test_other_types_are_refused(image):
+def test_other_types_raise(image):
     with pytest.raises(InputError, match=r"image 3 .*Pass a PIL image or a uint8"):
         pixels_of(image, ImageFormat(), "image 3")
 
 
 def png_of(width, height, pixels=b""):
-    """A PNG whose header promises so many pixels."""
+    """A PNG whose header declares the given size."""
 
     def chunk(kind, content):
         return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
@@ -205,14 +205,14 @@ def png_of(width, height, pixels=b""):
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 2**31 - 1), (1, 2**31 - 1)])
 @pytest.mark.parametrize("image_size", [None, 8])
-def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path, size, image_size):
+def test_a_decompression_bomb_is_rejected_before_it_is_decompressed(tmp_path, size, image_size):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of(*size))
     with pytest.raises(InputError, match=r"bomb\.png'.*(smaller|Replace)"):
         read_file(str(path), ImageFormat(image_size and (image_size, image_size)))
 
 
-def test_a_warning_of_a_bomb_that_is_an_error_is_one_message(tmp_path):
+def test_a_decompression_bomb_warning_raised_as_an_error_becomes_an_input_error(tmp_path):
     path = tmp_path / "large.png"
     path.write_bytes(png_of(10_000, 10_000))
     with warnings.catch_warnings(action="error"), pytest.raises(InputError, match=r"large\.png'.*smaller"):
@@ -222,7 +222,7 @@ def test_a_warning_of_a_bomb_that_is_an_error_is_one_message(tmp_path):
 @pytest.mark.parametrize(
     "start", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.7\n", b"8BPS", b"<svg/>"]
 )
-def test_a_program_that_is_named_like_an_image_is_not_executed(tmp_path, start, monkeypatch):
+def test_a_script_with_the_name_of_an_image_is_not_executed(tmp_path, start, monkeypatch):
     monkeypatch.setattr("subprocess.Popen", None)
     path = tmp_path / "image.png"
     path.write_bytes(start + b"(x) print showpage\n")
@@ -230,7 +230,7 @@ def test_a_program_that_is_named_like_an_image_is_not_executed(tmp_path, start, 
         read_file(str(path), ImageFormat())
 
 
-def test_a_phone_s_jpeg_with_several_pictures_is_read(tmp_path):
+def test_a_jpeg_with_several_pictures_from_a_phone_is_read(tmp_path):
     path = tmp_path / "phone.jpg"
     Image.fromarray(SMOOTH).save(path, "MPO", save_all=True, append_images=[Image.fromarray(SMOOTH)])
     assert read_file(str(path), ImageFormat()).shape == (20, 30, 3)

@@ -34,13 +34,13 @@ def test_train_and_test(two_classes):
         assert np.array_equal(pixels[place].permute(1, 2, 0), np.asarray(Image.open(path)))
 
 
-def test_val_is_the_test_set_where_there_is_no_other(two_classes):
+def test_val_is_the_test_set_if_there_is_no_other(two_classes):
     (two_classes / "test").rename(two_classes / "val")
     splits = from_folder(two_classes, ImageFormat())
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (16, 0, 4)
 
 
-def test_val_beside_test_is_for_validation(two_classes, draw_images):
+def test_val_next_to_test_is_the_validation_set(two_classes, draw_images):
     draw_images("val/dog", 3)
     splits = from_folder(two_classes, ImageFormat())
     assert splits.validation.targets.tolist() == [1, 1, 1]
@@ -48,7 +48,7 @@ def test_val_beside_test_is_for_validation(two_classes, draw_images):
 
 
 @pytest.mark.parametrize("name", ["valid", "Validation", "VAL"])
-def test_set_folders_have_several_names(two_classes, draw_images, name):
+def test_alternative_names_of_set_folders_are_recognized(two_classes, draw_images, name):
     (two_classes / "train").rename(two_classes / "Train")
     (two_classes / "test").rename(two_classes / "Testing")
     draw_images(f"{name}/dog", 3)
@@ -57,20 +57,20 @@ def test_set_folders_have_several_names(two_classes, draw_images, name):
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (16, 3, 4)
 
 
-def test_two_folders_of_one_set_are_refused(two_classes, draw_images):
+def test_two_folders_for_the_same_set_raise(two_classes, draw_images):
     draw_images("val/dog", 3)
     draw_images("valid/dog", 3)
     with pytest.raises(InputError, match="holds 'val' and 'valid', which are names of the same set"):
         from_folder(two_classes, ImageFormat())
 
 
-def test_a_train_of_images_is_a_class_in_any_case(draw_images):
+def test_a_folder_train_that_contains_images_is_a_class_in_any_case(draw_images):
     for name in ("Bus", "Car", "Train"):
         folder = draw_images(name, 10)
     assert from_folder(folder, ImageFormat()).classes == ("Bus", "Car", "Train")
 
 
-def test_a_link_to_a_folder_above_does_not_repeat_images(draw_images):
+def test_a_link_to_a_parent_folder_does_not_repeat_images(draw_images):
     draw_images("cat/near", 10)
     folder = draw_images("dog", 10)
     (folder / "cat" / "near" / "back").symlink_to(folder / "cat", target_is_directory=True)
@@ -91,12 +91,12 @@ def test_class_folders_alone_get_a_test_set(draw_images):
     assert len(whole.flatten(1).unique(dim=0)) == 32
 
 
-def test_a_train_may_be_a_class(draw_images):
+def test_a_folder_train_next_to_other_classes_is_a_class(draw_images):
     draw_images("bus", 5)
     assert from_folder(draw_images("train", 5), ImageFormat()).classes == ("bus", "train")
 
 
-def test_deep_hidden_and_other_files(draw_images):
+def test_nested_images_are_found_and_hidden_and_other_files_are_ignored(draw_images):
     draw_images("cat/images/old", 3, suffix=".JPEG")
     draw_images("cat", 3)
     folder = draw_images("dog", 4)
@@ -109,7 +109,7 @@ def test_deep_hidden_and_other_files(draw_images):
     assert len(splits.train) + len(splits.test) == 10
 
 
-def test_image_size_unifies_sizes(draw_images):
+def test_image_size_resizes_images_of_different_sizes(draw_images):
     draw_images("cat", 3, size=(9, 5))
     folder = draw_images("dog", 3, size=(6, 8))
     assert everything(from_folder(folder, ImageFormat((4, 4))).train).shape[1:] == (3, 4, 4)
@@ -124,7 +124,7 @@ def test_a_named_pipe_among_the_images_does_not_hang(two_classes):
         everything(from_folder(two_classes, ImageFormat()).train)
 
 
-def test_a_truncated_image_is_named(two_classes):
+def test_a_truncated_image_is_named_in_the_error(two_classes):
     path = two_classes / "train" / "dog" / "003.png"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(InputError, match=r"dog.003\.png' cannot be decoded"):
@@ -163,13 +163,13 @@ def _empty(*places):
         (_remove("train/cat"), "classes that 'train' lacks: cat. Possible: dog"),
     ],
 )
-def test_messages_for_invalid_folders(two_classes, spoil, words):
+def test_invalid_folders_raise(two_classes, spoil, words):
     spoil(two_classes)
     with pytest.raises(InputError, match=words):
         from_folder(two_classes, ImageFormat())
 
 
-def test_one_image_of_a_class(draw_images):
+def test_a_class_with_a_single_image_raises(draw_images):
     draw_images("cat", 4)
     with pytest.raises(InputError, match="the class dog has a single image"):
         from_folder(draw_images("dog", 1), ImageFormat())
@@ -177,7 +177,7 @@ def test_one_image_of_a_class(draw_images):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/cifar10-jpeg.tar.gz beside the checkout")
-def test_real_photographs(tmp_path):
+def test_real_photographs_are_loaded(tmp_path):
     with tarfile.open(SHARED, "r|gz") as archive:
         members = (member for member in archive if member.isdir() or member.name.endswith("00.jpg"))
         archive.extractall(tmp_path, members, filter="data")
@@ -200,7 +200,7 @@ def test_images_without_classes_have_no_targets_and_get_a_test_set(draw_images):
     assert len(whole.flatten(1).unique(dim=0)) == 10
 
 
-def test_sets_of_images_without_classes(draw_images):
+def test_train_validation_and_test_folders_without_classes(draw_images):
     for name, count in (("train", 5), ("val", 2), ("test", 3)):
         folder = draw_images(name, count)
     splits = load(folder=folder)
@@ -210,7 +210,7 @@ def test_sets_of_images_without_classes(draw_images):
     assert batch.images.shape == (3, 3, 4, 6)
 
 
-def test_one_set_has_classes_and_the_other_none(draw_images):
+def test_classes_in_only_one_of_the_sets_raise(draw_images):
     draw_images("train", 5)
     with pytest.raises(InputError, match="train' holds no class folders"):
         from_folder(draw_images("test/cat", 3), ImageFormat())

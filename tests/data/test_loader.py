@@ -1,4 +1,4 @@
-"""What a user's loader yields: batches, labels, targets, and what is wrong with them."""
+"""The batches of a user's loader: images, labels, targets, and the errors for invalid ones."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ LABELS = torch.tensor([0, 1])
         ([], [], None),
     ],
 )
-def test_the_parts_of_a_batch(batch, images, targets):
+def test_batches_are_split_into_images_and_targets(batch, images, targets):
     assert parts_of(batch) == (images, targets) or (parts_of(batch)[0] is images and parts_of(batch)[1] is targets)
 
 
@@ -49,7 +49,7 @@ def test_images_are_a_copy_in_float32():
             images_of(wrong)
 
 
-def test_labels_are_class_numbers_of_every_image():
+def test_labels_are_one_class_index_per_image():
     assert labels_of((IMAGES, LABELS)) is LABELS
     for other in (LABELS[:1], LABELS.float(), LABELS[:, None], [0, 1], None):
         assert labels_of((IMAGES, other)) is None
@@ -65,7 +65,7 @@ def test_labels_are_class_numbers_of_every_image():
         ("text", r"of type str\. Possible: .*\.$"),
     ],
 )
-def test_what_is_said_of_images_that_are_none(batch, words):
+def test_the_error_for_invalid_images_states_the_reason(batch, words):
     with pytest.raises(InputError, match=words):
         raise images_error(batch)
 
@@ -90,7 +90,7 @@ def test_what_is_said_of_images_that_are_none(batch, words):
         ([0, 1], None, None, r"Possible: class indices \(3,\) from 0\.$"),
     ],
 )
-def test_what_is_said_of_labels(labels, classes, least, words):
+def test_the_error_for_invalid_labels_states_the_reason(labels, classes, least, words):
     error = labels_error(torch.tensor(labels), 3, classes, least)
     if words is None:
         assert error is None
@@ -100,7 +100,7 @@ def test_what_is_said_of_labels(labels, classes, least, words):
     assert labels_error(torch.zeros(0, dtype=torch.int64), 0, 3) is None
 
 
-def test_an_error_of_batchnorm_is_explained_and_others_are_not():
+def test_only_the_batchnorm_error_for_small_batches_is_explained():
     for count, word in ((1, "has 1 image. Drop"), (2, "has 2 images. Drop")):
         with pytest.raises(InputError, match=word), explain_batchnorm_error(count):
             torch.nn.functional.batch_norm(torch.zeros(1, 3, 1, 1), None, None, training=True)
@@ -108,7 +108,7 @@ def test_an_error_of_batchnorm_is_explained_and_others_are_not():
         raise ValueError("other")
 
 
-def test_a_loader_may_be_a_tensor_a_list_or_a_generator():
+def test_a_loader_can_be_a_tensor_a_list_or_a_generator():
     batches, first = batches_of(IMAGES)
     assert [len(each) for each in batches] == [2]
     assert torch.equal(first, IMAGES)
@@ -134,12 +134,12 @@ def test_a_loader_may_be_a_tensor_a_list_or_a_generator():
         ([IMAGES[:0]], "the first batch has no image"),
     ],
 )
-def test_loaders_that_cannot_be_used(loader, words):
+def test_invalid_loaders_raise(loader, words):
     with pytest.raises(InputError, match=words):
         batches_of(loader)
 
 
-def test_targets_have_a_usual_name_or_are_the_only_other_value():
+def test_targets_are_found_by_a_common_name_or_as_the_only_other_value():
     masks = torch.zeros(2, 4, 4)
     assert targets_in((IMAGES, masks)) is masks
     assert targets_in({"image": IMAGES, "extra": LABELS, "mask": masks}) is masks
@@ -154,13 +154,13 @@ def test_targets_have_a_usual_name_or_are_the_only_other_value():
 
 
 @pytest.mark.parametrize("labels", [[1, 0], (1, 0)])
-def test_labels_in_a_list_are_to_be_a_tensor(labels):
+def test_labels_in_a_list_raise(labels):
     kind = type(labels).__name__
     with pytest.raises(InputError, match=rf"the labels of a batch are of type {kind}\. Write torch\.tensor\(labels\)"):
         list(Loader([(torch.rand(2, 3, 4, 4), labels)], 2))
 
 
-def test_a_checked_loader_gives_class_numbers_other_targets_or_none():
+def test_a_checked_loader_returns_class_indices_other_targets_or_none():
     loader = Loader([(IMAGES, LABELS.int()), (IMAGES, LABELS)], 2)
     assert len(loader) == 2
     assert [batch.targets.tolist() for batch in loader] == [[0, 1], [0, 1]]
@@ -176,13 +176,13 @@ def test_a_checked_loader_gives_class_numbers_other_targets_or_none():
     ):
         with pytest.raises(InputError, match=words):
             list(Loader(given, **options))
-    # the lowest label of all batches counts
+    # the lowest label of all batches is used
     first_zero = Loader([(IMAGES, LABELS), (IMAGES, LABELS + 1)], 2)
     with pytest.raises(InputError, match="because the network has 2 classes"):
         list(first_zero)
 
 
-def test_the_epoch_is_passed_to_a_sampler_of_processes():
+def test_the_epoch_is_passed_to_a_distributed_sampler():
     data = TensorDataset(IMAGES, LABELS)
     sampler = DistributedSampler(data, num_replicas=1, rank=0)
     Loader(DataLoader(data, sampler=sampler), 2).set_epoch(7)
@@ -191,7 +191,7 @@ def test_the_epoch_is_passed_to_a_sampler_of_processes():
 
 
 class Numbers:
-    """Seven batches of an epoch, which are numbers."""
+    """An epoch of seven batches, each of which is a number."""
 
     def __init__(self):
         self.epochs = []
@@ -207,7 +207,7 @@ class Numbers:
 
 
 @pytest.mark.parametrize("first", range(8))
-def test_groups_of_batches_go_on_from_any_step(first):
+def test_groups_of_batches_continue_from_any_step(first):
     def read(start, count):
         source = Numbers()
         found = []

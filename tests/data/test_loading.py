@@ -21,7 +21,7 @@ def test_the_docstring_runs():
     assert doctest.testmod(loading).attempted > 0
 
 
-def test_validation_images_are_split_off_the_training_images():
+def test_validation_images_are_taken_from_the_training_images():
     whole, cut = load(name="digits", validation=0), load(name="digits", validation=0.25)
     assert len(whole.validation) == 0
     assert len(cut.validation) == round(0.25 * len(whole.train))
@@ -41,7 +41,7 @@ def test_the_seed_changes_validation_but_not_test_images():
     assert torch.equal(everything(one.train), everything(load(name="digits", seed=1).train))
 
 
-def test_limit_keeps_every_class_and_the_validation_images():
+def test_limit_keeps_every_class_and_all_validation_images():
     few, all_of_them = load(name="digits", limit=50), load(name="digits")
     assert torch.bincount(few.train.targets).tolist() == [5] * 10
     assert torch.equal(everything(few.validation), everything(all_of_them.validation))
@@ -60,14 +60,14 @@ def test_a_large_set_is_decoded_on_demand_to_the_same_images(two_classes, monkey
     assert (held.mean, held.std) == (lazy.mean, lazy.std)
 
 
-def test_mean_and_std_are_those_of_the_training_images(two_classes):
+def test_mean_and_std_are_computed_from_the_training_images(two_classes):
     splits = load(folder=two_classes)
     values = everything(splits.train).double() / 255
     assert np.allclose(splits.mean, values.mean((0, 2, 3)))
     assert np.allclose(splits.std, values.std((0, 2, 3), correction=0))
 
 
-def test_mean_and_std_of_a_sample(monkeypatch):
+def test_mean_and_std_of_a_sample_are_deterministic_and_close_to_those_of_all_images(monkeypatch):
     monkeypatch.setattr(loading, "STATISTICS_OF", 300)
     sample, again, whole = (load(name="digits", seed=seed, validation=0).mean for seed in (0, 0, 1))
     assert sample == again != whole
@@ -80,7 +80,7 @@ def test_explicit_mean_and_std_are_used():
     assert splits.std == (1.0, 2.0, 3.0)
 
 
-def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
+def test_a_constant_channel_has_std_1(tmp_path):
     for place in ("train/a/0", "train/a/1", "train/b/0", "train/b/1", "test/a/0", "test/b/0"):
         path = tmp_path / f"{place}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,22 +120,22 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero(tmp_path):
         ({"name": "digits", "mean": (0, 0, 0), "std": (1, float("nan"), 1)}, "Write 3 numbers above 0"),
     ],
 )
-def test_impossible_options(options, words):
+def test_invalid_options_raise(options, words):
     with pytest.raises(InputError, match=words):
         load(**options)
 
 
-def test_a_single_class(draw_images):
+def test_a_single_class_raises(draw_images):
     with pytest.raises(InputError, match=r"a single class \(cat\)"):
         load(folder=draw_images("cat", 4))
 
 
-def test_a_single_image_in_all(draw_images):
+def test_a_single_image_raises(draw_images):
     with pytest.raises(InputError, match="the class cat has a single image"):
         load(folder=draw_images("cat", 1))
 
 
-def test_too_few_images_for_validation(draw_images):
+def test_too_few_images_for_validation_raise(draw_images):
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         folder = draw_images(name, 1)
     with pytest.raises(InputError, match=r"1 of 2 training images, but at most 0 are possible.*write validation: 0"):
@@ -143,7 +143,7 @@ def test_too_few_images_for_validation(draw_images):
     assert len(load(folder=folder, validation=0).train) == 2
 
 
-def test_a_limit_names_the_classes_only_if_there_are_classes():
+def test_the_error_for_a_limit_mentions_classes_only_if_there_are_classes():
     few = [(Image.new("RGB", (4, 4)), target) for target in (0, 1, 0, 1)]
     for kind, words in ((int, r"\) of 2 classes\. Write a number from 2 to 4"), (float, r"\)\. Write a number from 1")):
         images = [(image, kind(target)) for image, target in few]
@@ -151,7 +151,7 @@ def test_a_limit_names_the_classes_only_if_there_are_classes():
             load(datasets={"train": images, "test": images}, validation=0, limit=9)
 
 
-def test_test_images_of_another_size(draw_images):
+def test_test_images_of_a_different_size_raise(draw_images):
     for name in ("cat", "dog"):
         draw_images(f"train/{name}", 5, size=(8, 8))
         folder = draw_images(f"test/{name}", 5, size=(9, 7))
@@ -165,7 +165,7 @@ def test_test_images_of_another_size(draw_images):
 @pytest.mark.parametrize(
     ("place", "words"), [("none", "does not exist"), ("images.tar.gz", "is a file. Unpack an archive; for a CSV")]
 )
-def test_a_folder_that_is_none(tmp_path, place, words):
+def test_an_invalid_folder_raises(tmp_path, place, words):
     (tmp_path / "images.tar.gz").write_bytes(b"")
     with pytest.raises(InputError, match=words):
         load(folder=tmp_path / place)

@@ -25,7 +25,7 @@ def masks(tmp_path):
     return tmp_path
 
 
-def test_masks_belong_to_their_images(masks, monkeypatch):
+def test_masks_are_loaded_and_augmented_with_their_images(masks, monkeypatch):
     for memory in (2**31, 0):  # in memory, and decoded on demand
         monkeypatch.setattr(loading, "MEMORY", memory)
         splits = load(folder=masks, validation=0.2, mean=(0, 0, 0), std=(1, 1, 1))
@@ -37,7 +37,7 @@ def test_masks_belong_to_their_images(masks, monkeypatch):
         assert torch.equal((255 * batch.images[:, 0]).round().long(), batch.targets)
 
 
-def test_images_and_masks_are_resized_as_a_whole(masks):
+def test_images_and_masks_are_resized_without_cropping(masks):
     splits = load(folder=masks, image_size=[3, 4])
     assert splits.train.size == (3, 4)
     batch = splits.test.targets_at(torch.arange(3))
@@ -46,16 +46,16 @@ def test_images_and_masks_are_resized_as_a_whole(masks):
     assert torch.equal(batch, whole[:, rows][:, :, columns])
 
 
-def test_a_folder_that_is_not_divided_is_split(masks):
+def test_a_folder_without_train_and_test_is_split(masks):
     assert len(load(folder=masks / "train", validation=0).test) == 1
 
 
-def test_classes_have_names(masks):
+def test_class_names_are_read_from_a_file(masks):
     (masks / "classes.txt").write_text("sky\nroad\ntree\ncar\n")
     assert load(folder=masks).classes == ("sky", "road", "tree", "car")
 
 
-def test_ignored_pixels_are_no_class(masks):
+def test_ignored_pixels_are_not_a_class(masks):
     Image.fromarray(np.full((6, 8), 255, np.uint8)).save(masks / "test" / "masks" / "0.png")
     splits = load(folder=masks)
     assert len(splits.classes) == 3
@@ -88,13 +88,13 @@ def test_ignored_pixels_are_no_class(masks):
         (lambda folder: (folder / "test").rename(folder / "tset"), "neither 'test' nor 'val'"),
     ],
 )
-def test_masks_that_cannot_be_used(masks, spoil, words):
+def test_invalid_masks_raise(masks, spoil, words):
     spoil(masks)
     with pytest.raises(InputError, match=words):
         load(folder=masks)
 
 
-def test_a_mask_without_image_is_refused(masks):
+def test_a_mask_without_an_image_raises(masks):
     (masks / "train" / "images" / "2.png").unlink()
     with pytest.raises(InputError, match=r"masks/2\.png' has no image"):
         load(folder=masks)
@@ -108,7 +108,7 @@ def test_a_mask_without_image_is_refused(masks):
         ((255,), "use no class index, so"),
     ],
 )
-def test_masks_that_are_pictures_of_classes_are_refused(masks, numbers, message):
+def test_masks_that_use_gray_levels_for_classes_raise(masks, numbers, message):
     for place, count in (("train", 6), ("test", 3)):
         for number in range(count):
             gray = np.resize(np.array(numbers, np.uint8), (6, 8))

@@ -15,7 +15,7 @@ from tersor.data.mean_and_std import channel_values
 @pytest.mark.parametrize(
     "given", [(0.5, 0.25, 1), [0.5, 0.25, 1.0], np.array([0.5, 0.25, 1]), torch.tensor([0.5, 0.25, 1])]
 )
-def test_lists_arrays_and_tensors_become_plain_numbers(given):
+def test_lists_arrays_and_tensors_are_converted_to_floats(given):
     found = channel_values("mean", given)
     assert found == (0.5, 0.25, 1.0)
     assert {*map(type, found)} == {float}
@@ -23,7 +23,7 @@ def test_lists_arrays_and_tensors_become_plain_numbers(given):
 
 
 @pytest.mark.parametrize("given", [0.5, 1, "0.5", ["0.5"] * 3, [None] * 3, {"red": 0.5}, [[0.5] * 3], np.array(0.5)])
-def test_what_is_no_list_of_numbers_is_one_message_everywhere(given):
+def test_values_that_are_not_a_list_of_numbers_raise_the_same_error_everywhere(given):
     digits, three = load(name="digits"), (0.5, 0.5, 0.5)
     for name in ("mean", "std"):
         other = {"mean": three, "std": three, name: given}

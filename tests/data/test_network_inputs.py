@@ -15,7 +15,7 @@ def test_batches_are_joined_by_name():
     assert torch.equal(found["right"], torch.ones(4, 3))
 
 
-def test_batches_of_other_names_are_refused():
+def test_joining_batches_with_different_names_raises():
     with pytest.raises(InputError, match="takes the inputs left, but a batch has right"):
         joined_inputs([TensorInputs({"left": LEFT}), TensorInputs({"right": RIGHT})])
 
@@ -36,7 +36,7 @@ def test_several_inputs_behave_like_images():
     assert [each.tolist() for each in whole.cpu().all()] == [each.tolist() for each in whole.all()]
 
 
-def test_what_several_inputs_are():
+def test_which_values_are_recognized_as_several_inputs():
     found = several_inputs({"left": LEFT, "right": RIGHT})
     assert list(found.kwargs) == ["left", "right"]
     assert len(several_inputs([LEFT, RIGHT]).args) == 2
@@ -48,7 +48,7 @@ def test_what_several_inputs_are():
         several_inputs([LEFT, RIGHT[:1]])
 
 
-def test_sizes_and_orders_of_batches():
+def test_comparing_sizes_and_joining_batches_in_order():
     assert same_sizes(LEFT, torch.zeros(9, 3))
     assert not same_sizes(LEFT, torch.zeros(2, 4))
     pair = TensorInputs((LEFT, RIGHT))

@@ -14,7 +14,7 @@ def scenes(size=(64, 64), seed=0, digits=slice(0, 200)) -> Scenes:
     return Scenes(DIGITS.images[digits] / 16, DIGITS.target[digits], size, seed)
 
 
-def test_a_scene_depends_on_its_number_and_the_seed_alone():
+def test_a_scene_depends_on_its_number_and_the_seed_only():
     one, other = scenes(), scenes()
     first = one[3]
     assert np.array_equal(first.pixels, other[3].pixels)
@@ -41,7 +41,7 @@ def test_boxes_enclose_the_digits_of_the_mask(size):
         assert not scene.mask[~covered].any()
 
 
-def test_digits_overlap_a_little_at_most():
+def test_digits_overlap_by_at_most_15_percent():
     of = scenes()
     boxes = [of[number].boxes for number in range(100)]
     shares = []
@@ -54,7 +54,7 @@ def test_digits_overlap_a_little_at_most():
     assert 0 < max(shares) <= 0.15 + 1e-6
 
 
-def test_digits_stand_out():
+def test_digits_have_contrast_with_the_background():
     of = scenes()
     contrasts = []
     for number in range(40):
@@ -66,8 +66,8 @@ def test_digits_stand_out():
     assert np.median(contrasts) > 30
 
 
-def test_scenes_are_those_of_earlier_versions():
-    """Numbers in reports were measured on these scenes: boxes, labels, mean and deviation of the colours."""
+def test_scenes_are_the_same_as_in_earlier_versions():
+    """Published numbers were measured on these scenes: boxes, labels, mean and standard deviation of the colors."""
     of = scenes((40, 56), seed=5)
     expected = [
         ([[33, 5, 41, 19], [15, 23, 25, 40]], [1, 3], [123.18, 106.63, 57.5], [23.48, 25.74, 32.13]),
@@ -83,7 +83,7 @@ def test_scenes_are_those_of_earlier_versions():
     assert np.bincount(of[1].mask.ravel()).tolist() == [2184, 0, 27, 0, 0, 0, 0, 0, 29]
 
 
-def test_load_gives_masks_or_boxes_of_the_same_scenes(monkeypatch):
+def test_load_returns_masks_or_boxes_of_the_same_scenes(monkeypatch):
     monkeypatch.setattr("tersor.data.datasets.TEST", 20)
     masks, boxes = (load(name="scenes", targets=targets, limit=6, validation=0.01) for targets in ("masks", "boxes"))
     assert (len(masks.train), len(masks.validation), len(masks.test)) == (6, 20, 20)
@@ -98,7 +98,7 @@ def test_load_gives_masks_or_boxes_of_the_same_scenes(monkeypatch):
         assert (mask[top:bottom, left:right] == target["labels"][-1]).any()
 
 
-def test_training_and_test_scenes_show_different_digits(monkeypatch):
+def test_training_and_test_scenes_use_different_digits(monkeypatch):
     shown = {}
 
     class Recorded(Scenes):
@@ -119,6 +119,6 @@ def test_training_and_test_scenes_show_different_digits(monkeypatch):
     ("options", "words"),
     [({"image_size": 20}, "image_size is 20. Write at least 32"), ({"root": "."}, "scenes are made from scikit-learn")],
 )
-def test_scenes_that_cannot_be_had(options, words):
+def test_invalid_options_for_scenes_raise(options, words):
     with pytest.raises(InputError, match=words):
         load(name="scenes", **options)

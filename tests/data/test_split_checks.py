@@ -1,4 +1,4 @@
-"""Sets of images that do not belong together, and how sets are drawn."""
+"""Checks that the training, validation and test images fit together, and how the sets are drawn."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def splits(train=(0, 1), test=(0, 1), validation=(), classes=2, **options):
     return Splits(*sets, tuple("abcdef"[:classes]))
 
 
-def test_sets_that_fit_are_accepted():
+def test_matching_sets_are_accepted():
     check_splits(splits(), None, 3)
     check_splits(splits(), (8, 9), 3)
     check_splits(splits(test=(0,), validation=(1,)), None, 3)
@@ -48,7 +48,7 @@ def test_sets_that_fit_are_accepted():
         ),
     ],
 )  # fmt: skip
-def test_sets_that_do_not_fit_are_refused(given, size, channels, words):
+def test_mismatched_sets_raise(given, size, channels, words):
     with pytest.raises(InputError, match=words):
         check_splits(given, size, channels)
 
@@ -57,7 +57,7 @@ def with_targets(targets):
     return Splits(images(targets), none_of(images([0])), images(targets), ("background", "a", "b"))
 
 
-def test_class_numbers_of_masks_and_boxes_have_names():
+def test_a_class_index_in_masks_or_boxes_without_a_name_raises():
     masks = torch.tensor([[[0, 2], [255, 1]]], dtype=torch.uint8)
     check_targets(with_targets(masks))
     check_targets(with_targets(torch.full((1, 2, 2), 255, dtype=torch.uint8)))
@@ -86,7 +86,7 @@ def test_a_fifth_of_every_class_becomes_the_test_set():
         with_test_set(images(torch.zeros(1, 2)), ())
 
 
-def test_validation_images_are_held_out_once():
+def test_validation_images_are_held_out_only_once():
     whole = splits(train=(0,) * 10 + (1,) * 10)
     made = with_validation(whole, 0.3, 0)
     assert torch.bincount(made.validation.targets).tolist() == [3, 3]
@@ -99,7 +99,7 @@ def test_validation_images_are_held_out_once():
         with_validation(whole, 0.95, 0)
 
 
-def test_limited_images_have_every_class():
+def test_limited_training_images_contain_every_class():
     whole = splits(train=(0,) * 10 + (1,) * 2)
     assert limited(whole, None, 0) is whole
     assert torch.bincount(limited(whole, 6, 0).train.targets).tolist() == [5, 1]
@@ -112,7 +112,7 @@ def test_limited_images_have_every_class():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_targets_that_are_read_on_demand():
+def test_targets_are_read_on_demand():
     read = []
     lazy = LazyTargets(5, lambda number: read.append(number) or torch.tensor([number]), threads=2)
     chosen = lazy.selected(torch.tensor([4, 1]))
@@ -138,7 +138,7 @@ def test_targets_that_are_read_on_demand():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_decoded_images_are_checked(threads):
+def test_decoded_images_are_checked_for_size_dtype_and_count(threads):
     def read(number):
         height = 3 if number == 6 else 2
         kind = torch.uint16 if number == 7 else torch.uint8

@@ -38,7 +38,7 @@ def test_the_seed_determines_the_draw():
     assert not torch.equal(first, third)
 
 
-def test_every_image_of_a_class_may_be_drawn():
+def test_every_image_of_a_class_can_be_drawn():
     labels = torch.arange(20) % 2
     drawn = {place for seed in range(60) for place in stratified(labels, 4, generator(seed))[0].tolist()}
     assert drawn == set(range(20))
@@ -50,6 +50,6 @@ def test_the_global_generator_is_not_used():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_streams_differ():
+def test_generators_with_different_seeds_differ():
     draws = {tuple(torch.rand(3, generator=generator(*numbers)).tolist()) for numbers in [(0,), (1,), (0, 1), (1, 0)]}
     assert len(draws) == 4

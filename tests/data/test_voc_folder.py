@@ -39,7 +39,7 @@ def voc(tmp_path):
     return tmp_path
 
 
-def test_corners_that_count_from_1_become_edges(voc):
+def test_one_based_corners_are_converted_to_edges(voc):
     splits = load(folder=voc, validation=0)
     assert splits.classes == ("background", "cat", "dog")
     first, second, third = splits.train.targets_at(torch.arange(3))
@@ -50,14 +50,14 @@ def test_corners_that_count_from_1_become_edges(voc):
     assert splits.test.targets_at(torch.tensor([0]))[0]["boxes"].tolist() == [[0, 0, 1, 1]]
 
 
-def test_boxes_follow_the_size(voc):
+def test_boxes_are_resized_with_the_image(voc):
     splits = load(folder=voc, image_size=20, validation=0)
     assert splits.train.size == (20, 20)
     assert splits.train.targets_at(torch.tensor([1]))[0]["boxes"].tolist() == [[2, 6, 5, 12], [10, 0, 20, 10]]
 
 
 @pytest.mark.parametrize(("train", "validation"), [("train", 1), ("trainval", 0)])
-def test_lists(voc, train, validation):
+def test_lists_of_images_define_the_sets(voc, train, validation):
     (voc / "ImageSets/Main/train.txt").rename(voc / f"ImageSets/Main/{train}.txt")
     (voc / "ImageSets/Main/val.txt").write_text("d\n")
     assert len(load(folder=voc, validation=0).validation) == validation
@@ -81,7 +81,7 @@ def test_lists(voc, train, validation):
         ("Annotations/d.xml", annotation(("cow", (1, 1, 2, 2))), "class 'cow', which no training image has"),
     ],
 )
-def test_annotations_that_cannot_be_used(voc, file, text, words):
+def test_invalid_annotations_raise(voc, file, text, words):
     if text is None:
         (voc / file).unlink()
     else:
@@ -92,7 +92,7 @@ def test_annotations_that_cannot_be_used(voc, file, text, words):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/bccd.tar.gz beside the checkout")
-def test_blood_cells(tmp_path):
+def test_the_blood_cell_dataset_is_loaded(tmp_path):
     with tarfile.open(SHARED) as archive:
         archive.extractall(tmp_path, filter="data")
     splits = load(folder=tmp_path / "bccd", image_size=[120, 160])

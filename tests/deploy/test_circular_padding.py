@@ -25,8 +25,8 @@ class Padded(nn.Module):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 0, 0, 3), (1, 2, 0, 0), (0, 0, 4, 0)])
-def test_a_file_pads_as_torch_does(sizes, runtime, tmp_path):
-    """`export` compares the file with torch on several images and on one."""
+def test_an_exported_file_pads_like_torch(sizes, runtime, tmp_path):
+    """`export` compares the outputs of the file with those of torch, on several images and on one."""
     path = tersor.export(Padded(*sizes).eval(), IMAGES, tmp_path / "model.onnx", runtime=runtime)
     operators = [each.op_type for each in onnx.load(path).graph.node]
     assert "Pad" not in operators
@@ -34,6 +34,6 @@ def test_a_file_pads_as_torch_does(sizes, runtime, tmp_path):
     assert operators.count("Slice") == sum(each > 0 for each in sizes)
 
 
-def test_other_padding_stays(tmp_path):
+def test_other_padding_modes_are_not_rewritten(tmp_path):
     path = tersor.export(nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(3, 4, 3)).eval(), IMAGES, tmp_path / "m.onnx")
     assert [each.op_type for each in onnx.load(path).graph.node] == ["Pad", "Conv"]

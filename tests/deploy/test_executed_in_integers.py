@@ -1,4 +1,4 @@
-"""The layers that ONNX Runtime computes in integers are those that `integer_coverage` claims."""
+"""The layers that ONNX Runtime computes in integers are those that `integer_coverage` reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGES = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 class Network(nn.Module):
-    """Two layers and a classifier; `middle` is what is between the layers and around the second one."""
+    """Two layers and a classifier; `middle` is called between the layers and calls the second one."""
 
     def __init__(self, second, middle, *norms):
         super().__init__()
@@ -78,7 +78,7 @@ def norm(sign=1.0):
 
 
 class PaddedByAModule(nn.Conv2d):
-    """Pads by a module of its own, as in efficientnet_pytorch."""
+    """Pads with a submodule, as in efficientnet_pytorch."""
 
     def __init__(self):
         super().__init__(16, 16, 3)
@@ -144,21 +144,21 @@ def test_every_layer_is_computed_in_integers(name, runtime, tmp_path):
     assert computed_in_float(path, runtime) == []
 
 
-def test_a_small_convolution_that_is_an_output_stays_in_float_and_is_listed(tmp_path):
+def test_a_small_output_convolution_stays_in_float_and_is_listed(tmp_path):
     quantized, path = exported(Features(5), tmp_path)
     (listed,) = tersor.integer_coverage(quantized, IMAGES).operators
     assert computed_in_float(path, "onnxruntime") == [listed.name] == ["last"]
     assert listed.reason == "ONNX Runtime has no integer convolution that returns float values"
 
 
-def test_a_large_convolution_that_is_an_output_is_rounded(tmp_path):
+def test_a_large_output_convolution_is_computed_in_integers(tmp_path):
     quantized, path = exported(Features(32), tmp_path)
     assert tersor.integer_coverage(quantized, IMAGES).share == 1
     assert computed_in_float(path, "onnxruntime") == []
     assert len(quantized(IMAGES)[1].unique()) <= 256
 
 
-def test_layers_on_tokens_are_layers_of_the_file(tmp_path):
+def test_linear_layers_on_tokens_are_listed_as_layers_of_the_file(tmp_path):
     _, path = exported(
         Network(nn.Linear(16, 24), lambda network, x: network.second(x.flatten(2).mT)[:, :, :16].mT[:, :, None]),
         tmp_path,
@@ -166,13 +166,13 @@ def test_layers_on_tokens_are_layers_of_the_file(tmp_path):
     assert {each.name: (each.channels, each.bits) for each in file_layers(path)}["second"] == (24, 8)
 
 
-def test_equal_weights_of_several_calls_are_stored_once(tmp_path):
+def test_the_weights_of_a_layer_called_several_times_are_stored_once(tmp_path):
     _, path = exported(NETWORKS["two norms"](), tmp_path)
     weights = [each for each in onnx.load(path).graph.initializer if list(each.dims) == [16, 16, 3, 3]]
     assert len(weights) == 1
 
 
-def test_a_layer_in_float_that_is_not_listed_is_a_warning(monkeypatch, tmp_path):
+def test_a_layer_computed_in_float_but_not_listed_causes_a_warning(monkeypatch, tmp_path):
     quantized, path = exported(Features(5), tmp_path)
     coverage = executed_precision.integer_coverage
     monkeypatch.setattr(executed_precision, "integer_coverage", lambda *given: replace(coverage(*given), operators=()))
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         return (tokens @ (tokens.mT @ tokens).softmax(-1)).unflatten(2, features.shape[2:])
 
 
-def test_a_product_that_is_listed_under_a_module_hides_no_layer_in_it(monkeypatch, tmp_path):
+def test_a_listed_product_of_a_module_does_not_suppress_the_warning_for_its_layers(monkeypatch, tmp_path):
     quantized, path = exported(Network(Attention(), directly), tmp_path)
     assert {each.name for each in tersor.integer_coverage(quantized, IMAGES).operators} == {"second"}
     monkeypatch.setattr(executed_precision, "computed_in_float", lambda *_: ["first", "second.values"])
@@ -202,5 +202,5 @@ def test_a_product_that_is_listed_under_a_module_hides_no_layer_in_it(monkeypatc
         tersor.export(quantized, IMAGES, path)
 
 
-def test_a_float_network_has_no_integer_weights(tmp_path):
+def test_for_a_float_network_no_layers_are_reported_as_computed_in_float(tmp_path):
     assert computed_in_float(tersor.export(Features(5).eval(), IMAGES, tmp_path / "m.onnx"), "onnxruntime") == []

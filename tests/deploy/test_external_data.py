@@ -1,4 +1,4 @@
-"""A network whose weights lie in another file finds it in its own folder, and nowhere else."""
+"""External data of an ONNX file is read from the folder of the file only."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def network(location, *, inside_a_node=False):
 
 @pytest.mark.parametrize("inside_a_node", [False, True])
 @pytest.mark.parametrize("location", ["/etc/hostname", "../secret.bin", "a/../../secret.bin", "link.bin", "\x00"])
-def test_external_data_outside_the_folder_is_refused(tmp_path, location, inside_a_node):
+def test_external_data_outside_the_folder_raises(tmp_path, location, inside_a_node):
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret.bin").write_bytes(bytes(48))
@@ -39,7 +39,7 @@ def test_external_data_outside_the_folder_is_refused(tmp_path, location, inside_
         read_artifact(folder / "model.onnx")
 
 
-def test_external_data_in_the_folder_is_read(tmp_path):
+def test_external_data_in_the_folder_is_accepted(tmp_path):
     (tmp_path / "weights.bin").write_bytes(np.zeros(12, np.float32).tobytes())
     (tmp_path / "model.onnx").write_bytes(network("weights.bin"))
     assert read_artifact(tmp_path / "model.onnx").model == tmp_path / "model.onnx"
@@ -54,6 +54,6 @@ def test_every_onnx_file_of_a_folder_is_checked(tmp_path):
         read_artifact(write_folder(tmp_path / "out", fill))
 
 
-def test_a_file_that_is_no_network_is_left_to_the_runtime(tmp_path):
+def test_a_file_that_is_not_an_onnx_network_is_not_checked(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"network")
     refuse_outside(tmp_path / "model.onnx")

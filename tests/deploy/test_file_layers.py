@@ -27,7 +27,7 @@ def test_layers_of_a_float_file(tmp_path):
     assert [(each.channels, each.bits) for each in layers] == [(8, 32), (6, 32), (7, 32), (5, 32)]
 
 
-def test_layers_of_files_in_8_and_4_bits(tmp_path):
+def test_layers_of_8_and_4_bit_files(tmp_path):
     images = torch.randn(8, 3, 8, 8)
     for bits in (8, 4):
         with pytest.warns(CompressionWarning, match="ConvTranspose2d"):
@@ -38,7 +38,7 @@ def test_layers_of_files_in_8_and_4_bits(tmp_path):
 
 
 def test_weights_of_matrix_products_in_a_file(tmp_path):
-    """A Gemm in both orientations, a product behind a conversion, one with a computed operand, and an unknown type."""
+    """A Gemm in both orientations, a product after a conversion, one with a computed operand, and an unknown type."""
     weights = {"rows": (5, 4), "columns": (5, 3), "half": (3, 6), "double": (6, 2)}
     kinds = {"half": np.float16, "double": np.float64}
     stored = [numpy_helper.from_array(np.zeros(s, kinds.get(n, np.float32)), n) for n, s in weights.items()]
@@ -61,7 +61,7 @@ def test_weights_of_matrix_products_in_a_file(tmp_path):
 
 
 def test_weights_of_integer_operators(tmp_path):
-    """As ONNX Runtime's own quantization writes them: the weight of `QLinear` operators is their fourth input."""
+    """As written by ONNX Runtime's own quantization: the weight of `QLinear` operators is their fourth input."""
     stored = [numpy_helper.from_array(np.zeros((6, 3, 1, 1), np.int8), "kernel")]
     stored.append(numpy_helper.from_array(np.zeros((6, 5), np.uint8), "matrix"))
     nodes = [
@@ -82,14 +82,14 @@ def test_integer_constants_of_an_openvino_file(tmp_path):
     assert stored_precision(tmp_path / "float.xml", "bfloat16") == "bfloat16"
 
 
-def test_a_damaged_file_is_told(tmp_path):
+def test_a_damaged_file_raises(tmp_path):
     (tmp_path / "text.onnx").write_text("no graph" * 50)
     with pytest.raises(InputError, match=r"text\.onnx is damaged or not an ONNX file"):
         file_layers(tmp_path / "text.onnx")
 
 
 def quantized_layer(path, *, before):
-    """A matrix product of int8 weights whose input is dequantized, and then passes `before`."""
+    """A matrix product with int8 weights. `before` is an operator between the dequantized input and the product."""
     stored = [numpy_helper.from_array(np.zeros((6, 5), np.int8), "stored")]
     stored.append(numpy_helper.from_array(np.float32(0.1), "scale"))
     nodes = [
@@ -102,6 +102,6 @@ def quantized_layer(path, *, before):
 
 
 @pytest.mark.parametrize(("before", "precision"), [("Flatten", "int8"), ("Exp", "int8, rest float32")])
-def test_the_rest_is_named_if_a_product_has_a_float_operand(before, precision, tmp_path):
+def test_precision_mentions_float32_if_a_product_has_a_float_operand(before, precision, tmp_path):
     quantized_layer(tmp_path / "model.onnx", before=before)
     assert stored_precision(tmp_path / "model.onnx", "float32") == precision

@@ -1,4 +1,4 @@
-"""What `numbers.json` says of the part of an artifact that is not in integers."""
+"""The entries of `numbers.json` about the operators that are not computed in integers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def network():
     return nn.Sequential(*ends).eval()
 
 
-def test_the_operators_in_float_are_plain_values_with_a_warning():
+def test_float_operators_are_listed_as_plain_values_with_a_warning():
     attached = PTQ().attach(network(), AttachContext(data=[IMAGES]))
     attached.begin()
     entries, warning = float_operators(attached.model, IMAGES)
@@ -35,6 +35,6 @@ def test_the_operators_in_float_are_plain_values_with_a_warning():
     assert "38.1 %" in warning
 
 
-def test_a_network_that_is_not_quantized_has_no_share():
+def test_a_float_network_has_no_integer_share():
     expected = {"integer_macs_share": None, "float_operators": [], "uncounted_operators": []}
     assert float_operators(network(), IMAGES) == (expected, None)

@@ -12,7 +12,7 @@ from tersor.deploy.int4_packing import pack_int4
 
 
 def dequantized(integers: np.ndarray) -> onnx.ModelProto:
-    """A network without inputs that answers with `integers` in float."""
+    """A network without inputs that returns `integers` as floats."""
     graph = helper.make_graph(
         [helper.make_node("DequantizeLinear", ["weight", "scale", "zero"], ["shown"], axis=0)],
         "weights",
@@ -47,7 +47,7 @@ def packed(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 @example([(-8, 15), (-9, 1)], (3, 3, 3), 0)
 @example([(127, 0), (-128, 15)], (5,), 0)
 @settings(max_examples=60)
-def test_sixteen_consecutive_integers_are_packed_and_unpacked_exactly(channels, shape, seed):
+def test_weights_that_fit_into_16_consecutive_integers_are_packed_losslessly(channels, shape, seed):
     draw = np.random.default_rng(seed)
     integers = np.stack([draw.integers(low, min(low + span, 127) + 1, shape) for low, span in channels]).astype(np.int8)
     proto = dequantized(integers)
@@ -77,7 +77,7 @@ def test_zero_points_are_not_packed():
     assert list(packed(proto)) == ["weight.int4"]
 
 
-def test_a_weight_that_two_layers_share_is_packed_once():
+def test_a_weight_shared_by_two_layers_is_packed_once():
     proto = dequantized(np.arange(-8, 8, dtype=np.int8).reshape(4, 4))
     proto.graph.node.append(helper.make_node("DequantizeLinear", ["weight", "scale"], ["again"], axis=0))
     proto.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, (4, 4)))

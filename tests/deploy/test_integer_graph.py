@@ -16,7 +16,7 @@ from tersor.training.context import AttachContext
 
 
 class Pair(nn.Module):
-    """A convolution (or whatever `layer` is) and what follows it."""
+    """A convolution (or another `layer`) and the modules after it."""
 
     def __init__(self, layer, *behind):
         super().__init__()
@@ -64,7 +64,7 @@ awkward = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-12, -1e-12, 1e-30, 1e3, -0.3
 @example(gamma=[1.0, -1.0, -0.3, 1e-12], beta=[0.5] * 4, bias=True, bits=8, kind="channel")
 @example(gamma=[1.0, -1.0, -0.3, 0.0], beta=[0.5] * 4, bias=True, bits=8, kind="tensor")
 @settings(max_examples=40)
-def test_batchnorm_is_folded_exactly(on_affine_grids, gamma, beta, bias, bits, kind):
+def test_batchnorm_is_folded_within_the_rounding_error_of_the_bias(on_affine_grids, gamma, beta, bias, bits, kind):
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     norm = model.behind[0]
@@ -95,7 +95,7 @@ def test_batchnorm_is_folded_exactly(on_affine_grids, gamma, beta, bias, bits, k
     assert ((found - expected).abs() <= bound).all()
 
 
-def test_folding_keeps_integers_and_a_negative_gamma_flips_their_sign():
+def test_folding_keeps_the_integers_and_a_negative_gamma_flips_their_sign():
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_a_negative_gamma_mirrors_affine_integers_within_their_grid(on_affine_gr
 
 
 @pytest.mark.parametrize("bits", [7, 4, 2])
-def test_affine_weights_that_fit_into_a_byte_are_stored_without_a_zero_point(on_affine_grids, bits):
+def test_affine_weights_that_fit_into_int8_are_stored_without_a_zero_point(on_affine_grids, bits):
     torch.manual_seed(0)
     graph = on_affine_grids(quantize(Pair(nn.Conv2d(3, 4, 3)), images()), bits, per_tensor=False)
     quantizer = graph.layer.parametrizations.weight[0]
@@ -136,7 +136,7 @@ def test_affine_weights_that_fit_into_a_byte_are_stored_without_a_zero_point(on_
     assert torch.equal(layer.weight.float() * quantizer.scale[:, None, None, None], graph.layer.weight)
 
 
-def test_a_channel_scaled_to_zero_keeps_its_bias_exactly():
+def test_a_channel_with_zero_gamma_keeps_its_bias_exactly():
     torch.manual_seed(0)
     model = Pair(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
     with torch.no_grad():
@@ -156,7 +156,7 @@ def modules_of(graph, kind):
     return {name: module for name, module in network.named_modules() if name in used and isinstance(module, kind)}
 
 
-def test_the_batchnorm_is_removed_and_the_original_network_unchanged():
+def test_the_batchnorm_is_removed_and_the_original_network_is_not_changed():
     model = Pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     graph = quantize(model, images())
     before = graph(images())
@@ -211,7 +211,7 @@ class Twice(nn.Module):
         return self.second(self.layer(F.relu(self.first(self.layer(x)))))
 
 
-def test_a_batchnorm_whose_input_is_read_elsewhere_is_not_folded():
+def test_a_batchnorm_is_not_folded_if_its_input_is_used_elsewhere():
     assert modules_of(quantize(BothReadTheConvolution(), images()), nn.BatchNorm2d)
 
 
@@ -235,7 +235,7 @@ def test_the_bias_of_a_matrix_product_over_tokens_is_stored_in_float(flat, integ
 
 
 @pytest.mark.parametrize("between", [nn.Dropout(0.5), nn.Identity(), nn.Dropout2d(0.1)], ids=lambda m: type(m).__name__)
-def test_identities_in_eval_mode_do_not_hide_the_input_scale(between):
+def test_modules_that_are_identities_in_eval_mode_do_not_hide_the_input_scale(between):
     torch.manual_seed(0)
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), between, nn.Conv2d(4, 2, 1)), images())
     layer = to_integer_graph(graph).behind.get_submodule("2")
@@ -244,21 +244,21 @@ def test_identities_in_eval_mode_do_not_hide_the_input_scale(between):
     torch.testing.assert_close(layer.bias_scale, expected)
 
 
-def test_an_excluded_layer_stays_a_plain_layer():
+def test_an_excluded_layer_is_not_replaced():
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), images(), exclude=("layer",))
     network = to_integer_graph(graph)
     assert type(network.layer) is nn.Conv2d
     assert isinstance(network.behind.get_submodule("1"), IntegerLayer)
 
 
-def test_quantizers_that_are_not_enabled_have_no_effect():
+def test_disabled_quantizers_have_no_effect():
     model = Pair(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     before = model(images())
     graph = PTQ().attach(model, AttachContext(data=[images()])).model
     assert torch.equal(to_integer_graph(graph)(images()), before)
 
 
-def test_quantizers_become_quantize_and_dequantize():
+def test_quantizers_are_replaced_by_quantize_dequantize_modules():
     graph = quantize(Pair(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), images())
     found = modules_of(graph, QuantizeDequantize)
     assert set(found) == {"quantizers.x", "quantizers.behind_0", "quantizers.behind_1"}

@@ -40,7 +40,7 @@ def draw(values: list[float]) -> np.ndarray:
     [[0, -100], [0, float(np.finfo(np.float32).min)], [0.1 * step for step in (-1, 0, 1)], [0], [-3, 0, 381]],
     ids=["Swin", "smallest float", "three values", "zeros", "127 steps"],
 )
-def test_a_mask_of_few_values_is_stored_in_bytes_and_restored_exactly(values):
+def test_a_mask_with_few_values_is_stored_as_int8_and_restored_exactly(values):
     mask = draw(values)
     proto = added(mask)
     pack_masks(proto.graph)
@@ -60,21 +60,21 @@ def test_a_mask_of_few_values_is_stored_in_bytes_and_restored_exactly(values):
     ],
     ids=["infinite", "128 steps", "no multiple", "weights", "small"],
 )
-def test_other_constants_stay_as_they_are(mask):
+def test_other_constants_are_not_changed(mask):
     proto = added(mask)
     before = proto.SerializeToString()
     pack_masks(proto.graph)
     assert proto.SerializeToString() == before
 
 
-def test_a_constant_near_the_smallest_number_warns_of_nothing():
+def test_a_constant_with_a_subnormal_value_causes_no_overflow():
     proto = added(draw([1e-41, 1.0]))
     with np.errstate(over="raise"):
         pack_masks(proto.graph)
     assert [tensor.name for tensor in proto.graph.initializer] == ["mask"]
 
 
-def test_a_weight_of_a_product_stays_as_it_is():
+def test_a_weight_of_a_matrix_product_is_not_changed():
     proto = added(draw([-1, 1]))
     proto.graph.node[0].op_type = "MatMul"
     before = proto.SerializeToString()
@@ -96,7 +96,7 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("runtime", installed_runtimes())
-def test_an_exported_mask_is_stored_in_bytes(runtime, tmp_path):
+def test_an_exported_mask_is_stored_as_int8(runtime, tmp_path):
     values = torch.randn(3, 4, 16, 16)
     file = export(Masked(), values, tmp_path / "model.onnx")
     assert file.stat().st_size < 4 * 16 * 16 * 2

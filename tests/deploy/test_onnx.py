@@ -38,7 +38,7 @@ MATRIX_PRODUCTS = {"Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMat
 
 
 class Small(nn.Module):
-    """Residual, grouped, dilated, dropout, a gamma below zero and one that is zero."""
+    """Residual, grouped and dilated convolutions, dropout, a negative gamma and a gamma of zero."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ class Small(nn.Module):
 
 
 def images(count=32, size=8, seed=1):
-    """Images that differ in colour and contrast, so that the answers differ."""
+    """Images that differ in color and contrast, so that the outputs differ."""
     draw = torch.Generator().manual_seed(seed)
     colour = torch.randn(count, 3, 1, 1, generator=draw)
     return colour + torch.rand(count, 1, 1, 1, generator=draw) * torch.randn(count, 3, size, size, generator=draw)
@@ -75,7 +75,7 @@ def quantize(model, x, runtime="onnxruntime", **options):
     return attached.model.eval()
 
 
-def answers(model, x):
+def outputs_of(model, x):
     with torch.inference_mode():
         return model(x).numpy()
 
@@ -111,7 +111,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The network in float, in training while it was exported, and its file."""
+    """The float network, which was in training mode when it was exported, and its file."""
     model = Small().train()
     path = export(model, images(), tmp_path_factory.mktemp("plain") / "m.onnx")
     assert model.training
@@ -120,7 +120,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(small, plain, tmp_path_factory):
-    """The files of both that take pixels."""
+    """Both networks, and their files that take pixels as input."""
     folder = tmp_path_factory.mktemp("pixels")
     models = {"quantized": small[0]["onnxruntime"], "plain": plain[0]}
     paths = {
@@ -134,10 +134,10 @@ def pixels(small, plain, tmp_path_factory):
 def test_the_file_agrees_with_torch_at_any_batch_size(small, runtime, count):
     graphs, paths = small
     x = images(count)
-    expected = answers(graphs[runtime], x)
+    expected = outputs_of(graphs[runtime], x)
     found = run(paths[runtime], x.numpy(), runtime)
     assert found.shape == (count, 3)
-    # a value near the middle of two points may go either way
+    # a value near the middle of two grid points can be rounded either way
     assert np.abs(found - expected).max() < 0.1 * expected.std()
     assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.95
 
@@ -162,7 +162,7 @@ def test_onnxruntime_computes_every_layer_in_integers(small, tmp_path):
     assert not MATRIX_PRODUCTS & set(operators)
 
 
-def test_the_metadata_holds_only_the_classes_and_the_runtime(small):
+def test_the_metadata_contains_only_the_classes_and_the_runtime(small):
     _, paths = small
     proto = onnx.load(paths["onnxruntime"])
     stored = {entry.key: entry.value for entry in proto.metadata_props}
@@ -179,7 +179,7 @@ def test_the_metadata_holds_only_the_classes_and_the_runtime(small):
 
 
 def texts(path):
-    """Whatever in the file a person could read."""
+    """All readable text in the file."""
     return [match.decode() for match in re.findall(rb"[\x20-\x7e]{5,}", path.read_bytes())]
 
 
@@ -197,13 +197,13 @@ def test_operators_have_the_names_of_their_layers(small, pixels):
         assert names == ["conv1", "conv2", "conv3", "linear"]
 
 
-def test_the_same_network_gives_the_same_file(small, tmp_path):
+def test_exporting_the_same_network_twice_writes_identical_files(small, tmp_path):
     graphs, paths = small
     again = export(graphs["onnxruntime"], images(5, seed=9), tmp_path / "again.onnx", classes=CLASSES)
     assert again.read_bytes() == paths["onnxruntime"].read_bytes()
 
 
-def test_older_runtimes_can_read_the_file(small):
+def test_the_opset_and_the_ir_version_support_older_runtimes(small):
     proto = onnx.load(small[1]["onnxruntime"])
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 21)]
     assert proto.ir_version == 10
@@ -211,31 +211,31 @@ def test_older_runtimes_can_read_the_file(small):
 
 def test_export_does_not_change_the_network(tmp_path):
     graph = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout()), images())
-    expected = answers(graph, images())
+    expected = outputs_of(graph, images())
     graph.train()
     before = {key: value.clone() for key, value in graph.state_dict().items()}
     modes = {key: module.training for key, module in graph.named_modules()}
     export(graph, images(), tmp_path / "m.onnx")
     assert all(torch.equal(value, before[key]) for key, value in graph.state_dict().items())
     assert {key: module.training for key, module in graph.named_modules()} == modes
-    np.testing.assert_array_equal(answers(graph.eval(), images()), expected)
+    np.testing.assert_array_equal(outputs_of(graph.eval(), images()), expected)
 
 
 @runtimes
-def test_a_plain_network_is_exported_in_float(plain, runtime):
+def test_a_float_network_is_exported_in_float(plain, runtime):
     model, path = plain
-    np.testing.assert_allclose(run(path, images().numpy(), runtime), answers(model, images()), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(run(path, images().numpy(), runtime), outputs_of(model, images()), rtol=1e-3, atol=1e-4)
 
 
 @runtimes
 @pytest.mark.parametrize("kind", ["quantized", "plain"])
-def test_uint8_pixels_give_the_outputs_of_normalized_images(pixels, runtime, kind):
+def test_uint8_pixels_give_the_same_outputs_as_normalized_images(pixels, runtime, kind):
     x = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     shape = (1, 3, 1, 1)
     normalised = (x / 255 - torch.tensor(MEAN).reshape(shape)) / torch.tensor(STD).reshape(shape)
     models, paths = pixels
     found = run(paths[kind], x.numpy(), runtime)
-    expected = answers(models[kind], normalised)
+    expected = outputs_of(models[kind], normalised)
     assert np.abs(found - expected).max() < (1e-4 if kind == "plain" else 0.05) * expected.std()
     assert onnx.load(paths[kind]).graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
 
@@ -245,7 +245,7 @@ def test_low_bit_files_agree_with_torch_outside_the_calibrated_range(tmp_path, b
     graph = quantize(Small(), images(), bits=bits[0], activation_bits=bits[1])
     path = export(graph, images(), tmp_path / "m.onnx")
     for factor in (1, 10):
-        expected = answers(graph, images() * factor)
+        expected = outputs_of(graph, images() * factor)
         found = run(path, (images() * factor).numpy())
         difference = np.abs(found - expected)
         # the bias is rounded to the grid of the products, which is as coarse as the bits are few
@@ -256,7 +256,7 @@ def test_low_bit_files_agree_with_torch_outside_the_calibrated_range(tmp_path, b
 
 
 def computed_by_openvino(path, x):
-    """The kernels that OpenVINO runs convolutions and matrix products with."""
+    """The kernels with which OpenVINO computes convolutions and matrix products."""
     openvino = load_runtime("openvino")
     config = openvino_config("float32", 1) | {"PERF_COUNT": True}
     request = openvino_compiled(openvino, str(path), config).create_infer_request()
@@ -267,7 +267,9 @@ def computed_by_openvino(path, x):
 
 @runtimes
 @pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
-def test_packed_weights_give_the_outputs_of_unpacked_ones(on_affine_grids, tmp_path, monkeypatch, runtime, affine):
+def test_packed_weights_give_the_same_outputs_as_unpacked_weights(
+    on_affine_grids, tmp_path, monkeypatch, runtime, affine
+):
     graph, x = quantize(Small(), images(), runtime, bits=4, first_last_bits=4), images().numpy()
     if affine:
         on_affine_grids(graph, 4, per_tensor=False)
@@ -296,7 +298,7 @@ def test_files_with_affine_weights_agree_with_torch(on_affine_grids, tmp_path, r
     graph = quantize({"small": Small, "perceptron": Perceptron}[kind](), images(), runtime)
     on_affine_grids(graph, bits, per_tensor=per_tensor, runs=True)
     path = export(graph, images(), tmp_path / "m.onnx")
-    expected = answers(graph, images())
+    expected = outputs_of(graph, images())
     assert np.abs(run(path, images().numpy(), runtime) - expected).max() < 0.1 * expected.std()
     if runtime == "onnxruntime":  # before 1.27 it refused zero points that differ
         operators = executed(path, tmp_path)
@@ -315,7 +317,7 @@ class Twice(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Fully connected, with a norm between, and a layer that stays closed."""
+    """Fully connected layers with a norm between them, and an attention layer."""
 
     def __init__(self):
         super().__init__()
@@ -333,7 +335,7 @@ class Perceptron(nn.Module):
 
 
 class Mirrored(nn.Module):
-    """The convolution pads by itself."""
+    """The convolution itself does the padding."""
 
     def __init__(self):
         super().__init__()
@@ -345,7 +347,7 @@ class Mirrored(nn.Module):
 
 
 class Split(nn.Module):
-    """Channels are split, shuffled and joined; the answer is an average."""
+    """Channels are split, shuffled and concatenated; the output is an average."""
 
     def __init__(self):
         super().__init__()
@@ -361,7 +363,7 @@ class Split(nn.Module):
 
 
 class Attends(nn.Module):
-    """Heads whose products are shifted by a learned table, as BEiT's."""
+    """Attention heads with a learned bias table, as in BEiT."""
 
     def __init__(self):
         super().__init__()
@@ -382,24 +384,24 @@ class Attends(nn.Module):
 def test_files_of_unusual_networks_agree_with_torch(tmp_path, kind):
     graph = quantize(kind(), images())
     path = export(graph, images(), tmp_path / "m.onnx")
-    expected = answers(graph, images())
+    expected = outputs_of(graph, images())
     for runtime in ("onnxruntime", *(["openvino"] if find_spec("openvino") else [])):
         for count in (1, 7):
             found = run(path, images().numpy()[:count], runtime)
             assert np.abs(found - expected[:count]).max() < 0.1 * expected.std()
 
 
-def test_the_file_of_attention_with_a_learned_shift_agrees_with_torch(tmp_path):
+def test_the_file_of_attention_with_a_learned_bias_agrees_with_torch(tmp_path):
     network = Attends().eval()
     path = export(network, images(), tmp_path / "m.onnx")
-    assert np.abs(run(path, images().numpy(), "onnxruntime") - answers(network, images())).max() < 1e-5
+    assert np.abs(run(path, images().numpy(), "onnxruntime") - outputs_of(network, images())).max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_networks_of_another_precision_are_exported_in_float32(tmp_path, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
-    expected = answers(quantize(model, images()), images())
+    expected = outputs_of(quantize(model, images()), images())
     torch.manual_seed(0)
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).to(dtype)
     path = export(tersor.quantize(other, [images().to(dtype)]), images().to(dtype), tmp_path / "m.onnx")
@@ -421,17 +423,17 @@ def test_average_pooling_of_channels_last_values_is_one_operator(tmp_path, size)
     model = ChannelsLast()
     path = export(model, images(), tmp_path / "m.onnx")
     assert not {"Gather", "Range"} & {node.op_type for node in onnx.load(path).graph.node}
-    np.testing.assert_allclose(run(path, images().numpy()), answers(model, images()), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(run(path, images().numpy()), outputs_of(model, images()), rtol=1e-3, atol=1e-4)
 
 
-def test_pooling_with_a_forward_method_of_its_own_keeps_it(tmp_path):
+def test_a_pooling_subclass_with_its_own_forward_is_not_rewritten(tmp_path):
     class Squared(nn.AdaptiveAvgPool2d):
         def forward(self, x):
             return super().forward(x.square()).flatten(1)
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Squared(1), nn.Linear(4, 2)).eval()
     path = export(model, images(), tmp_path / "m.onnx")
-    np.testing.assert_allclose(run(path, images().numpy()), answers(model, images()), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(run(path, images().numpy()), outputs_of(model, images()), rtol=1e-3, atol=1e-4)
 
 
 def test_excluded_layers_stay_in_float(tmp_path):
@@ -453,7 +455,7 @@ def test_a_quantized_residual_network_runs_entirely_in_integers(tmp_path, bits, 
     assert operators["QLinearAdd"] == 9
     assert not MATRIX_PRODUCTS & set(operators)
     assert operators["DequantizeLinear"] == 3, "two shortcuts are padded, and the average is taken, in float"
-    expected, found = answers(graph, x), run(path, x.numpy())
+    expected, found = outputs_of(graph, x), run(path, x.numpy())
     assert np.abs(found - expected).mean() < 0.1 * expected.std()
 
 
@@ -490,7 +492,7 @@ def test_a_failed_conversion_keeps_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
 
-def test_unwritable_paths_are_errors(tmp_path):
+def test_unwritable_paths_raise(tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*there is no folder .*absent"):
         export(Small(), images(), tmp_path / "absent" / "m.onnx")
     with pytest.raises(InputError, match=r"cannot write .*irectory"):
@@ -502,7 +504,7 @@ def test_unwritable_paths_are_errors(tmp_path):
 
 
 def trained(name, x, labels, **options):
-    """The network after a few steps on these images: sure of its answers, with statistics that fit."""
+    """The network after a few training steps on these images: confident, with matching BatchNorm statistics."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, num_classes=len(labels), **options).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0)
@@ -527,7 +529,7 @@ def trained(name, x, labels, **options):
 def test_torchvisions_networks_end_to_end(tmp_path, name):
     x, labels = images(12, 64), torch.arange(12)
     graph = quantize(trained(name, x, labels), x)
-    expected = answers(graph, x)
+    expected = outputs_of(graph, x)
     path = export(graph, x, tmp_path / "m.onnx")
     parameters = sum(parameter.numel() for parameter in graph.parameters())
     assert path.stat().st_size < 1.1 * parameters + 300_000
@@ -547,19 +549,19 @@ def test_torchvisions_networks_for_openvino(tmp_path, name):
     x, labels = images(12, 64), torch.arange(12)
     graph = quantize(trained(name, x, labels), x, "openvino")
     path = export(graph, x, tmp_path / "m.onnx")
-    expected = answers(graph, x)
+    expected = outputs_of(graph, x)
     for count in (1, 12):
         found = run(path, x[:count].numpy(), "openvino")
         assert (found.argmax(1) != expected[:count].argmax(1)).sum() <= 1
 
 
-def test_another_extension_is_refused_and_nothing_is_written(tmp_path):
+def test_a_wrong_extension_raises_and_nothing_is_written(tmp_path):
     with pytest.raises(InputError, match=r"the name must end in \.onnx"):
         export(build("resnet20", 10), torch.rand(1, 3, 16, 16), tmp_path / "model.xml")
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_in_the_exporter_stays_ctrl_c(tmp_path, monkeypatch):
+def test_ctrl_c_in_the_exporter_raises_keyboard_interrupt(tmp_path, monkeypatch):
     def interrupted(*_arguments, **_options):
         raise torch.onnx.OnnxExporterError("module has no attribute 'exc'") from KeyboardInterrupt()
 
@@ -574,7 +576,7 @@ def test_ctrl_c_in_the_exporter_stays_ctrl_c(tmp_path, monkeypatch):
         export(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "model.onnx")
 
 
-def test_an_error_in_the_exporter_after_a_handled_ctrl_c_is_not_ctrl_c(tmp_path, monkeypatch):
+def test_an_exporter_error_after_an_earlier_ctrl_c_does_not_raise_keyboard_interrupt(tmp_path, monkeypatch):
     def failing(*_arguments, **_options):
         raise TypeError("no")
 
@@ -597,7 +599,7 @@ class WithMeta(nn.Module):
         return next(self.children())(images.flatten(1))
 
 
-def test_a_submodule_called_meta_is_refused_and_any_other_meta_is_none_of_the_graph(tmp_path):
+def test_a_submodule_named_meta_raises_and_another_attribute_meta_is_ignored(tmp_path):
     with pytest.raises(
         InputError, match=r"an attribute named 'meta', which is reserved in a captured graph. Rename it"
     ):
@@ -609,7 +611,7 @@ def test_a_submodule_called_meta_is_refused_and_any_other_meta_is_none_of_the_gr
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_file_that_no_runtime_runs_is_an_input_error(tmp_path, layers):
+def test_a_file_that_no_runtime_can_run_raises_an_input_error(tmp_path, layers):
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -624,7 +626,7 @@ def test_a_file_that_no_runtime_runs_is_an_input_error(tmp_path, layers):
 
 
 class Pairs(nn.Module):
-    """Runs both halves of the channels as images of one batch."""
+    """Processes both halves of the channels as separate images of one batch."""
 
     def __init__(self):
         super().__init__()
@@ -637,7 +639,7 @@ class Pairs(nn.Module):
 
 
 @runtimes
-def test_a_batch_that_the_exporter_fixes_is_one_image_and_a_warning(runtime, tmp_path):
+def test_a_batch_size_fixed_by_the_exporter_is_set_to_1_with_a_warning(runtime, tmp_path):
     images = torch.rand(4, 6, 8, 8)
     with pytest.warns(
         CompressionWarning, match=r"the file has a batch size of 1, .* pass batch=\.\.\. to tersor\.export"
@@ -649,12 +651,12 @@ def test_a_batch_that_the_exporter_fixes_is_one_image_and_a_warning(runtime, tmp
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4
 
 
-def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+def test_an_operator_without_an_onnx_equivalent_is_named_in_the_error(tmp_path):
     with pytest.raises(InputError, match=r"ONNX has no operator for aten\.rrelu\w*\. Replace the layer"):
         tersor.export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.RReLU()).eval(), torch.rand(2, 3, 8, 8), tmp_path / "m.onnx")
 
 
-def test_a_submodule_with_the_name_of_a_keyword_is_refused(tmp_path):
+def test_a_submodule_named_like_a_python_keyword_raises(tmp_path):
     class Heads(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""The exporter's table of operators, built once."""
+"""The exporter's table of operators is built once."""
 
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -14,7 +14,7 @@ def entries(of_table):
     return [id(each) for found in of_table.functions.values() for each in found]
 
 
-def test_every_export_gets_its_own_copy_of_the_table_that_torch_builds():
+def test_every_export_gets_its_own_copy_of_the_operator_table():
     with one_operator_table():
         first, second = table(), table()
     built = table()

@@ -1,4 +1,4 @@
-"""Each output of a file bears the name that it has in the network, and the logits are found among them."""
+"""Each output of a file has its name in the network, and the logits are found among the outputs."""
 
 from collections import namedtuple
 
@@ -32,7 +32,7 @@ KINDS = {
 
 
 class Several(nn.Module):
-    """Returns what `give` takes of logits (N, 10), embedding (N, 4) and maps (N, 4, 6, 6)."""
+    """Returns the values that `give` selects from logits (N, 10), embedding (N, 4) and maps (N, 4, 6, 6)."""
 
     def __init__(self, give):
         super().__init__()
@@ -60,7 +60,7 @@ def test_outputs_keep_the_networks_names_and_the_logits_are_found(kind, tmp_path
 
 
 class SameNames(nn.Module):
-    """An output, or all, has the name that an input has or that a single output gets."""
+    """An output has the name of an input, or an input has the default name of a single output."""
 
     def __init__(self, keys):
         super().__init__()
@@ -80,7 +80,7 @@ def test_no_output_has_the_name_of_an_input(keys, names, tmp_path):
     assert [each.name for each in onnxruntime.InferenceSession(path).get_outputs()] == names
 
 
-def test_compare_goes_by_distance_if_several_outputs_can_be_the_logits(tmp_path):
+def test_compare_uses_the_distance_if_several_outputs_could_be_the_logits(tmp_path):
     network = Several(lambda each: (each.embedding, each.logits)).eval()
     path = tersor.export(network, IMAGES, tmp_path / "n.onnx")
     found = tersor.compare(network, path, [(IMAGES, LABELS)], seconds=0.01)
@@ -89,7 +89,7 @@ def test_compare_goes_by_distance_if_several_outputs_can_be_the_logits(tmp_path)
         tersor.compare(network, path, [(IMAGES, LABELS)], seconds=0.01, task="classification")
 
 
-def test_the_logits_are_found_by_name_then_as_the_only_output_then_by_shape():
+def test_the_logits_are_found_by_name_then_as_the_only_output_then_by_the_number_of_classes():
     assert logits_index(["a", "logits"], [2, 2]) == 1
     assert logits_index(["a"], [4]) == 0
     assert logits_index(["a", "b"], [4, 2]) == 1

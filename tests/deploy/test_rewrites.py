@@ -1,4 +1,4 @@
-"""Networks that a rewrite by type or shape gets wrong: the file has to agree with torch, torch with the original."""
+"""Networks for which rewrites by type or shape are often wrong: outputs of torch and of the file must not change."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Largest(nn.MaxPool2d):
 
 
 class Tokens(nn.Module):
-    """BatchNorm of (N, T, F) normalises T."""
+    """BatchNorm of values (N, T, F) normalizes dimension T."""
 
     def __init__(self, tokens, norm=nn.BatchNorm1d):
         super().__init__()
@@ -72,7 +72,7 @@ class Tokens(nn.Module):
 
 
 class Twice(nn.Module):
-    """One layer with two norms, one norm behind two layers, a layer that is called twice."""
+    """One layer with two norms, one norm after two layers, a layer that is called twice."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Twice(nn.Module):
 
 
 class Reads(nn.Module):
-    """What it reads of a weight: dtype, shape, device, values."""
+    """Reads the dtype, shape, device and values of a weight."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ SLOW = tuple(kind for kind in KINDS if kind not in QUICK)
 
 
 class Together(nn.Module):
-    """Several kinds side by side, so that one export serves them all: (N, 3, 8, 8) -> (N, 6 * kinds)."""
+    """Several kinds in parallel, so that one export suffices for all: (N, 3, 8, 8) -> (N, 6 * kinds)."""
 
     def __init__(self, kinds):
         super().__init__()
@@ -181,7 +181,7 @@ class Together(nn.Module):
 
 
 def with_statistics(model):
-    """Every BatchNorm has statistics, factors and shifts that are seen when they are lost."""
+    """Give every BatchNorm statistics, factors and shifts whose loss would change the outputs."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.3)
@@ -198,7 +198,7 @@ def apart(ours, theirs):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """Those of the original, of the quantized network and of its file, for a kind and others beside it."""
+    """Outputs of the original, of the quantized network and of its file, for several kinds in one network."""
 
     @cache
     def of(kinds):

@@ -1,4 +1,4 @@
-"""Files with a fixed batch: where they are needed, what they hold, and how a session runs any number of images."""
+"""Files with a fixed batch size: when they are needed, what is in them, and how a session runs any number of images."""
 
 import importlib
 import json
@@ -44,7 +44,7 @@ def test_affected_openvino_versions_and_processors(version, flags, expected):
     assert crashes_on_dynamic_batches(version, flags) is expected
 
 
-class Heard(NullProgress):
+class RecordedProgress(NullProgress):
     def __init__(self):
         self.lines = []
 
@@ -68,7 +68,7 @@ def quantized(network):
 
 @pytest.fixture
 def affected(monkeypatch):
-    """As on a processor with AMX, beside OpenVINO 2026.2."""
+    """Simulate a processor with AMX and OpenVINO 2026.2."""
     monkeypatch.setattr(static_batch, "installed_version", lambda _package: "2026.2.0")
     monkeypatch.setattr(static_batch, "cpu_flags", lambda: AMX)
 
@@ -119,7 +119,7 @@ def test_the_export_for_an_affected_runtime_warns(network, quantized, affected, 
     assert batch_in(written) == 1
 
 
-def test_a_batch_of_zero_is_refused(network, tmp_path):
+def test_a_batch_of_zero_raises(network, tmp_path):
     with pytest.raises(InputError, match=r"batch is 0\. It must be at least 1\."):
         tersor.export(network, IMAGES, tmp_path / "model.onnx", batch=0)
     assert not list(tmp_path.iterdir())
@@ -151,10 +151,10 @@ def test_a_run_for_an_affected_runtime_writes_and_measures_a_static_batch(affect
         ),
         "recipe",
     )
-    heard = Heard()
-    out = module.run(recipe, out=tmp_path / "out", progress=heard)
+    progress = RecordedProgress()
+    out = module.run(recipe, out=tmp_path / "out", progress=progress)
     assert (batch_in(out / "original.onnx"), batch_in(out / "model.onnx")) == (0, 1)
-    assert sum("batch size of 1" in line for line in heard.lines) == 1
+    assert sum("batch size of 1" in line for line in progress.lines) == 1
     numbers = json.loads((out / "numbers.json").read_text())
     assert (numbers["original"]["batch"], numbers["artifact"]["batch"]) == (None, 1)
     assert numbers["agreement_with_torch"] > 99

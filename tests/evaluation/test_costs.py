@@ -67,13 +67,13 @@ def test_the_score_of_a_task_without_targets_is_the_distance_from_the_original_n
     assert score == pytest.approx(100 * (squares[0] / sum(squares)) ** 0.5, rel=1e-5)
 
 
-def test_outputs_as_large_as_the_images_are_computed_for_fewer_at_once():
+def test_fewer_images_are_computed_at_once_if_outputs_are_as_large_as_the_images():
     assert images_at_once(Classification(), (4000, 4000)) == 500
     found = [images_at_once(tasks.build("segmentation"), size) for size in ((8, 8), (64, 128), (2000, 1000))]
     assert found == [500, 2**20 // (64 * 128), 1]
 
 
-def test_every_module_keeps_its_mode_even_after_an_error():
+def test_every_module_keeps_its_training_mode_even_after_an_error():
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
     model[1].eval()
     modes = [module.training for module in model.modules()]
@@ -104,13 +104,13 @@ def test_inference_mode_is_off_between_batches():
     assert seen == [False, False]
 
 
-def test_accuracy_of_no_images():
+def test_accuracy_without_images_raises():
     with pytest.raises(InputError, match="without images"):
         network_score(Largest(), [])
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1))
-def test_agreement(pairs):
+def test_agreement_is_the_percentage_of_equal_predictions(pairs):
     first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
     assert agreement(Classification(), first, second) == pytest.approx(100 * sum(a == b for a, b in pairs) / len(pairs))
 
@@ -211,7 +211,7 @@ def test_fused_attention_is_counted():
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
-def test_an_expanded_parameter_counts_as_any_input():
+def test_an_expanded_parameter_is_counted():
     class Token(nn.Module):
         def __init__(self):
             super().__init__()
@@ -256,7 +256,7 @@ class Attending(nn.Module):
         return self.scores(self.embedding(tokens)).sum(-1)
 
 
-def test_products_of_a_captured_network_belong_to_the_module_that_computes_them():
+def test_products_in_a_captured_network_are_counted_for_the_module_that_computes_them():
     model = nn.Sequential(nn.Flatten(2), Attending())
     images = torch.randn(2, 5, 2, 4)
     captured = capture(model, images)
@@ -275,7 +275,7 @@ class Zero(nn.Module):
         return torch.cat([torch.zeros_like(weight[: len(weight) // 2]), weight[len(weight) // 2 :]])
 
 
-def test_sparsity_is_of_effective_weights_of_convolutions():
+def test_sparsity_is_computed_from_the_effective_weights_of_convolutions():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(2, 5))
     nn.init.zeros_(model[3].weight)
     parametrize.register_parametrization(model[0], "weight", Zero())
@@ -287,7 +287,7 @@ def test_sparsity_is_of_effective_weights_of_convolutions():
     assert measured.parameters == 112 + 10 + 15
 
 
-def test_sparsity_is_of_fully_connected_layers_without_convolutions():
+def test_without_convolutions_sparsity_is_computed_from_linear_layers():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     nn.init.zeros_(model[1].weight)
     assert costs(model, torch.zeros(1, 4)).sparsity == 8 / 24
@@ -312,7 +312,7 @@ def quantizer(grid: Grid) -> FakeQuantize:
     return made
 
 
-def test_bit_widths_are_those_of_enabled_quantizers():
+def test_bit_widths_are_read_from_enabled_quantizers():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     parametrize.register_parametrization(model[0], "weight", Zero())
     parametrize.register_parametrization(model[0], "weight", quantizer(Grid.signed(4)))
@@ -344,7 +344,7 @@ def test_bit_widths_are_those_of_enabled_quantizers():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared weights and images are not beside the checkout")
-def test_the_accuracy_of_the_shared_network_is_as_published():
+def test_the_accuracy_of_the_shared_network_matches_the_published_one():
     """89.2 % of the first 100 test images of each class; 88.57 % of all."""
     model = build("resnet20", 10)
     channels = normalization(load_weights(model, SHARED / "models/resnet20-cifar10-jpeg.safetensors"))

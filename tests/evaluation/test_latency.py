@@ -27,25 +27,25 @@ def fake_session(infer) -> Session:
     return Session("onnxruntime", "float32", 1, (FileInput("images", np.dtype(np.float32), (None, 3, 8, 8)),), infer)
 
 
-def test_predictions_are_the_largest_logits_of_all_batches(tiny):
+def test_predictions_are_the_argmax_of_the_logits_of_all_batches(tiny):
     session = open_session(tiny.path, "onnxruntime")
-    answers = file_predictions(session, [tiny.images[:4], tiny.images[4:]])
-    np.testing.assert_array_equal(answers, tiny.logits.argmax(axis=1))
-    assert answers.dtype == torch.int64
+    predictions = file_predictions(session, [tiny.images[:4], tiny.images[4:]])
+    np.testing.assert_array_equal(predictions, tiny.logits.argmax(axis=1))
+    assert predictions.dtype == torch.int64
 
 
-def test_no_images_have_no_predictions(tiny):
+def test_without_images_there_are_no_predictions(tiny):
     assert file_predictions(open_session(tiny.path, "onnxruntime"), []) is None
 
 
-def test_an_output_that_is_not_logits_is_refused(tiny):
+def test_an_output_that_is_not_logits_raises(tiny):
     with pytest.raises(InputError, match=r"logits \(N, classes\).*shape \(6, 3, 8, 8\)"):
         file_predictions(fake_session(lambda array: array), [tiny.images])
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A fake clock: a run takes `clock.ms(name)`, opening a session nothing; `clock.log` lists both."""
+    """A fake clock: a run takes `clock.ms(name)`, opening a session takes no time; `clock.log` lists both."""
 
     class Clock:
         def __init__(self):
@@ -82,7 +82,7 @@ def test_every_model_is_timed_at_every_batch_size(tiny, monkeypatch):
             assert timings.ended_by[batch_size] in {"interval", "time"}
 
 
-def test_every_round_runs_every_model_and_each_comes_first_equally_often(clock, tiny):
+def test_every_round_runs_every_model_in_balanced_order(clock, tiny):
     names = ["a", "b", "c"]
     measure_latency({name: clock.opener(name) for name in names}, tiny.images[:1], (1,))
     runs = [name for what, name in clock.log if what == "run"][3:]  # the first three warm up
@@ -94,7 +94,7 @@ def test_every_round_runs_every_model_and_each_comes_first_equally_often(clock, 
         assert sum(order.index(one) < order.index(other) for order in rounds) == 80
 
 
-def test_every_group_opens_all_sessions_again_and_each_is_opened_first_equally_often(clock, tiny):
+def test_every_group_opens_all_sessions_again_in_balanced_order(clock, tiny):
     timings = measure_latency({name: clock.opener(name) for name in ("a", "b")}, tiny.images[:1], (1, 4))
     opened = [name for what, name in clock.log if what == "open"]
     assert len(opened) == 2 * 8, "both sizes share the sessions of a group"
@@ -104,7 +104,7 @@ def test_every_group_opens_all_sessions_again_and_each_is_opened_first_equally_o
     assert between[1] < between[0], "the first group is timed before the second is opened"
 
 
-def test_rounds_end_when_every_interval_is_narrow(clock, tiny):
+def test_measuring_ends_when_every_interval_is_narrow(clock, tiny):
     timings = measure_latency({name: clock.opener(name) for name in ("a", "b")}, tiny.images[:1], (1,), seconds=1000)
     assert timings.ended_by == {1: "interval"}
     assert timings.ratio("a", "b", 1).groups == 8
@@ -133,7 +133,7 @@ def test_only_the_requested_ratios_have_to_be_narrow(clock, tiny):
     assert measure_latency(openers, tiny.images[:1], (1,), seconds=1).ended_by == {1: "time"}
 
 
-def test_a_batch_size_that_ended_gets_no_more_rounds(clock, tiny, monkeypatch):
+def test_a_finished_batch_size_gets_no_more_rounds(clock, tiny, monkeypatch):
     requested = lambda timings, size: [timings.ratio("a", "b", size)] if size == 1 else [Ratio(1, 0, 9, 1, 1)]  # noqa: E731
     openers = {name: clock.opener(name) for name in ("a", "b")}
     timings = measure_latency(openers, tiny.images[:1], (1, 4), ratios=requested, seconds=2)
@@ -141,7 +141,7 @@ def test_a_batch_size_that_ended_gets_no_more_rounds(clock, tiny, monkeypatch):
     assert len(timings.groups["a"][1]) == 8 < len(timings.groups["a"][4])
 
 
-def test_latency_refuses_an_example_of_another_size(tiny):
+def test_an_example_of_the_wrong_size_raises(tiny):
     with pytest.raises(InputError, match=r"shape \(any, 3, 8, 8\)"):
         measure_latency(
             {"one": partial(open_session, tiny.path, "onnxruntime")}, np.zeros((1, 3, 9, 9), np.float32), (1,)
@@ -149,14 +149,14 @@ def test_latency_refuses_an_example_of_another_size(tiny):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
-def test_footprint_does_not_include_this_process(tiny, runtime):
+def test_footprint_excludes_the_memory_of_this_process(tiny, runtime):
     ballast = np.ones(2**26)  # 512 MB in this process must not be counted
     measured = footprint(tiny.path, runtime, tiny.images[:1], threads=1)
     assert measured.load_ms > 0
     assert 0 < measured.peak_memory_bytes < ballast.nbytes / 2
 
 
-def test_footprint_reports_why_a_file_was_refused(tiny):
+def test_footprint_raises_if_the_file_does_not_exist(tiny):
     with pytest.raises(InputError, match=r"there is no file .*absent\.onnx"):
         footprint(tiny.path.with_name("absent.onnx"), "onnxruntime", tiny.images[:1])
 
@@ -189,7 +189,7 @@ def test_size_includes_external_data(tmp_path, tiny):
         size_bytes(outside)
 
 
-def test_size_includes_the_weights_of_an_xml(tmp_path):
+def test_size_of_an_openvino_xml_includes_its_weights(tmp_path):
     xml = tmp_path / "net.xml"
     xml.write_bytes(b"x" * 10)
     with pytest.raises(InputError, match=r"needs .*net\.bin"):
@@ -198,7 +198,7 @@ def test_size_includes_the_weights_of_an_xml(tmp_path):
     assert size_bytes(xml) == 17
 
 
-def test_the_size_of_a_file_that_is_no_network_is_refused(tmp_path):
+def test_the_size_of_a_file_that_is_not_a_network_raises(tmp_path):
     path = tmp_path / "text.onnx"
     with pytest.raises(InputError, match="there is no file"):
         size_bytes(path)

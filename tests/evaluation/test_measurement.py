@@ -1,4 +1,4 @@
-"""What numbers.json holds, with times that are made up."""
+"""The contents of numbers.json, with simulated latencies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MS = {
     "onnxruntime": (8, 3, 2),
     "stage 1": (3, 3, 3),
 }
-"""Of each contender at batch 1, 32 and 128."""
+"""Latency of each contender at batch 1, 32 and 128."""
 
 RECORDS = [
     StageRecord(name="first", methods=["ptq"], steps=0, minutes=0.1, bits={"first": 8}),
@@ -119,8 +119,8 @@ def test_the_baseline_is_the_fastest_candidate_of_a_batch_size(run):
     assert wanted == [pytest.approx([2, 2]), pytest.approx([4, 3]), pytest.approx([4, 2])]
 
 
-def test_no_session_that_ran_the_test_set_is_open_while_latency_is_measured(run, monkeypatch):
-    """It would keep the memory of its largest batch."""
+def test_sessions_that_ran_the_test_set_are_closed_before_latency_is_measured(run, monkeypatch):
+    """An open session would keep the memory of its largest batch."""
     ran, still_open = [], []
     predictions, say = module.file_predictions, NullProgress.say
 
@@ -128,19 +128,19 @@ def test_no_session_that_ran_the_test_set_is_open_while_latency_is_measured(run,
         ran.append(weakref.ref(session))
         return predictions(session, *given)
 
-    def said(self, text):
+    def record_open_sessions(self, text):
         if text.startswith("latency"):
             still_open.extend(each() for each in ran if each() is not None)
         say(self, text)
 
     monkeypatch.setattr(module, "file_predictions", remembered)
-    monkeypatch.setattr(NullProgress, "say", said)
+    monkeypatch.setattr(NullProgress, "say", record_open_sessions)
     run("onnxruntime", ["onnxruntime"])
     assert len(ran) == 3
     assert not still_open
 
 
-def test_where_one_runtime_is_installed_the_original_is_the_baseline(run):
+def test_with_a_single_runtime_the_original_is_the_baseline(run):
     found, _ = run("onnxruntime", ["onnxruntime"])
     assert (found["test_images"], found["agreement_with_torch"], found["seed"]) == (40, 100, 0)
     assert found["metric"] == {"name": "accuracy", "unit": "%", "higher_is_better": True}
@@ -163,7 +163,7 @@ def test_where_one_runtime_is_installed_the_original_is_the_baseline(run):
     assert found["stages"][0]["speedup"]["1"]["value"] == pytest.approx(4 / 3)
 
 
-def test_a_stage_that_quantizes_is_compared_with_the_file_before_it(run, tmp_path):
+def test_a_stage_that_quantizes_is_compared_with_the_previous_stage(run, tmp_path):
     found, _ = run("onnxruntime", ["onnxruntime"])
     assert not any("speedup_of_quantization" in stage for stage in found["stages"]), "all files hold floats"
     images = torch.rand(8, 3, 8, 8)
@@ -178,7 +178,7 @@ def test_a_stage_that_quantizes_is_compared_with_the_file_before_it(run, tmp_pat
 
 
 @needs_openvino
-def test_the_original_is_float32_also_where_openvino_chooses_another_precision(run):
+def test_the_original_runs_in_float32_even_if_openvino_prefers_another_precision(run):
     found, _ = run("openvino", ["onnxruntime", "openvino"])
     assert (found["original"]["runtime"], found["original"]["precision"]) == ("openvino", "float32")
     own = found["candidates"]["openvino"]
@@ -190,12 +190,12 @@ def test_the_original_is_float32_also_where_openvino_chooses_another_precision(r
     ("bit_operations", "precision", "expected"),
     [(10 * 32 * 32, "float32", 10 * 32 * 32), (10 * 32 * 32, "bfloat16", 10 * 16 * 16), (640, "bfloat16", 640)],
 )
-def test_bit_operations_are_of_the_floats_that_are_executed(bit_operations, precision, expected):
+def test_bit_operations_of_float_networks_use_the_executed_precision(bit_operations, precision, expected):
     counted = Costs(parameters=1, macs=10, bit_operations=bit_operations, sparsity=0.0, masked=0.0, layers=())
     assert measured_files._bit_operations(counted, precision) == expected
 
 
-def test_without_latency_nothing_is_timed_and_there_is_no_speedup(run, monkeypatch):
+def test_without_latency_nothing_is_timed_and_no_speedup_is_reported(run, monkeypatch):
     monkeypatch.setattr(module, "measure_latency", None)
     monkeypatch.setattr(module, "multiply_peaks", None)
     found, _ = run("onnxruntime", ["onnxruntime"], latency=False)
@@ -210,7 +210,7 @@ def test_without_latency_nothing_is_timed_and_there_is_no_speedup(run, monkeypat
 
 
 def scored(artifact, task=None):
-    """The scores of an original with 340 of 359 images right, and of an artifact."""
+    """The scores of an original with 340 of 359 correct predictions, and of an artifact."""
     targets = torch.zeros(359, dtype=torch.int64)
     original = (torch.arange(359) >= 340).long()
     predictions = {"original": original, "artifact": artifact(original)}
@@ -218,7 +218,7 @@ def scored(artifact, task=None):
     return measured.scores("original"), measured.scores("artifact")
 
 
-def test_the_accuracy_has_its_standard_error_and_that_of_the_paired_difference():
+def test_accuracy_has_a_standard_error_and_the_error_of_the_paired_difference():
     def five_lost_three_gained(original):
         changed = original.clone()
         changed[:5], changed[-3:] = 1, 0
@@ -242,6 +242,6 @@ def test_the_accuracy_has_its_standard_error_and_that_of_the_paired_difference()
         assert "for metrics other than the accuracy" in (FileResults.model_fields[name].description or "")
 
 
-def test_a_metric_of_the_user_has_no_standard_error():
+def test_a_users_metric_has_no_standard_error():
     task = FromFunctions(Classification(), None, lambda *_: 0.5)
     assert [set(each) for each in scored(torch.clone, task)] == [{"score"}, {"score"}]

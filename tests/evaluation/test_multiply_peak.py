@@ -1,4 +1,4 @@
-"""The peak throughput, and the share of it that a network reaches."""
+"""The peak throughput, and the fraction of it that a network reaches."""
 
 from types import SimpleNamespace
 
@@ -29,11 +29,11 @@ PEAKS = [peak("float32", 1e11), peak("int8", 4e11), peak("float32", 2e11, "openv
         ("openvino", 1.0, None),  # no int8 peak of OpenVINO
     ],
 )
-def test_the_share_is_the_time_at_the_peak_over_the_latency(runtime, integers, share):
+def test_the_share_of_the_peak_is_the_time_at_the_peak_divided_by_the_latency(runtime, integers, share):
     assert share_of_peak(runtime, "float32", 10**9, 20.0, PEAKS, integers) == (share and pytest.approx(share))
 
 
-def test_peaks_are_measured_once_in_float_and_integers(monkeypatch):
+def test_peaks_are_measured_once_for_float_and_for_integers(monkeypatch):
     monkeypatch.setattr(multiply_peak, "_LEAST_RUNS", 3)
     multiply_peak._known.cache_clear()
     peaks = multiply_peaks(["onnxruntime"])
@@ -43,7 +43,7 @@ def test_peaks_are_measured_once_in_float_and_integers(monkeypatch):
     assert all(each.macs_per_second >= each.median > 0 for each in peaks)
 
 
-def test_the_integer_network_has_no_convolution_in_float(tmp_path):
+def test_the_integer_network_contains_no_float_convolution(tmp_path):
     path = multiply_peak._write(tmp_path / "peak.onnx", "int8")
     times = node_times(path, "onnxruntime", np.zeros((1, 256, 14, 14), np.float32), runs=1)
     kinds = {each.kind for each in times}
@@ -57,7 +57,7 @@ def test_the_integer_network_has_no_convolution_in_float(tmp_path):
 
 
 @pytest.mark.parametrize(("least", "seconds", "runs"), [(3, 0.0, 3), (1, 1.7, 3), (2, 0.5, 2)])
-def test_a_peak_is_that_of_the_fastest_run(monkeypatch, least, seconds, runs):
+def test_the_peak_is_computed_from_the_fastest_run(monkeypatch, least, seconds, runs):
     """Three runs take 0.5, 0.25 and 1 s."""
     times = iter([0.0, 0.5, 2.0, 2.25, 3.0, 4.0])
     monkeypatch.setattr(multiply_peak, "_LEAST_RUNS", least)

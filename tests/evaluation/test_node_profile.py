@@ -39,13 +39,13 @@ def named(tiny):
         ("QLinearAdd_200", None),
     ],
 )
-def test_a_node_belongs_to_the_layer_in_its_name(node, layer):
+def test_a_node_is_assigned_to_the_layer_in_its_name(node, layer):
     names = {name: name for name in ("layer1.0.conv1", "attention", "attention.out")}
     assert layer_of_node(node, names) == layer
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_layers_are_found_by_the_names_of_the_runtime(named, runtime):
+def test_layers_are_found_by_the_node_names_of_the_runtime(named, runtime):
     pytest.importorskip(runtime)
     profiled = profile(named.path, runtime, named.images, LAYERS, precision="float32")
     assert set(profiled["layers"]) == {"mix", "answer"}
@@ -57,7 +57,7 @@ def test_layers_are_found_by_the_names_of_the_runtime(named, runtime):
 
 
 def test_a_layer_with_a_changed_layout_keeps_its_time(tmp_path):
-    """ONNX Runtime renames a convolution of many channels after its output, or that of a node fused into it."""
+    """ONNX Runtime renames a convolution with many channels after its output, or after the output of a fused node."""
     generator = np.random.default_rng(0)
     weights = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "w3": (16, 5)}
     nodes = [
@@ -87,7 +87,7 @@ def test_a_layer_with_a_changed_layout_keeps_its_time(tmp_path):
     assert set(profile(path, "onnxruntime", images, layers)["layers"]) == set(layers)
 
 
-def test_no_file_is_left_behind(named, tmp_path, monkeypatch):
+def test_profiling_leaves_no_file(named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     node_times(named.path, "onnxruntime", named.images, runs=1)
@@ -125,7 +125,7 @@ def test_times_of_onnxruntime_are_in_milliseconds():
     assert runs == [[NodeTime("conv1", "Conv", 1.5)]] * 2
 
 
-def test_a_time_is_the_median_of_the_runs_after_the_first_and_of_all_lines_of_a_node(monkeypatch):
+def test_a_node_time_is_the_median_of_the_runs_without_warm_up_summed_over_its_entries(monkeypatch):
     def runs(_module, _path, _batch, precision, count):
         assert precision == "float32"
         for number in range(count):
@@ -137,7 +137,7 @@ def test_a_time_is_the_median_of_the_runs_after_the_first_and_of_all_lines_of_a_
     assert found == [NodeTime("a", "Conv", 3), NodeTime("b", "Add", 4)]
 
 
-def test_a_profile_adds_the_times_of_nodes(named, monkeypatch):
+def test_a_profile_sums_the_times_of_nodes_per_layer_and_kind(named, monkeypatch):
     times = [("norm", "Conv", 1.0), ("add", "Add", 2.0), ("answer_1", "Gemm", 4.0), ("norm_2", "Conv", 8.0)]
     monkeypatch.setattr(node_profile, "node_times", lambda *_given, **_options: [NodeTime(*each) for each in times])
     assert profile(named.path, "onnxruntime", named.images, LAYERS) == {
@@ -151,7 +151,7 @@ def test_a_profile_adds_the_times_of_nodes(named, monkeypatch):
     }
 
 
-def test_an_incomplete_profile_is_one_message(tmp_path):
+def test_an_incomplete_profile_raises_one_error(tmp_path):
     (tmp_path / "nodes.json").write_text('[{"cat": "Node", "na')
     with pytest.raises(InputError, match="could not write its whole profile"):
         _events(tmp_path / "nodes.json")

@@ -52,7 +52,7 @@ def test_images_that_are_not_contiguous_are_read_correctly(tiny, runtime):
 
 
 @needs_openvino
-def test_an_openvino_file_is_read_with_its_weights(tiny):
+def test_an_openvino_xml_is_read_with_its_weights(tiny):
     openvino = pytest.importorskip("openvino")
     xml = tiny.path.with_suffix(".xml")
     openvino.save_model(openvino.convert_model(tiny.path), xml, compress_to_fp16=False)
@@ -65,7 +65,7 @@ def test_an_openvino_file_is_read_with_its_weights(tiny):
 
 
 def executed(openvino, config, path):
-    """Precisions of the products of the compiled network, as the runtime reports them."""
+    """Precisions of the matrix products in the compiled network, as reported by the runtime."""
     compiled = openvino.Core().compile_model(path, "CPU", config)
     layers = [layer.get_rt_info() for layer in compiled.get_runtime_model().get_ops()]
     return {layer["runtimePrecision"] for layer in layers if layer["layerType"] in {"Convolution", "FullyConnected"}}
@@ -73,7 +73,7 @@ def executed(openvino, config, path):
 
 @needs_openvino
 @pytest.mark.parametrize("precision", [None, "float32"])
-def test_the_precision_is_the_executed_one(tiny, precision):
+def test_the_reported_precision_is_the_executed_precision(tiny, precision):
     openvino = pytest.importorskip("openvino")
     session = open_session(tiny.path, "openvino", precision=precision)
     layers = executed(openvino, {"INFERENCE_PRECISION_HINT": "f32"} if precision else {}, tiny.path)
@@ -93,7 +93,7 @@ def test_the_precision_is_the_executed_one(tiny, precision):
     ],
     ids=["all in float", "one in float", "none in float"],
 )
-def test_the_precision_is_that_of_the_products_in_float(products, precision):
+def test_the_precision_of_openvino_is_that_of_the_float_products(products, precision):
     operators = [{"layerType": kind, "runtimePrecision": executed} for kind, executed in products.items()]
     model = SimpleNamespace(
         get_runtime_model=lambda: SimpleNamespace(
@@ -105,7 +105,7 @@ def test_the_precision_is_that_of_the_products_in_float(products, precision):
 
 
 @runtimes
-def test_a_precision_other_than_float32_is_refused(tiny, runtime):
+def test_a_precision_other_than_float32_raises(tiny, runtime):
     with pytest.raises(InputError, match=r"precision is 'bfloat16'\. Possible: 'float32'"):
         open_session(tiny.path, runtime, precision="bfloat16")
 
@@ -122,7 +122,7 @@ def test_installed_runtimes_can_be_imported(monkeypatch):
     [(b"", "is empty"), (b"not a network" * 50, "cannot read|damaged or not an ONNX file"), (b"\x08\x0a", "network")],
     ids=["empty", "text", "no graph"],
 )
-def test_a_file_that_is_no_network_is_refused(tmp_path, capfd, runtime, contents, message):
+def test_a_file_that_is_not_a_network_raises(tmp_path, capfd, runtime, contents, message):
     path = tmp_path / "broken.onnx"
     path.write_bytes(contents)
     with pytest.raises(InputError, match=message) as refusal:
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_network_is_refused(tmp_path, capfd, runtime, contents
 
 
 @runtimes
-def test_a_truncated_file_is_refused(tiny, runtime):
+def test_a_truncated_file_raises(tiny, runtime):
     whole = tiny.path.read_bytes()
     tiny.path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"cannot read|tiny\.onnx is damaged or not an ONNX file"):
@@ -142,7 +142,7 @@ def test_a_truncated_file_is_refused(tiny, runtime):
 
 
 @runtimes
-def test_an_operator_that_does_not_exist_is_refused(tmp_path, runtime):
+def test_an_unknown_operator_raises(tmp_path, runtime):
     value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3, 8, 8])  # noqa: E731
     graph = helper.make_graph([helper.make_node("Wish", ["x"], ["y"])], "g", [value("x")], [value("y")])
     path = tmp_path / "wish.onnx"
@@ -152,7 +152,7 @@ def test_an_operator_that_does_not_exist_is_refused(tmp_path, runtime):
 
 
 @runtimes
-def test_two_inputs_by_position_and_by_name(tmp_path, runtime):
+def test_two_inputs_can_be_passed_by_position_or_by_name(tmp_path, runtime):
     value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4])  # noqa: E731
     graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["c"])], "g", [value("a"), value("b")], [value("c")])
     path = tmp_path / "two.onnx"
@@ -167,7 +167,7 @@ def test_two_inputs_by_position_and_by_name(tmp_path, runtime):
         session.run(Inputs((one, two[:, :3])))
 
 
-def test_unusable_paths_are_refused(tiny):
+def test_unusable_paths_raise(tiny):
     with pytest.raises(InputError, match=r"there is no file .*absent\.onnx"):
         open_session(tiny.path.with_name("absent.onnx"), "onnxruntime")
     with pytest.raises(InputError, match="is not a file"):
@@ -178,7 +178,7 @@ def test_unusable_paths_are_refused(tiny):
         open_session(text, "onnxruntime")
 
 
-def test_unknown_names_are_refused(tiny):
+def test_unknown_names_raise(tiny):
     with pytest.raises(InputError, match="Did you mean 'onnxruntime'"):
         open_session(tiny.path, "onnx-runtime")
     with pytest.raises(InputError, match="precision is 'int8'"):
@@ -187,7 +187,7 @@ def test_unknown_names_are_refused(tiny):
         open_session(tiny.path, "onnxruntime", threads=0)
 
 
-def test_the_error_for_a_missing_runtime_says_how_to_install_it(tiny, monkeypatch):
+def test_the_error_for_a_missing_runtime_explains_how_to_install_it(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(InputError, match="pip install openvino"):
         open_session(tiny.path, "openvino")
@@ -199,22 +199,22 @@ def test_the_error_for_a_missing_runtime_says_how_to_install_it(tiny, monkeypatc
     [np.zeros((2, 3, 8, 8)), np.zeros((2, 3, 9, 8), np.float32), np.zeros((3, 8, 8), np.float32)],
     ids=["float64", "size", "no batch"],
 )
-def test_images_that_do_not_fit_are_refused(tiny, runtime, images):
+def test_images_with_the_wrong_shape_or_dtype_raise(tiny, runtime, images):
     with pytest.raises(InputError, match=r"takes float32 of shape \(any, 3, 8, 8\)"):
         open_session(tiny.path, runtime).run(images)
 
 
-@pytest.mark.parametrize("asked", ["1", "1,4"])
-def test_openmp_limits_the_threads(monkeypatch, asked):
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+@pytest.mark.parametrize("variable", ["1", "1,4"])
+def test_omp_num_threads_limits_the_threads(monkeypatch, variable):
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert default_threads() == 1
 
 
-@pytest.mark.parametrize("asked", ["", "0", "many", "100000"])
-def test_openmp_never_gives_more_threads_than_cores(monkeypatch, asked):
+@pytest.mark.parametrize("variable", ["", "0", "many", "100000"])
+def test_invalid_or_large_omp_num_threads_do_not_exceed_the_number_of_cores(monkeypatch, variable):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = default_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert default_threads() == cores >= 1
 
 
@@ -231,7 +231,7 @@ def test_machine_describes_the_hardware_without_personal_data():
 @pytest.mark.skipif(sys.platform != "linux", reason="uses the C library of Linux")
 @runtimes
 def test_models_leave_no_freed_signal_stack_in_the_main_thread(tiny, runtime):
-    """With a freed signal stack, the next Ctrl-C is a segmentation fault."""
+    """With a freed signal stack, the next Ctrl-C causes a segmentation fault."""
 
     class Stack(ctypes.Structure):
         _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))

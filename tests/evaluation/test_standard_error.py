@@ -18,7 +18,7 @@ from tersor.tasks.functions import FromFunctions
 from tersor.tasks.segmentation import Segmentation
 
 
-def test_the_error_of_a_drop_is_that_of_paired_differences():
+def test_the_error_of_a_drop_is_computed_from_paired_differences():
     draw = np.random.default_rng(0)
     original = draw.random(1000) < 0.9
     changed = original ^ (draw.random(1000) < 0.05)
@@ -28,11 +28,11 @@ def test_the_error_of_a_drop_is_that_of_paired_differences():
     assert 0 < error_of_drop(original, original, 90.0, 1000) < 0.2
 
 
-def test_without_predictions_of_both_it_is_the_error_of_the_metric():
+def test_without_predictions_of_both_networks_the_standard_error_is_used():
     assert error_of_drop(None, np.ones(9, bool), 80.0, 100) == pytest.approx(4.0)
 
 
-def test_a_loss_of_the_user_keeps_the_accuracy_and_a_metric_does_not():
+def test_a_users_loss_keeps_the_accuracy_as_metric_and_a_users_metric_does_not():
     assert measures_accuracy(FromFunctions(Classification(), lambda *_: None, None))
     assert not measures_accuracy(FromFunctions(Classification(), None, lambda *_: 0.5))
     assert not measures_accuracy(Segmentation())
@@ -43,7 +43,7 @@ class Balanced(Classification):
         return self.score_by_class(pairs, 2).mean().item()
 
 
-def test_a_classification_with_its_own_score_has_no_paired_error():
+def test_a_classification_task_with_its_own_score_has_no_paired_error():
     assert not measures_accuracy(Balanced())
     assert not measures_accuracy(FromFunctions(Balanced(), lambda *_: None, None))
     predictions, targets = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1])
@@ -51,7 +51,7 @@ def test_a_classification_with_its_own_score_has_no_paired_error():
     assert right_of(Balanced(), predictions, targets) is None
 
 
-def test_the_difference_of_two_sets_has_the_pooled_error():
+def test_the_difference_between_two_sets_of_images_has_the_pooled_error():
     images = 300, 1000
     pooled = (99 * 300 + 95 * 1000) / 1300 / 100
     expected = 100 * math.sqrt(pooled * (1 - pooled) * (1 / 300 + 1 / 1000))

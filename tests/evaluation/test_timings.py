@@ -12,7 +12,7 @@ from tersor.evaluation import timings
 from tersor.evaluation.timings import NARROW, RESOLUTION, Ratio, Spread, Timings, _quantile
 
 
-def test_a_spread_consists_of_percentiles():
+def test_a_spread_contains_percentiles():
     assert Spread.of([float(value) for value in range(101)]) == Spread(50.0, 10.0, 90.0, 101)
 
 
@@ -55,7 +55,7 @@ def test_quantiles_of_students_t(freedom):
     assert _quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=2e-3)
 
 
-def test_the_interval_of_normal_values_is_as_wide_as_students():
+def test_for_normal_values_the_interval_is_as_wide_as_students_t_interval():
     """A plain percentile interval of eight values is 23 % too narrow."""
     draw = np.random.default_rng(0)
     widths = []

@@ -1,4 +1,4 @@
-"""Quantizers that keep OpenVINO from reading a file are removed from it, and no others."""
+"""Only the quantizers that keep OpenVINO from reading a file are removed from it."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ IMAGES = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 class Tokens(nn.Module):
-    """Concatenates the tokens of two convolutions, and reads them by a fully connected layer."""
+    """Concatenates the tokens of two convolutions and applies a fully connected layer."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def quantizers(file):
 
 
 def unreadable_before_matrix_products(path, _runtime):
-    """In place of `open_session`: a file with a quantizer in front of a matrix product cannot be read."""
+    """Replaces `open_session`: a file with a quantizer before a matrix product cannot be read."""
     graph = onnx.load(path).graph
     made_by = {name: node for node in graph.node for name in node.output}
     inputs = [made_by.get(node.input[0]) for node in graph.node if node.op_type == "MatMul"]
@@ -61,7 +61,7 @@ def unreadable_before_matrix_products(path, _runtime):
         raise InputError("it cannot be read")
 
 
-def test_only_those_that_prevent_reading_are_removed(file, quantized, monkeypatch):
+def test_only_quantizers_that_prevent_reading_are_removed(file, quantized, monkeypatch):
     before = quantizers(file)
     monkeypatch.setattr(unreadable_quantizers, "open_session", unreadable_before_matrix_products)
     with pytest.warns(
@@ -76,14 +76,14 @@ def test_only_those_that_prevent_reading_are_removed(file, quantized, monkeypatc
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_readable_file_stays_as_it_is(file):
+def test_a_readable_file_is_not_changed(file):
     content = file.read_bytes()
     remove_unreadable_quantizers(file, "onnxruntime")
     assert file.read_bytes() == content
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_file_that_is_unreadable_for_another_reason_stays_as_it_is(file):
+def test_a_file_that_is_unreadable_for_another_reason_is_not_changed(file):
     proto = onnx.load(file)
     proto.graph.node[-1].op_type = "Gelatine"
     onnx.save(proto, file)
@@ -92,7 +92,7 @@ def test_a_file_that_is_unreadable_for_another_reason_stays_as_it_is(file):
     assert file.read_bytes() == content
 
 
-def test_export_writes_a_file_that_openvino_reads(file, tmp_path):
+def test_export_writes_a_file_that_openvino_can_read(file, tmp_path):
     try:
         open_session(file, "openvino")
     except InputError:

@@ -42,7 +42,7 @@ def session(infer, *, precision="float32", dtype="float32"):
 
 
 def in_torch(model, factor=1.0, shift=0.0):
-    """A file whose outputs are torch's times a factor, plus a shift."""
+    """A file whose outputs are those of torch times a factor, plus a shift."""
 
     def infer(array):
         with torch.no_grad():
@@ -75,14 +75,14 @@ def verified(opened, model, **options):
         (float("nan"), "float32", "refused"),
     ],
 )
-def test_tolerances_of_a_network_in_float(factor, precision, expected):
+def test_tolerances_for_a_float_network(factor, precision, expected):
     model = network()
     assert verified(session(in_torch(model, factor), precision=precision), model)[0] == expected
 
 
 @pytest.mark.parametrize(("precise", "expected"), [(1.0, "warned"), (1.1, "refused")])
-def test_a_difference_in_bfloat16_is_checked_in_float32(precise, expected):
-    """Only bfloat16 itself excuses a difference that float32 would not."""
+def test_a_difference_in_bfloat16_is_checked_again_in_float32(precise, expected):
+    """A difference is accepted only if it is caused by bfloat16 itself."""
     model = network()
     found = verified(
         session(in_torch(model, 1.1), precision="bfloat16"),
@@ -94,7 +94,7 @@ def test_a_difference_in_bfloat16_is_checked_in_float32(precise, expected):
 
 
 def quantization_effect(model):
-    """Torch's outputs for the first 16 images, and the relative change that quantization makes."""
+    """The outputs of torch for the first 16 images, and the relative change caused by quantization."""
     with torch.no_grad():
         of_torch = model(IMAGES[:16])
         with quantizers_disabled(model):
@@ -106,19 +106,19 @@ def test_the_tolerance_is_relative_to_the_effect_of_quantization():
     _, moved = quantization_effect(model)
     assert moved > 0.02
     for times, expected in ((1.9, "nothing"), (2.1, "warned"), (5.1, "refused")):
-        said, told = verified(session(in_torch(model, 1 + times * moved)), model)
-        assert said == expected
-        assert said == "nothing" or f"quantization changes them by {100 * moved:.3g} %" in told
+        outcome, message = verified(session(in_torch(model, 1 + times * moved)), model)
+        assert outcome == expected
+        assert outcome == "nothing" or f"quantization changes them by {100 * moved:.3g} %" in message
 
 
-def test_a_file_of_another_shape():
+def test_a_file_with_outputs_of_another_shape_is_refused():
     model = network()
-    said, told = verified(session(lambda array: in_torch(model)(array)[:, :5]), model)
-    assert said == "refused"
-    assert "returns shape (16, 5), but the network in torch returns (16, 10)" in told
+    outcome, message = verified(session(lambda array: in_torch(model)(array)[:, :5]), model)
+    assert outcome == "refused"
+    assert "returns shape (16, 5), but the network in torch returns (16, 10)" in message
 
 
-def test_pixels_are_rounded_for_both():
+def test_the_file_and_torch_get_the_same_rounded_pixels():
     model = network()
     mean, std = (torch.tensor(each).reshape(1, 3, 1, 1) for each in (MEAN, STD))
     seen = []
@@ -138,7 +138,7 @@ def file(tmp_path_factory):
     return quantized, write(quantized, IMAGES, tmp_path_factory.mktemp("verification") / "model.onnx")
 
 
-def test_a_correct_file_of_few_bits_passes(file):
+def test_a_correct_2_bit_file_passes(file):
     quantized, path = file
     assert verified(open_session(path, "onnxruntime"), quantized)[0] == "nothing"
 
@@ -158,7 +158,7 @@ def moved_by(file, monkeypatch):
     return by
 
 
-def test_export_refuses_a_wrong_file_and_keeps_the_earlier_one(moved_by, tmp_path):
+def test_export_raises_for_a_wrong_file_and_keeps_the_existing_one(moved_by, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"earlier")
     with pytest.raises(InputError, match="more than rounding can explain"):
@@ -167,7 +167,7 @@ def test_export_refuses_a_wrong_file_and_keeps_the_earlier_one(moved_by, tmp_pat
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_tiny_activations_are_named_when_openvino_computes_them_incorrectly(moved_by, tmp_path):
+def test_the_error_mentions_tiny_activation_steps_for_openvino_only(moved_by, tmp_path):
     moved = moved_by(20)
     quantizer = next(each for name, each in moved.named_modules() if name.startswith("quantizers."))
     moved.tiny = copy.deepcopy(quantizer)  # which is not called, so that the tolerance stays

@@ -1,4 +1,4 @@
-"""The six kinds of file that tersor reads of others: how they look, and what reads them."""
+"""The six kinds of file from other people that tersor reads: example files, and the function that reads each kind."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class _Payload:
-    """What makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (MARKER,)
@@ -101,7 +101,9 @@ _WORDS = (
 
 def _recipe_seeds() -> list[bytes]:
     shipped = sorted((ROOT / "recipes").glob("*.yaml"))
-    return [path.read_bytes().replace(b"???", b"given") for path in shipped]  # what a user gives
+    return [
+        path.read_bytes().replace(b"???", b"given") for path in shipped
+    ]  # replaces the values that a user has to set
 
 
 def _recipe_changed(content: bytes, draw: Random) -> bytes:
@@ -150,7 +152,7 @@ def _weights_changed(content: bytes, draw: Random) -> bytes:
 
 
 def _member_changed(content: bytes, draw: Random) -> bytes:
-    """A zip archive one of whose files is another, with the checksum of that one."""
+    """A zip archive in which one file has other contents and a matching checksum."""
     changed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(changed, "w") as target:
         names = source.namelist()
@@ -162,7 +164,7 @@ def _member_changed(content: bytes, draw: Random) -> bytes:
 
 
 def _header_changed(content: bytes, draw: Random) -> bytes:
-    """A safetensors file whose header says something else."""
+    """A safetensors file with a changed header."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(values_changed(json.loads(content[8:end]), draw)).encode()
     length = len(header) if draw.random() < 0.9 else draw.choice((0, 1, 2**40, 2**63, len(header) + 8))
@@ -232,7 +234,7 @@ _OF_CHECKPOINTS = (CLOCK, STRUCTURE, TENSORS)
 
 
 def _checkpoint_seeds() -> list[bytes]:
-    """What a run has written that stopped before its last stage ended: one checkpoint each."""
+    """The checkpoints of a run that was stopped before the end of its last stage."""
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "kept"
         checkpoints = Checkpoints(Path(folder) / "out.checkpoints")
@@ -266,7 +268,7 @@ def _checkpoint_changed(content: bytes, draw: Random) -> bytes:
             tensors = _header_changed(tensors, draw)
         case _:
             tensors = bytes_changed(tensors, draw)
-    if draw.random() < 0.8:  # as a stranger would, who wants it to be read
+    if draw.random() < 0.8:  # as an attacker would, so that the checksum is correct
         try:
             told = json.loads(clock)
             told["sha256"].update({STRUCTURE: digest(structure), TENSORS: digest(tensors)})
@@ -295,7 +297,7 @@ _OF_FOLDERS = ("structure.json", "manifest.json", "model.safetensors")
 
 @cache
 def _laid() -> bytes:
-    """A network that was cut, masked and quantized, as `tersor.save` wrote it: weights and plan."""
+    """A pruned, masked and quantized network, as written by `tersor.save`: weights and plan."""
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         methods = [ChannelPruning(keep_macs=0.7, round_to=1), WeightPruning(sparsity=0.5), PTQ()]

@@ -1,4 +1,4 @@
-"""Files of six kinds, valid ones and what comes of them when bytes flip, parts are lost, or values are exchanged.
+"""Files of six kinds, and mutations of them: flipped bytes, lost parts, exchanged values.
 
 A `Kind` has seeds (whole files), a way of mutating one, and `read`: what tersor does with a file that somebody sent. It
 may raise InputError and nothing else.
@@ -18,7 +18,7 @@ from typing import Any
 Random = random.Random
 
 MARKER = "tersor_was_executed"
-"""The folder that a payload makes in the working folder, if it is executed."""
+"""The folder that a payload creates in the working directory if it is executed."""
 
 _NUMBERS = (0, -1, 1, 2, 7, 255, 2**31, 2**63, 10**30, -(2**40), 0.5, 1e308, -1e-308, float("nan"), float("inf"))
 _TEXTS = (
@@ -47,7 +47,7 @@ class Kind:
 
 
 def bytes_changed(content: bytes, draw: Random) -> bytes:
-    """A few of: flipped bits, other bytes, a cut, a part that is repeated, moved or filled."""
+    """Some of: flipped bits, changed bytes, truncation, a part that is repeated, moved or overwritten."""
     found = bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 4, 16))):
         if not found:
@@ -77,7 +77,7 @@ def bytes_changed(content: bytes, draw: Random) -> bytes:
 
 
 def text_changed(content: bytes, draw: Random, words: Sequence[str]) -> bytes:
-    """As `bytes_changed`, or with words of the language put in, lines exchanged, repeated or lost."""
+    """Like `bytes_changed`, or with keywords inserted, or lines exchanged, repeated or lost."""
     if draw.random() < 0.3:
         return bytes_changed(content, draw)
     lines = content.decode().splitlines()
@@ -98,7 +98,7 @@ def text_changed(content: bytes, draw: Random, words: Sequence[str]) -> bytes:
 
 
 def values_changed(value: Any, draw: Random) -> Any:
-    """JSON with a few values of another type or size, keys that are lost, added or exchanged, lists that are longer."""
+    """JSON with some values of another type or size, keys lost, added or exchanged, and longer lists."""
     value = copy.deepcopy(value)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         holder, key = _somewhere(value, draw)
@@ -124,7 +124,7 @@ def values_changed(value: Any, draw: Random) -> Any:
 
 
 def _somewhere(value: Any, draw: Random) -> tuple[Any, Any]:
-    """A mapping or list within `value`, and a key in it; deep ones as often as shallow ones."""
+    """A mapping or list inside `value`, and a key in it; nested ones as often as outer ones."""
     places = [
         (holder, key)
         for holder in _holders(value)
@@ -152,7 +152,7 @@ def _strange(draw: Random) -> Any:
 
 
 def json_changed(content: bytes, draw: Random) -> bytes:
-    """Values that changed, sometimes bytes, sometimes text that Python's own writer would not give."""
+    """Changed values, sometimes changed bytes, sometimes text that Python's JSON writer would not write."""
     if draw.random() < 0.1:
         return bytes_changed(content, draw)
     if draw.random() < 0.03:
@@ -161,5 +161,5 @@ def json_changed(content: bytes, draw: Random) -> bytes:
 
 
 def digest(content: bytes) -> str:
-    """SHA-256, as a manifest tells it: a stranger can write a manifest as well."""
+    """SHA-256 as in a manifest: an attacker can write a manifest too."""
     return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""What somebody sent is read or refused with one message, whatever is in it. `bench/fuzz.py` reads ten thousand."""
+"""Files from other people are read or raise one error, whatever is in them. `bench/fuzz.py` reads ten thousand."""
 
 import random
 import resource
@@ -22,7 +22,7 @@ SEEDS = st.integers(0, 2**40)
 
 
 def read(name, seed):
-    """Reads a file that was changed as the seed says, as a whole file and as what it is refused for."""
+    """Read a file that was mutated with the given seed; only an InputError may be raised."""
     draw = random.Random(f"{name} {seed}")
     content = kind(name).mutate(draw.choice(kind(name).seeds), draw)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"), suppress(InputError):
@@ -52,7 +52,7 @@ def test_many_changed_files_are_read_or_refused(name, seed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_whole_files_are_read_and_payloads_are_refused(name, tmp_path, monkeypatch):
+def test_valid_files_are_read_and_payloads_raise(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused = 0
     for number, content in enumerate(kind(name).seeds):
@@ -65,8 +65,8 @@ def test_whole_files_are_read_and_payloads_are_refused(name, tmp_path, monkeypat
     assert not Path(MARKER).exists()
 
 
-def test_the_payload_executes_where_nothing_refuses_it(tmp_path, monkeypatch):
-    """Or else nothing above would show anything."""
+def test_the_payload_is_executed_if_nothing_prevents_it(tmp_path, monkeypatch):
+    """Otherwise the tests above would prove nothing."""
     import pickle
 
     monkeypatch.chdir(tmp_path)
@@ -76,7 +76,7 @@ def test_the_payload_executes_where_nothing_refuses_it(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["recipe", "structure", "numbers"])
-def test_guided_by_coverage(name, tmp_path):
+def test_coverage_guided_fuzzing_finds_no_error(name, tmp_path):
     pytest.importorskip("atheris", reason="pip install atheris (Linux and macOS)")
     # Linux passes the largest memory of this process on to its children
     memory = 2048 + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

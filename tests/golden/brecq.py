@@ -1,4 +1,4 @@
-"""Runs the authors' code of BRECQ, which has AdaRound's rounding in it, on a few weights, and prints brecq.json.
+"""Runs the BRECQ authors' code, which includes the rounding of AdaRound, on a few weights, and prints brecq.json.
 
 git clone https://github.com/yhhhli/BRECQ && python tests/golden/brecq.py BRECQ > tests/golden/brecq.json
 """
@@ -14,11 +14,11 @@ from torch import nn
 
 ITERATIONS = 100
 COUNTS = (1, 19, 20, 21, 50, 60, 99, 100)
-"""The code counts from 1, and compares with a share of ITERATIONS."""
+"""The code counts from 1, and compares the count with a fraction of ITERATIONS."""
 
 
 def layers() -> dict[str, tuple[nn.Conv2d | nn.Linear, dict, tuple[int, ...]]]:
-    """Layers, how the code rounds their weights, and the shape of what they are given."""
+    """Layers, the options of the code for rounding their weights, and the shape of their inputs."""
     torch.manual_seed(0)
     by_channel = {"channel_wise": True, "scale_method": "mse"}
     return {
@@ -30,7 +30,7 @@ def layers() -> dict[str, tuple[nn.Conv2d | nn.Linear, dict, tuple[int, ...]]]:
 
 
 def run(layer: nn.Conv2d | nn.Linear, how: dict, shape: tuple[int, ...]) -> dict:
-    """Weights at the start, softly and hard rounded by logits at random, and what that costs."""
+    """Initial weights, weights with soft and hard rounding by random logits, and the losses."""
     from quant.adaptive_rounding import AdaRoundQuantizer
     from quant.layer_recon import LossFunction
     from quant.quant_layer import QuantModule
@@ -79,7 +79,7 @@ def run(layer: nn.Conv2d | nn.Linear, how: dict, shape: tuple[int, ...]) -> dict
 
 
 def main(checkout: Path) -> None:
-    """Nothing is stubbed: what the code prints and the `linklink` that it imports come with it."""
+    """Nothing is replaced: the output and the imported `linklink` are part of the code."""
     sys.path.insert(0, str(checkout))
     head = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     with contextlib.redirect_stdout(sys.stderr):

@@ -19,9 +19,9 @@ BATCH, IMAGES, NEGATIVES, STUDENT, TEACHER, WIDTH, STEPS = 4, 24, 7, 6, 5, 8, 3
 
 
 def main(checkout: Path) -> None:
-    """What is given (`embeddings`, `memories`), and for each step what is drawn, the loss and what it leaves."""
+    """The inputs (`embeddings`, `memories`), and for each step the random draws, the loss and the new state."""
     sys.path.insert(0, str(checkout))
-    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # theirs asks for a GPU
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # the authors' code requires a GPU
     from crd.criterion import CRDLoss
 
     torch.manual_seed(0)

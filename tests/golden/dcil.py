@@ -23,7 +23,7 @@ SPARSITIES = (0.6, 0.75)
 
 
 def kl_loss(checkout: Path) -> nn.Module:
-    """The authors' class out of a script that reads its command line."""
+    """The authors' class, taken from a script that parses its command line."""
     tree = ast.parse((checkout / "run_dcil.py").read_text())
     (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "KLLoss"]
     names = {"torch": torch, "nn": nn, "F": F, "Variable": Variable}
@@ -32,7 +32,7 @@ def kl_loss(checkout: Path) -> nn.Module:
 
 
 def network(block: type, conv: type) -> nn.Module:
-    """Convolution, residual block, mean over the map, head: a path each for types 0 and 1."""
+    """Convolution, residual block, mean over the map, head: one path each for types 0 and 1."""
 
     class Small(nn.Module):
         def __init__(self) -> None:
@@ -60,7 +60,7 @@ def state(model: nn.Module) -> dict:
 
 
 def main(checkout: Path) -> None:
-    """`before`, and for each step masks, logits, loss and gradients; `after` the last."""
+    """The state `before`; masks, logits, loss and gradients of each step; the state `after` the last step."""
     sys.path.insert(0, str(checkout))
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
     nn.Conv2d.conv2d_forward = lambda self, x, weight: self._conv_forward(x, weight, self.bias)

@@ -1,4 +1,4 @@
-"""Runs a peer's code of cross-layer equalization, whose authors published none, on a few layers; prints dfq.json.
+"""Runs a third party's cross-layer equalization (the authors published no code) on a few layers; prints dfq.json.
 
 git clone https://github.com/jakc4103/DFQ && python tests/golden/dfq.py DFQ > tests/golden/dfq.json
 """
@@ -34,7 +34,7 @@ def chains() -> dict[str, list[nn.Module]]:
 
 
 def scaling(channels: int) -> nn.BatchNorm2d:
-    """A BatchNorm with statistics, some of whose channels turn the sign."""
+    """A BatchNorm with statistics that changes the sign of some channels."""
     norm = nn.BatchNorm2d(channels)
     norm.weight.data.normal_()
     norm.bias.data.normal_()
@@ -44,13 +44,13 @@ def scaling(channels: int) -> nn.BatchNorm2d:
 
 
 def tensors(layer: nn.Module) -> dict[str, list]:
-    """Those of a layer, by their names."""
+    """The tensors of a layer, by name."""
     names = {"weight", "bias", "running_mean", "running_var"}
     return {key: value.tolist() for key, value in layer.state_dict().items() if key in names}
 
 
 def run(chain: list[nn.Module]) -> dict:
-    """The layers before, and the convolutions after, into which the BatchNorms are folded."""
+    """The layers before equalization, and the convolutions with folded BatchNorms after it."""
     from dfq import cross_layer_equalization
     from utils.layer_transform import merge_batchnorm
     from utils.relation import Relation
@@ -69,7 +69,7 @@ def run(chain: list[nn.Module]) -> dict:
 
 
 def main(checkout: Path) -> None:
-    """`signed` is the range of the paper's symmetric grids, max|w|. Nothing is stubbed."""
+    """`signed` is the range of the paper's symmetric grids, max|w|. Nothing is replaced."""
     sys.path.insert(0, str(checkout))
     head = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     with contextlib.redirect_stdout(sys.stderr):

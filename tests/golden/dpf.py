@@ -1,4 +1,4 @@
-"""Runs another's code of DPF, whose authors published none, for three steps on a small network, and prints dpf.json.
+"""Runs third-party code of DPF (the authors published none) for three steps on a small network; prints dpf.json.
 
 git clone https://github.com/INCHEON-CHO/Dynamic_Model_Pruning_with_Feedback
 python tests/golden/dpf.py Dynamic_Model_Pruning_with_Feedback > tests/golden/dpf.json
@@ -26,7 +26,7 @@ def state(model: nn.Module) -> dict:
 
 
 def main(checkout: Path) -> None:
-    """`before`, and for each step masks and gradients; `after` the last."""
+    """The state `before`; masks and gradients of each step; the state `after` the last step."""
     sys.path.insert(0, str(checkout))
     forward = nn.Conv2d._conv_forward
     nn.Conv2d._conv_forward = lambda self, x, weight: forward(self, x, weight, self.bias)
@@ -46,7 +46,7 @@ def main(checkout: Path) -> None:
     told = {"before": state(model), "images": images.tolist(), "labels": labels.tolist(), "optimizer": options}
     steps = []
     for sparsity in SPARSITIES:
-        for parameter in model.parameters():  # which the threshold reads
+        for parameter in model.parameters():  # used for the threshold
             parameter.grad = torch.zeros_like(parameter)
         weight_prune(model, get_weight_threshold(parallel, sparsity, args), args)
         optimizer.zero_grad()

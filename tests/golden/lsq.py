@@ -1,4 +1,4 @@
-"""Runs a peer's code of LSQ, whose authors published none, on a few values, and prints lsq.json.
+"""Runs third-party code of LSQ (the authors published none) on a few values, and prints lsq.json.
 
 git clone https://github.com/zhutmost/lsq-net && python tests/golden/lsq.py lsq-net > tests/golden/lsq.json
 """
@@ -21,7 +21,7 @@ CASES = {  # shape of the values, and how the code rounds them
 
 
 def run(shape: tuple[int, ...], how: dict, seed: int) -> dict:
-    """What is shown at the step the code starts from, and the gradients; `counted` is the N of its 1 / sqrt(N p)."""
+    """Rounded values at the initial step of the code, and gradients; `counted` is N in its factor 1 / sqrt(N p)."""
     from quan.quantizer.lsq import LsqQuan
 
     draw = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ def run(shape: tuple[int, ...], how: dict, seed: int) -> dict:
 
 
 def main(checkout: Path) -> None:
-    """Nothing is stubbed."""
+    """Nothing is replaced."""
     sys.path.insert(0, str(checkout))
     head = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     told = {

@@ -12,7 +12,7 @@ import torch
 
 
 def main(checkout: Path) -> None:
-    """`distance` is what the code multiplies a gradient with, but for lambda; its range is that of the first batch."""
+    """`distance` is the factor of a gradient in the code, without lambda; its range is that of the first batch."""
     sys.path.insert(0, str(checkout))
     from quant_module import post_training_weight
 
@@ -23,7 +23,7 @@ def main(checkout: Path) -> None:
         weight = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(bits)) * 0.1
         quantizer = post_training_weight(1.0, bits, use_fp=True, activation=False)
         ranges = []
-        for step in range(3):  # the range is a running mean
+        for step in range(3):  # the range is a moving average
             quantizer.update_range(weight * (1 + step))
             ranges.append(max(abs(quantizer.x_min), quantizer.x_max))
         found = quantizer.quantizer.return_scale_value(weight)

@@ -35,7 +35,7 @@ def by_int(net, x):
 
 
 def merged(net, x):
-    """Two windows of each image are rows of one tensor, with a table of one row more than these."""
+    """Two windows of each image are rows of one tensor; a table has one more row than that."""
     windows = net.conv(x).view(len(x) * 2, 8, 36) + torch.zeros(len(x) * 2 + 1, 8, 1)[1:]
     return net.head(windows.view(len(x), -1))
 
@@ -54,7 +54,7 @@ def padded(net, x):
 
 
 @pytest.mark.parametrize("run", [by_len, by_int, merged, averaged, resized, padded])
-def test_a_batch_size_that_is_a_python_number_stays_free(run):
+def test_a_batch_size_read_as_a_python_number_stays_dynamic(run):
     network = Network(run).eval()
     graph = capture(network, IMAGES)
     for count in (1, 4, 7, 16):
@@ -64,7 +64,7 @@ def test_a_batch_size_that_is_a_python_number_stays_free(run):
     assert shape_of(last)[1:] == (10,)
 
 
-def test_such_a_network_is_compressed_exported_and_loaded(tmp_path):
+def test_a_network_that_reads_the_batch_size_is_compressed_exported_and_loaded(tmp_path):
     network = Network(by_len).eval()
     quantized = tersor.quantize(network, [IMAGES])
     path = tersor.export(quantized, IMAGES, tmp_path / "model.onnx")
@@ -76,7 +76,7 @@ def test_such_a_network_is_compressed_exported_and_loaded(tmp_path):
     assert pruned(IMAGES[:3]).shape == (3, 10)
 
 
-def test_what_computes_something_else_for_another_batch_size_is_refused():
+def test_a_network_that_computes_differently_for_another_batch_size_raises():
     stored = {}
 
     def table(net, x):
@@ -93,7 +93,7 @@ def test_what_computes_something_else_for_another_batch_size_is_refused():
             capture(Network(run).eval(), IMAGES)
 
 
-def test_an_operator_that_does_not_run_on_another_batch_size_is_refused(monkeypatch):
+def test_an_operator_that_fails_for_another_batch_size_raises(monkeypatch):
     def fails(*_):
         raise IndexError("dimension out of range")
 
@@ -137,13 +137,13 @@ def test_a_constant_that_is_linear_in_the_batch_size_is_computed():
         lambda x, n: torch.sub(x, torch.neg(x)) if n == 4 else torch.sub(torch.neg(x), x),
     ],
 )
-def test_graphs_that_differ_in_anything_else_are_refused(run):
+def test_graphs_with_other_differences_are_rejected(run):
     size = 6
     assert not compute_batch_sizes(recorded(4, run), recorded(size, run), [torch.zeros(4, 3)], size)
 
 
 class Windows(nn.Module):
-    """The windows of the original Swin code: the batch size is computed back from their number."""
+    """The windows of the original Swin code: the batch size is computed from their number."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ class Windows(nn.Module):
         return merged + images.flatten(2).transpose(1, 2)
 
 
-def test_a_batch_size_that_is_computed_from_the_number_of_windows():
+def test_a_batch_size_can_be_computed_from_the_number_of_windows():
     network, images = Windows().eval(), torch.randn(2, 4, 8, 8)
     graph = capture(network, images)
     for count in (1, 3, 8):

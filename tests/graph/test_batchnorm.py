@@ -17,7 +17,7 @@ def network():
 IMAGES = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(1))
 
 
-def test_until_it_is_frozen_it_is_what_it_was():
+def test_a_freezable_batchnorm_behaves_like_the_original_until_it_is_frozen():
     model = network()
     other = copy.deepcopy(model)
     parameters = {id(parameter) for parameter in model.parameters()}
@@ -28,7 +28,7 @@ def test_until_it_is_frozen_it_is_what_it_was():
     assert torch.equal(model.eval()(IMAGES), other.eval()(IMAGES))
 
 
-def test_frozen_it_stays_in_eval_while_all_around_trains():
+def test_a_frozen_batchnorm_stays_in_eval_mode_while_the_network_trains():
     model = network()
     for norm in make_freezable(model):
         norm.freeze()
@@ -51,7 +51,7 @@ def test_the_state_dict_records_freezing():
     assert [fresh[1].training, fresh[4].training] == [False, True]
 
 
-def test_twice_is_once_and_norms_without_statistics_are_left():
+def test_freezable_is_idempotent_and_skips_norms_without_statistics():
     norm = nn.BatchNorm2d(3)
     assert freezable(freezable(norm)) is not norm
     first = freezable(norm)
@@ -60,7 +60,7 @@ def test_twice_is_once_and_norms_without_statistics_are_left():
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d])
-def test_a_copy_has_statistics_of_its_own(kind):
+def test_a_copy_has_its_own_statistics(kind):
     model = nn.Sequential(kind(3))
     make_freezable(model)
     other = copy.deepcopy(model)

@@ -13,7 +13,7 @@ IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Tokens(nn.Module):
-    """(N, 8, 8) -> (N, 8, 8): as many features as tokens, so that shapes of tensors tell nothing."""
+    """(N, 8, 8) -> (N, 8, 8): as many features as tokens, so that the two cannot be distinguished by shape."""
 
     def __init__(self, norm):
         super().__init__()
@@ -37,7 +37,7 @@ class Shifted(nn.BatchNorm2d):
 
 
 class Doubled(nn.BatchNorm2d):
-    """Its operator comes before the normalization, which then reads no layer."""
+    """It has an operator before the normalization, whose input is then not the output of a layer."""
 
     def forward(self, values):
         return super().forward(2 * values)
@@ -69,14 +69,14 @@ def nodes(graph):
 
 
 @pytest.mark.parametrize("kind", FOUND | NOT_FOUND)
-def test_which_norm_normalises_the_channels(kind):
+def test_norm_behind_finds_only_norms_over_the_channels(kind):
     model = (FOUND | NOT_FOUND)[kind]().eval()
     (node,) = nodes(capture(model, IMAGES))
     assert (norm_behind(node) is not None) == (kind in FOUND)
     assert list(norms_behind(model, IMAGES)) == ([node.target] if kind in FOUND else [])
 
 
-def test_a_copy_of_the_graph_knows_the_ranks():
+def test_norm_behind_works_on_a_copy_of_the_graph():
     graph = capture(vectors(nn.BatchNorm1d(5)), IMAGES)
     assert graph.training
     copied = copy.deepcopy(graph.graph)
@@ -87,7 +87,7 @@ def test_a_copy_of_the_graph_knows_the_ranks():
     assert norm_behind(node).node.target == "2"
 
 
-def test_a_layer_with_two_norms_and_two_layers_with_one():
+def test_norm_behind_needs_a_single_norm_per_layer_call():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()

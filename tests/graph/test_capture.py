@@ -54,7 +54,7 @@ SLOW_NETWORKS = {
 IN_TRAINING_ALONE = {"efficientnet_b0", "efficientnet_v2_s", "convnext_tiny", "swin_t", "swin_v2_t", "maxvit_t"}
 """Networks with stochastic depth, which is not part of the graph."""
 COMPUTED = {"swin_v2_t": "attn.qkv.bias"}
-"""Networks that compute a bias from a Parameter: the graph holds a Parameter of its own instead."""
+"""Networks that compute a bias from a Parameter: the graph has a new Parameter instead."""
 
 every_network = pytest.mark.parametrize(
     "name", [*SHORT_NETWORKS, *NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_NETWORKS)]
@@ -74,7 +74,7 @@ def network(name):
     return model, torch.randn(2, 3, size, size)
 
 
-def answers(model, images, seed=0):
+def outputs_of(model, images, seed=0):
     torch.manual_seed(seed)
     with torch.no_grad():
         return model(images)
@@ -93,18 +93,20 @@ def test_the_graph_is_the_network(name):
     assert {id(each) for key, each in model.named_parameters() if key not in own} <= set(map(id, graph.parameters()))
     for count in (1, 2, 5):
         several = torch.cat([images, images, images])[:count]
-        torch.testing.assert_close(answers(graph.eval(), several), answers(model.eval(), several), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            outputs_of(graph.eval(), several), outputs_of(model.eval(), several), rtol=1e-4, atol=1e-5
+        )
     if name in IN_TRAINING_ALONE:
         return
-    original = copy.deepcopy(model).train()  # with running statistics of its own
-    assert torch.equal(answers(graph.train(), images), answers(original, images))
+    original = copy.deepcopy(model).train()  # with its own running statistics
+    assert torch.equal(outputs_of(graph.train(), images), outputs_of(original, images))
     for (key, moved), (_, expected) in zip(graph.named_buffers(), original.named_buffers(), strict=True):
         assert torch.equal(moved, expected), key
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])
-def test_auxiliary_heads_are_left_behind(name, size):
+def test_auxiliary_heads_are_not_captured(name, size):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, num_classes=10, init_weights=False)
     images = torch.randn(2, 3, size, size)
@@ -112,8 +114,8 @@ def test_auxiliary_heads_are_left_behind(name, size):
     heads = {key for key in model.state_dict() if key.startswith(("aux", "AuxLogits"))}
     assert heads
     assert set(graph.state_dict()) == set(model.state_dict()) - heads
-    assert torch.equal(answers(graph.eval(), images), answers(model.eval(), images))
-    assert answers(graph.train(), images).shape == (2, 10)
+    assert torch.equal(outputs_of(graph.eval(), images), outputs_of(model.eval(), images))
+    assert outputs_of(graph.train(), images).shape == (2, 10)
 
 
 def test_gradients_reach_the_same_parameters():
@@ -131,12 +133,12 @@ def test_the_weights_of_the_original_load_into_the_graph():
     other = short("resnet8")
     graph = capture(other, images)
     graph.load_state_dict(model.state_dict())
-    assert torch.equal(answers(graph.eval(), images), answers(model.eval(), images))
-    assert torch.equal(answers(other.eval(), images), answers(model, images))
+    assert torch.equal(outputs_of(graph.eval(), images), outputs_of(model.eval(), images))
+    assert torch.equal(outputs_of(other.eval(), images), outputs_of(model, images))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_modes_are_as_before_in_the_original_and_in_the_graph(training):
+def test_capture_preserves_the_training_modes_of_network_and_graph(training):
     model, images = network("resnet8")
     model.train(training)
     frozen = model.layer2[0].bn1
@@ -158,7 +160,7 @@ def test_a_graph_is_captured_once():
 
 
 class Everything(nn.Module):
-    """Tensors of every kind, and dropout in three spellings."""
+    """Parameters, buffers and constants, and dropout written in three ways."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +179,7 @@ class Everything(nn.Module):
 
 
 class Block(nn.Module):
-    """Reads its mode twice: handed on, and branched on in a method that forward calls."""
+    """Reads its training mode twice: as an argument, and as a condition in a method that forward calls."""
 
     def __init__(self):
         super().__init__()
@@ -206,17 +208,17 @@ def test_the_network_is_recorded_in_eval_mode_and_drops_in_training(training):
     graph = capture(model, SMALL)
     assert all(module.training is training for module in graph.modules())
     for each in (graph, copy.deepcopy(graph)):
-        assert torch.equal(answers(each.eval(), SMALL), answers(model.eval(), SMALL))
-        assert torch.equal(answers(each, SMALL, seed=1), answers(each, SMALL))
+        assert torch.equal(outputs_of(each.eval(), SMALL), outputs_of(model.eval(), SMALL))
+        assert torch.equal(outputs_of(each, SMALL, seed=1), outputs_of(each, SMALL))
         assert set(each.state_dict()) == keys
         model.train()
-        model.block.inner.eval()  # the noise that training alone adds is not part of the graph
-        assert torch.equal(answers(each.train(), SMALL), answers(model, SMALL))
-        assert not torch.equal(answers(each, SMALL, seed=1), answers(each, SMALL))
+        model.block.inner.eval()  # the noise that is added in training only is not part of the graph
+        assert torch.equal(outputs_of(each.train(), SMALL), outputs_of(model, SMALL))
+        assert not torch.equal(outputs_of(each, SMALL, seed=1), outputs_of(each, SMALL))
     assert set(vars(model)) == attributes, "capturing leaves nothing behind in the original"
 
 
-def test_what_the_graph_calls():
+def test_the_captured_graph_contains_the_expected_modules_and_operators():
     nodes = list(capture(Everything(), SMALL).graph.nodes)
     called = [node.target for node in nodes if node.op == "call_module"]
     assert called == ["conv", "block.conv", "dropout_0", "dropout_1", "dropout_2"]
@@ -226,7 +228,7 @@ def test_what_the_graph_calls():
     assert not [node for node in nodes if node.op == "call_method"]
 
 
-def test_a_network_in_a_wrapper_is_captured_through_it():
+def test_a_wrapped_network_is_captured():
     class Wrapper(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -237,11 +239,11 @@ def test_a_network_in_a_wrapper_is_captured_through_it():
 
     model, images = network("resnet8")
     graph = capture(Wrapper(model).eval(), images)
-    assert torch.equal(answers(graph, images), answers(model.eval(), images.clamp(-1, 1)))
+    assert torch.equal(outputs_of(graph, images), outputs_of(model.eval(), images.clamp(-1, 1)))
     assert "inner.layer1.0.conv1" in {node.target for node in graph.graph.nodes}
 
 
-def test_parametrized_layers_stay_whole():
+def test_parametrized_layers_are_captured_as_single_modules():
     class Half(nn.Module):
         def forward(self, weight):
             return weight / 2
@@ -249,13 +251,13 @@ def test_parametrized_layers_stay_whole():
     model, images = network("resnet8")
     parametrize.register_parametrization(model.layer1[0].conv1, "weight", Half())
     graph = capture(model.eval(), images)
-    assert torch.equal(answers(graph, images), answers(model, images))
+    assert torch.equal(outputs_of(graph, images), outputs_of(model, images))
     assert set(graph.state_dict()) == set(model.state_dict())
     parametrize.remove_parametrizations(model.layer1[0].conv1, "weight")
-    assert torch.equal(answers(graph, images), answers(model, images))
+    assert torch.equal(outputs_of(graph, images), outputs_of(model, images))
 
 
-def test_a_layer_that_is_called_twice_keeps_its_one_parameter():
+def test_a_layer_that_is_called_twice_keeps_its_shared_parameters():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -267,7 +269,7 @@ def test_a_layer_that_is_called_twice_keeps_its_one_parameter():
     model = Twice()
     images = torch.randn(2, 3, 4, 4)
     graph = capture(model, images)
-    assert torch.equal(answers(graph, images), answers(model, images))
+    assert torch.equal(outputs_of(graph, images), outputs_of(model, images))
     assert [node.target for node in graph.graph.nodes].count("conv") == 2
 
 
@@ -299,7 +301,7 @@ class Loops(nn.Module):
         (Loops, r"the graph of Loops cannot be captured: its forward method fixes the batch size.*it loops"),
     ],
 )
-def test_what_cannot_be_captured_is_an_error_and_stays_unchanged(kind, message, capfd):
+def test_a_network_that_cannot_be_captured_raises_and_is_not_changed(kind, message, capfd):
     model = kind().eval()
     before = dict(vars(model))
     with pytest.raises(InputError, match=message):
@@ -309,7 +311,7 @@ def test_what_cannot_be_captured_is_an_error_and_stays_unchanged(kind, message, 
     assert capfd.readouterr() == ("", ""), "the exporter prints nothing"
 
 
-def test_a_network_that_runs_after_a_failed_capture():
+def test_a_network_still_runs_after_a_failed_capture():
     class Breaks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -323,11 +325,11 @@ def test_a_network_that_runs_after_a_failed_capture():
     with pytest.raises(InputError):
         capture(model, SMALL)
     assert all(module.training is True for module in model.modules())
-    assert answers(model, torch.randn(2, 3, 8, 8)).shape == (2, 4)
+    assert outputs_of(model, torch.randn(2, 3, 8, 8)).shape == (2, 4)
 
 
 class Shares(nn.Module):
-    """A layer that is called twice, a weight that is added too, and sizes that depend on the batch."""
+    """A layer that is called twice, a shared shift, and sizes that depend on the batch."""
 
     def __init__(self):
         super().__init__()
@@ -369,7 +371,7 @@ def test_ranks_sizes_and_readers():
 
 
 class Remembers(nn.Module):
-    """Its forwards keep what they computed: as attributes, in a list, in a dict, as a buffer made when first called."""
+    """Its forward methods store results: as attributes, in a list, in a dict, as a buffer created in the first call."""
 
     def __init__(self, *, fails):
         super().__init__()
@@ -389,7 +391,7 @@ class Remembers(nn.Module):
 
 
 def as_it_is(model):
-    """All that modules hold; of containers, a copy."""
+    """All attributes of the modules; containers are copied."""
     return [
         (
             module,
@@ -408,7 +410,7 @@ def raises(_):
 
 
 @pytest.mark.parametrize("fails", [None, branches, raises])
-def test_capture_leaves_nothing_in_the_network(fails):
+def test_capture_does_not_change_the_attributes_of_the_network(fails):
     model = Remembers(fails=fails)
     before = as_it_is(model)
     if fails is None:
@@ -427,7 +429,7 @@ def test_capture_leaves_nothing_in_the_network(fails):
 
 @pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile", "to_folder"])
 @pytest.mark.parametrize("kind", ["module", "parameter"])
-def test_a_part_named_like_the_graphs_own_is_refused(name, kind):
+def test_an_attribute_with_a_name_reserved_by_the_graph_raises(name, kind):
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     setattr(model, name, nn.ReLU() if kind == "module" else nn.Parameter(torch.zeros(1)))
     with pytest.raises(
@@ -438,7 +440,7 @@ def test_a_part_named_like_the_graphs_own_is_refused(name, kind):
     assert torch.equal(capture(outer, SMALL)(SMALL), outer(SMALL))
 
 
-def test_a_part_named_like_a_keyword_of_python_is_refused():
+def test_a_submodule_named_like_a_python_keyword_raises():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)))
     model[0].add_module("class", nn.ReLU())
     with pytest.raises(InputError, match=r"the name of the submodule 0\.class is a Python keyword"):
@@ -446,7 +448,7 @@ def test_a_part_named_like_a_keyword_of_python_is_refused():
 
 
 @pytest.mark.parametrize("what", ["forward", "hook", "pre-hook"])
-def test_hooks_and_forwards_of_the_outermost_module_are_refused(what):
+def test_hooks_and_a_replaced_forward_of_the_outermost_module_raise(what):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     if what == "forward":
         model.forward = lambda x: model[0](x) + 1

@@ -1,4 +1,4 @@
-"""Rare spellings of an operator are captured as the common one."""
+"""Rare variants of an operator are captured as the common one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_rare_operator_is_captured_as_a_common_one(function, expected):
     assert torch.allclose(graph(IMAGES), network(IMAGES), atol=1e-6)
 
 
-def test_a_view_of_another_data_type_keeps_it():
+def test_a_view_as_another_dtype_is_kept():
     network = Tokens(lambda tokens, _: torch.where(tokens.view(torch.int32) < 0, 0.1 * tokens, tokens)).eval()
     graph = capture(network, IMAGES)
     assert [node.target for node in graph.graph.nodes if operator_name(node) == "view"] == [torch.ops.aten.view.dtype]
@@ -74,7 +74,7 @@ def change_of_the_same_tensor(tokens, _):
 
 
 @pytest.mark.parametrize(
-    ("function", "stays"),
+    ("function", "kept"),
     [
         (silu_of_a_part, True),
         (silu_of_a_view, True),
@@ -84,8 +84,8 @@ def change_of_the_same_tensor(tokens, _):
         (change_of_the_same_tensor, False),
     ],
 )
-def test_a_change_in_place_is_seen_where_the_memory_is_shared(function, stays):
+def test_an_in_place_change_is_kept_if_the_memory_is_shared(function, kept):
     network = Tokens(function).eval()
     graph = capture(network, IMAGES)
     assert torch.allclose(graph(IMAGES), network(IMAGES), atol=1e-6)
-    assert ("silu_" in [operator_name(node) for node in graph.graph.nodes]) == stays
+    assert ("silu_" in [operator_name(node) for node in graph.graph.nodes]) == kept

@@ -32,13 +32,13 @@ def chain():
     ).eval()
 
 
-def test_outputs_of_any_structure_in_eval():
+def test_outputs_of_any_structure_are_returned_in_eval_mode():
     model = nn.Sequential(Several()).train()
     assert [tuple(each.shape) for each in outputs_of(model, IMAGES)] == [(8, 4, 4, 4), (8, 4)]
     assert model.training
 
 
-def test_random_numbers_repeat_and_the_global_generator_is_untouched():
+def test_random_numbers_are_repeatable_and_the_global_generator_is_not_changed():
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
     model.register_forward_hook(lambda _, __, given: given + torch.rand_like(given))
     state = torch.get_rng_state()
@@ -55,23 +55,23 @@ def test_random_numbers_repeat_and_the_global_generator_is_untouched():
         ([4.0], float("inf")),
     ],
 )
-def test_difference_by_hand(after, expected):
+def test_difference_matches_values_computed_by_hand(after, expected):
     assert difference([torch.tensor(after)], [torch.tensor([4.0, -2.0])]) == expected
 
 
-def test_nan_in_the_same_place_is_the_same_and_zeros_are_compared():
+def test_equal_nans_are_no_difference_and_zero_outputs_are_compared():
     nan = torch.tensor([1.0, float("nan"), float("inf")])
     assert difference([nan], [nan.clone()]) == 0
     assert difference([torch.ones(2)], [torch.zeros(2)]) > 1
     assert difference([], [torch.zeros(2)]) == float("inf")
 
 
-def test_a_rewrite_that_moves_outputs_is_undone_and_named():
+def test_a_rewrite_that_changes_the_outputs_is_undone_with_a_note():
     model = chain()
     before = copy.deepcopy(model.state_dict())
-    said = undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1.1), "the rewrite")
-    assert said is not None
-    assert said.startswith("the rewrite was undone: it changed the outputs by")
+    note = undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1.1), "the rewrite")
+    assert note is not None
+    assert note.startswith("the rewrite was undone: it changed the outputs by")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert undone_unless_same(model, IMAGES, lambda: model[0].weight.mul_(1 + 1e-6), "the rewrite") is None
     assert not torch.equal(model[0].weight, before["0.weight"])
@@ -87,7 +87,7 @@ def test_an_iterator_is_read_once():
         few_images([], torch.device("cpu"))
 
 
-def test_require_same():
+def test_require_same_raises_for_different_outputs():
     model, other = chain(), chain()
     expected = outputs_of(model, IMAGES)
     require_same(other, expected, IMAGES)
@@ -97,7 +97,7 @@ def test_require_same():
 
 
 class Asks(nn.Module):
-    """A branch in Python, of which a graph has one side."""
+    """Has a Python branch of which a graph contains only one side."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class Asks(nn.Module):
 
 
 @pytest.mark.parametrize("verb", ["quantize", "prune"])
-def test_a_graph_that_computes_something_else_is_refused(verb):
+def test_a_graph_that_is_not_equivalent_to_the_network_raises(verb):
     torch.manual_seed(0)
     model = Asks().eval()
     call = {
@@ -120,7 +120,7 @@ def test_a_graph_that_computes_something_else_is_refused(verb):
         call[verb]()
 
 
-def test_equalisation_that_is_not_exact_is_undone_and_named(monkeypatch):
+def test_inexact_equalization_is_undone_with_a_note(monkeypatch):
     model = chain()
     state = copy.deepcopy(model.state_dict())
 
@@ -135,7 +135,7 @@ def test_equalisation_that_is_not_exact_is_undone_and_named(monkeypatch):
     assert torch.equal(attached.model.get_submodule("1").weight, state["1.weight"])
 
 
-def test_equalisation_that_is_exact_stays():
+def test_exact_equalization_is_kept():
     model = chain()
     before = model[1].weight.detach().clone()
     attached = PTQ(equalize=True).attach(model, AttachContext(data=iter([IMAGES])))

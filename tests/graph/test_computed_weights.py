@@ -27,7 +27,7 @@ class Twice(nn.Module):
         return self.head(self.conv(self.conv(self.stem(x)).relu()).mean((2, 3)))
 
 
-def test_a_weight_that_is_computed_twice_is_one_parameter():
+def test_a_computed_weight_that_is_used_twice_is_one_parameter():
     torch.manual_seed(0)
     model = Twice().eval()
     graph = capture(model, IMAGES)
@@ -39,7 +39,7 @@ def test_a_weight_that_is_computed_twice_is_one_parameter():
 
 
 class ZeroedInPlace(nn.Module):
-    """As in Swin V2: a part of the bias is set to zero after it has been copied."""
+    """As in Swin V2: a part of the bias is set to zero after it is copied."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class ZeroedInPlace(nn.Module):
         return F.linear(x.mean((2, 3)), self.linear.weight, bias)
 
 
-def test_a_bias_that_is_changed_in_place_is_computed_as_it_is_read():
+def test_a_bias_changed_in_place_is_captured_with_the_changed_values():
     model = ZeroedInPlace().eval()
     graph = capture(model, IMAGES)
     layer = next(each for each in graph.modules() if isinstance(each, nn.Linear))
@@ -74,7 +74,7 @@ class Shifted(nn.Module):
         return F.linear(x, self.linear.weight, self.linear.bias * x.mean())
 
 
-def test_a_bias_that_depends_on_the_images_is_added_behind_the_layer():
+def test_a_bias_that_depends_on_the_images_is_added_after_the_layer():
     model = Shifted().eval()
     graph = capture(model, IMAGES)
     assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)

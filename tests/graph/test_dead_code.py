@@ -10,7 +10,7 @@ IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Writes(nn.Module):
-    """Writes into a view of what it returns, and into a copy that nobody reads."""
+    """Writes into a view of its output, and into a copy that is not used."""
 
     def __init__(self):
         super().__init__()
@@ -24,7 +24,7 @@ class Writes(nn.Module):
         return x.mean((2, 3))
 
 
-def test_writes_into_what_is_read_stay_and_others_go():
+def test_writes_that_affect_the_output_are_kept_and_others_are_removed():
     model = Writes().eval()
     graph = capture(model, IMAGES)
     assert [operator_name(node) for node in graph.graph.nodes if operator_name(node)] == ["slice", "mul_", "mean"]

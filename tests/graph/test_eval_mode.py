@@ -22,7 +22,7 @@ def test_a_network_is_run_on_two_images(count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_squeezed_batch_dimension_is_an_error(count):
+def test_a_squeezed_batch_dimension_raises(count):
     with pytest.raises(InputError, match=r"shape \(2, 3\) for two images and \(3,\) for one"):
         check_forward("the network", Squeezed().eval(), torch.randn(count, 3, 2, 2))
 
@@ -36,6 +36,6 @@ class Converted(nn.Module):
         return self.layer(images.flatten(1).bfloat16())
 
 
-def test_a_conversion_to_another_precision_is_named():
+def test_a_conversion_to_another_precision_is_named_in_the_error():
     with pytest.raises(InputError, match=r"BFloat16.* Remove conversions to another precision, such as x\.bfloat16"):
         check_forward("the network", Converted().eval(), torch.randn(2, 3, 2, 2))

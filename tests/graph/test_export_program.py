@@ -37,7 +37,7 @@ class Returns(nn.Module):
     ],
     ids=["tuple and list", "dict", "named tuple", "none"],
 )
-def test_containers_are_returned_as_the_network_returns_them(build):
+def test_the_captured_network_returns_the_same_containers(build):
     model = Returns(build)
     for count in (1, 2, 5):
         images = torch.randn(count, 3, 4, 4)
@@ -49,7 +49,7 @@ def test_containers_are_returned_as_the_network_returns_them(build):
 
 
 class Reshapes(nn.Module):
-    """Sizes from the shape, a slice of everything, and a conversion that does nothing."""
+    """Sizes from the shape, a slice over the full range, and a conversion without effect."""
 
     def forward(self, x):
         n, c, h, w = x.shape
@@ -57,7 +57,7 @@ class Reshapes(nn.Module):
         return x.reshape(n, c, h, w).transpose(1, 2).contiguous().view(n, -1)
 
 
-def test_what_does_nothing_is_no_node_and_sizes_of_the_batch_are_free():
+def test_operators_without_effect_are_removed_and_batch_sizes_stay_dynamic():
     model = Reshapes()
     graph = capture(model, IMAGES)
     names = [operator_name(node) for node in graph.graph.nodes if node.op == "call_function"]
@@ -77,7 +77,7 @@ class InPlace(nn.Module):
         return y.relu_()
 
 
-def test_operators_in_place_stay():
+def test_in_place_operators_are_kept():
     graph, model = capture(InPlace(), IMAGES), InPlace()
     images = torch.randn(3, 3, 4, 4)
     before = images.clone()
@@ -100,14 +100,14 @@ class ReadsShapes(nn.Module):
         return x
 
 
-def test_branches_in_python_are_followed():
+def test_python_branches_on_shapes_types_and_options_are_followed():
     model = ReadsShapes()
     graph = capture(model, IMAGES)
     assert torch.equal(graph(IMAGES), model(IMAGES))
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["layers.0", "layers.1"]
 
 
-def test_the_network_keeps_what_requires_gradients():
+def test_capture_preserves_requires_grad():
     model = Returns(lambda a, _: a)
     model.conv.requires_grad_(requires_grad=False)
     graph = capture(model, IMAGES)
@@ -122,7 +122,7 @@ class Branches(nn.Module):
         return x
 
 
-def test_a_refusal_names_the_line_of_the_network_where_tersor_is_installed():
+def test_the_error_names_the_line_of_the_network_if_tersor_is_installed_in_site_packages():
     installed = f"{sysconfig.get_path('purelib')}/tersor/graph/export_program.py"
     exporter = compile(Path(export_program.__file__).read_text(), installed, "exec")
     namespace = {"__name__": "installed", "__file__": installed}

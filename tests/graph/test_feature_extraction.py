@@ -48,7 +48,7 @@ def images(count=4):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_features_of_a_plain_network_are_its_modules_outputs():
+def test_features_of_a_plain_network_are_the_outputs_of_its_modules():
     net = Net().eval()
     logits, given = FeatureExtractor(net, ["stage", "conv1"])(images())
     assert torch.equal(logits, net(images()))
@@ -59,7 +59,7 @@ def test_features_of_a_plain_network_are_its_modules_outputs():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_captured_network_gives_the_same_also_of_what_was_traced_through(training):
+def test_a_captured_network_returns_the_same_features_as_the_original(training):
     net = Net().train(training)
     graph = capture(copy.deepcopy(net), images())
     torch.manual_seed(3)
@@ -70,15 +70,15 @@ def test_a_captured_network_gives_the_same_also_of_what_was_traced_through(train
     assert all(torch.equal(given[path], from_graph[path]) for path in given)
 
 
-def test_the_mode_of_a_captured_network_is_followed():
+def test_the_extractor_follows_the_mode_of_a_captured_network():
     graph = capture(Net().train(), images())
-    ask = FeatureExtractor(graph, ["stage"])
-    ask(images())
+    extract = FeatureExtractor(graph, ["stage"])
+    extract(images())
     graph.eval()
-    assert torch.equal(ask(images())[0], graph(images()))  # without dropout, by running statistics
+    assert torch.equal(extract(images())[0], graph(images()))  # without dropout, by running statistics
 
 
-def test_layers_survive_removal_and_grids():
+def test_features_are_found_after_channel_removal_and_quantization():
     graph = ChannelPruning(keep_macs=0.6, round_to=4).attach(Net().eval(), AttachContext(data=[images(32)])).model
     kept = shapes_of(graph, ["stage", "stage.0", "last"], images())
     assert kept["last"][1] == graph.get_submodule("last").out_channels
@@ -102,12 +102,12 @@ def test_a_value_that_is_overwritten_is_an_error():
         assert FeatureExtractor(Net(), ["bn1"])(images())[1]["bn1"].shape == (4, 16, 8, 8)
 
 
-def test_a_layer_that_is_not_called():
+def test_a_layer_that_is_not_called_raises():
     with pytest.raises(InputError, match="unused is not called"):
         FeatureExtractor(Net(), ["unused"])(images())
 
 
-def test_a_layer_whose_output_is_no_tensor():
+def test_a_layer_whose_output_is_not_a_tensor_raises():
     class Twice(nn.Module):
         def forward(self, x):
             return x, x
@@ -124,7 +124,7 @@ def test_a_layer_whose_output_is_no_tensor():
         FeatureExtractor(Outer(), ["twice"])(images())
 
 
-def test_patterns():
+def test_patterns_select_layers_and_unknown_layers_raise():
     net = build("resnet20", 10)
     assert matching_paths(net, ["layer?"], "the student") == ("layer1", "layer2", "layer3")
     graph = capture(net, torch.zeros(1, 3, 32, 32))
@@ -141,7 +141,7 @@ def test_patterns():
         (lambda: build("resnet18", 10), ("relu", "layer1", "layer2", "layer3")),
         (lambda: short("mobilenet2"), ("features.1", "features.3", "features.6")),
         (lambda: short("regnet_y"), ("stem.2", "trunk_output.block1", "trunk_output.block2", "trunk_output.block3")),
-        # what norm5 gives is rectified in place; pools and what they leave of a map give none of their own
+        # the output of norm5 is changed in place by a ReLU; outputs of pooling are not used
         (
             lambda: short("densenet"),
             ("features.relu0", "features.denseblock1", "features.denseblock2", "features.denseblock3"),
@@ -156,14 +156,14 @@ def test_the_last_layer_at_each_resolution(make, expected):
     assert net.training
 
 
-def test_tokens_are_maps_too():
+def test_tokens_are_converted_to_feature_maps():
     tokens = torch.randn(2, 17, 6)  # a class token before 4 x 4
     assert map_size(tokens.shape) == (4, 4)
     found = as_map(tokens)
     assert found.shape == (2, 6, 4, 4)
     assert torch.equal(found[0, :, 1, 2], tokens[0, 1 + 4 + 2])
     assert map_size(torch.Size([2, 6, 3])) is None
-    assert map_size(torch.Size([2, 16 + 5, 3])) == (4, 4)  # four registers beside the class
+    assert map_size(torch.Size([2, 16 + 5, 3])) == (4, 4)  # four register tokens and the class token
     assert map_size(torch.Size([2, 16 + 6, 3])) is None
     assert map_size(torch.Size([2, 9 + 5, 3])) == (3, 3)
     assert map_size(torch.Size([2, 4 + 1, 3])) == (2, 2)
@@ -184,7 +184,7 @@ def test_tokens_are_maps_too():
         ((2, 50, 64), (64, 64), (2, 50, 64)),
     ],
 )
-def test_channels_come_first(shape, sides, expected):
+def test_channels_first_moves_the_channels_of_channels_last_values(shape, sides, expected):
     value = torch.randn(shape)
     found = channels_first(value, torch.zeros(2, 3, *sides))
     assert found.shape == expected
@@ -199,7 +199,7 @@ def test_the_first_input_with_four_dimensions_is_the_image():
         assert channels_first(value, TensorInputs((other, other))).shape == value.shape
 
 
-def test_the_maps_of_a_swin_transformer():
+def test_feature_maps_of_a_swin_transformer_are_found():
     from torchvision.models.swin_transformer import SwinTransformer
 
     torch.manual_seed(0)
@@ -215,7 +215,7 @@ def test_the_maps_of_a_swin_transformer():
 
 
 class Odd(nn.Module):
-    """Parts that give no map to learn from: a pool's, one that is rectified in place, scores of attention."""
+    """Outputs that are not usable feature maps: of pooling, changed in place by ReLU, attention scores."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ class Odd(nn.Module):
         return self.linear(self.pool(x).flatten(1)) + scores.mean()
 
 
-def test_outputs_that_are_no_feature_map_are_skipped():
+def test_outputs_that_are_not_feature_maps_are_skipped():
     pictures = torch.randn(2, 3, 16, 16)
     for each in (Odd(), capture(Odd(), pictures)):
         assert last_feature_maps(each, pictures) == ("stem", "down")

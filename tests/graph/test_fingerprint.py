@@ -52,7 +52,7 @@ def fingerprint(network):
     [[Wired(each) for each in WIRED.values()], [Wired(WIRED["b(a)"], each) for each in SET]],
     ids=["wiring", "settings"],
 )
-def test_networks_of_other_code_have_other_fingerprints(networks):
+def test_networks_with_different_code_have_different_fingerprints(networks):
     found = [fingerprint(each) for each in networks]
     assert len(set(found)) == len(networks)
     assert [fingerprint(copy.deepcopy(each).train()) for each in networks] == found

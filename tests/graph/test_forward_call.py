@@ -40,11 +40,11 @@ def test_features_in_channels_last_can_be_viewed(flatten):
     torch.testing.assert_close(run(network, IMAGES), network(IMAGES.contiguous()))
 
 
-def test_a_view_that_is_a_mistake_fails():
+def test_an_invalid_view_raises():
     with pytest.raises(RuntimeError, match="is invalid for input of size"):
         run(Viewing(lambda features: features.view(4, 7)), IMAGES)
 
 
-def test_a_network_that_views_its_features_is_trained():
+def test_a_network_that_views_its_features_can_be_trained():
     student = tersor.distill(Viewing(), Viewing(), [(IMAGES, torch.tensor([0, 1, 2, 3]))])
     assert all(parameter.is_contiguous() for parameter in student.parameters())

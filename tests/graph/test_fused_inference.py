@@ -1,4 +1,4 @@
-"""A fused teacher computes what the network does."""
+"""A fused teacher computes the same outputs as the network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_bfloat16 = pytest.mark.skipif(
 
 
 def settled(model):
-    """With statistics, scales and shifts that are not those of a new BatchNorm."""
+    """Give BatchNorms statistics, scales and shifts that differ from the initial ones."""
     draw = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -44,7 +44,7 @@ def passes(model):
     return sum(isinstance(module, FusedConvolution) for module in model.modules())
 
 
-def test_every_convolution_of_a_resnet_is_one_pass_and_its_layers_are_there():
+def test_every_convolution_of_a_resnet_is_one_fused_pass_and_its_layers_can_be_read():
     model = settled(short("resnet8"))
     before = copy.deepcopy(model.state_dict())
     paths = ("layer1", "layer2", "layer3")
@@ -60,7 +60,7 @@ def test_every_convolution_of_a_resnet_is_one_pass_and_its_layers_are_there():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_layer_that_is_asked_for_ends_a_pass():
+def test_a_requested_layer_ends_a_fused_pass():
     model = settled(short("resnet8"))
     path = "layer1.0.bn1"
     faster = fused(model, images(), (path,))
@@ -80,12 +80,12 @@ def test_a_layer_that_is_asked_for_ends_a_pass():
         ),
     ],
 )
-def test_fused_torchvision_networks_compute_the_same(name):
+def test_fused_torchvision_networks_compute_the_same_outputs(name):
     require_fused(lambda: build(name, 10), 224 if name == "vit_b_16" else 64)
 
 
 @pytest.mark.parametrize("name", ["mobilenet2", "densenet", "shufflenet"])
-def test_fused_short_networks_compute_the_same(name):
+def test_fused_short_networks_compute_the_same_outputs(name):
     require_fused(lambda: short(name), 64)
 
 
@@ -99,7 +99,7 @@ def require_fused(make, size):
 
 
 class Sums(nn.Module):
-    """Two convolutions of the same images, what is made of their outputs, and a ReLU."""
+    """Two convolutions of the same images, a combination of their outputs, and a ReLU."""
 
     def __init__(self, add):
         super().__init__()
@@ -116,7 +116,7 @@ def in_place(a, b):
 
 
 def left(model):
-    """What is no pass, no input and no output."""
+    """The operators that are not a fused pass, an input or an output."""
     return [operator_name(node) for node in model.graph.nodes if node.op == "call_function"]
 
 
@@ -133,7 +133,7 @@ def left(model):
         (lambda a, b: a - b, ["sub", "relu", "mean"]),
     ],
 )
-def test_an_addition_is_within_a_pass_where_it_is_the_only_reader(add, expected):
+def test_an_addition_is_fused_if_it_is_the_only_user_of_the_convolution(add, expected):
     torch.manual_seed(0)
     model = Sums(add).eval()
     found = rewritten(model, images(), ())
@@ -143,7 +143,7 @@ def test_an_addition_is_within_a_pass_where_it_is_the_only_reader(add, expected)
 
 
 class Named(nn.Module):
-    """Its modules have the names of functions."""
+    """Its submodules are named like functions."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ class Named(nn.Module):
         return self.relu(self.conv(x)).mean((2, 3))
 
 
-def test_a_module_called_relu_need_not_be_one():
+def test_a_submodule_named_relu_that_is_not_a_relu_is_not_fused():
     model = Named().eval()
     torch.testing.assert_close(fused(model, images())(100 * images()), model(100 * images()), rtol=1e-5, atol=1e-5)
 
@@ -174,8 +174,8 @@ class Branching(nn.Module):
         return self.conv(x).mean((2, 3)) if x.sum() > 0 else self.conv(x).amax((2, 3))
 
 
-class Picky(nn.Module):
-    """Asks for a number of pixels that it knows."""
+class ChecksSize(nn.Module):
+    """Checks the size of its input."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,7 @@ class Picky(nn.Module):
 
 
 class Apart(nn.Module):
-    """Leaves autocast for its head, which a graph forgets."""
+    """Turns autocast off for its head, which a graph does not preserve."""
 
     def __init__(self):
         super().__init__()
@@ -198,19 +198,19 @@ class Apart(nn.Module):
             return self.head(x.float())
 
 
-def test_what_cannot_be_captured_stays_as_it_is():
+def test_a_network_that_cannot_be_captured_is_returned_unchanged():
     model = Branching().eval()
     assert fused(model, images()) is model
 
 
-def test_a_number_of_pixels_may_be_asked_for():
-    model = Picky().eval()
+def test_a_network_that_checks_its_input_size_is_fused():
+    model = ChecksSize().eval()
     found = fused(model, images())
     assert passes(found) == 1
     torch.testing.assert_close(found(images(seed=2)), model(images(seed=2)), rtol=1e-5, atol=1e-5)
 
 
-def test_what_leaves_autocast_stays_as_it_is_where_there_is_one():
+def test_a_network_that_turns_autocast_off_is_not_fused_for_bfloat16():
     model = Apart().eval()
     assert fused(model, images(), precision=torch.bfloat16) is model
     assert fused(model, images()) is not model
@@ -222,7 +222,7 @@ def test_a_network_with_hooks_is_not_fused():
     assert fused(model, images()) is model
 
 
-def test_the_network_keeps_its_mode():
+def test_fusing_does_not_change_the_training_mode():
     model = short("resnet8").train()
     fused(model, images())
     assert all(module.training for module in model.modules())
@@ -235,7 +235,7 @@ def test_a_network_whose_outputs_would_change_is_not_fused(monkeypatch):
 
 
 @needs_bfloat16
-def test_in_bfloat16_it_is_no_farther_from_float32():
+def test_a_fused_network_in_bfloat16_has_no_larger_error():
     model = settled(short("resnet8"))
     faster, given = fused(model, images(), precision=torch.bfloat16), images(16, seed=2)
     assert passes(faster) == 7
@@ -260,7 +260,7 @@ class Shuffled(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
-def test_an_addition_takes_values_of_any_memory_format(dtype):
+def test_a_fused_addition_accepts_any_memory_format(dtype):
     network = Shuffled().eval()
     found = fused(network, images(), precision=None if dtype == torch.float32 else dtype)
     assert passes(found) == 2

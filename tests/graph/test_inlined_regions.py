@@ -48,14 +48,14 @@ def test_layers_inside_a_region_are_layers_of_the_graph(context):
     assert tersor.integer_coverage(quantized, IMAGES).share == 1
 
 
-def test_no_gradient_leaves_a_region_without_gradients():
+def test_parameters_inside_a_no_grad_region_get_no_gradients():
     graph = capture(Regions(torch.no_grad).eval(), IMAGES)
     graph(IMAGES).sum().backward()
     assert {name for name, each in graph.named_parameters() if each.grad is not None} == {"head.weight", "head.bias"}
 
 
 class Within(nn.Module):
-    """A region within a region, and a result of it that is no tensor."""
+    """Nested regions, one of which also returns a value that is not a tensor."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class Within(nn.Module):
         return self.head(self.conv(x) * gate) / height
 
 
-def test_a_region_within_a_region():
+def test_nested_regions_are_inlined():
     model = Within().eval()
     graph = capture(model, IMAGES)
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["gate", "conv", "head"]
@@ -82,7 +82,7 @@ def test_a_region_within_a_region():
     assert not [name for name, _ in graph.named_modules() if "region" in name], "the regions themselves are gone"
 
 
-def test_a_region_that_turns_autocast_on_is_refused():
+def test_a_region_that_turns_autocast_on_raises():
     class Low(Regions):
         def forward(self, x):
             with self.context():

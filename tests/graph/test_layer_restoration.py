@@ -14,7 +14,7 @@ IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 class SameConv(nn.Conv2d):
-    """Pads itself, as TensorFlow does."""
+    """Pads its input as TensorFlow does."""
 
     def forward(self, images):
         return F.conv2d(F.pad(images, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
@@ -26,7 +26,7 @@ class BatchNormAct(nn.BatchNorm2d):
 
 
 class Function(nn.Module):
-    """A function of the images and of a weight of its own."""
+    """A function of the images and its own weight."""
 
     def __init__(self, function, *shapes):
         super().__init__()
@@ -67,7 +67,7 @@ RESTORED = {
 
 
 @pytest.mark.parametrize("kind", RESTORED)
-def test_an_operator_is_a_layer_over_the_same_parameters(kind):
+def test_an_operator_is_restored_as_a_layer_with_the_same_parameters(kind):
     build, expected, path = RESTORED[kind]
     torch.manual_seed(0)
     model = nn.Sequential(build()).eval()
@@ -84,7 +84,7 @@ def test_an_operator_is_a_layer_over_the_same_parameters(kind):
     assert torch.equal(copy.deepcopy(graph)(IMAGES), fresh(IMAGES))
 
 
-def test_a_batch_norm_with_its_own_forward_trains_as_before():
+def test_a_batchnorm_with_its_own_forward_trains_like_the_original():
     model = nn.Sequential(BatchNormAct(4)).train()
     graph = capture(copy.deepcopy(model), IMAGES)
     assert torch.equal(graph(IMAGES), model(IMAGES))
@@ -101,7 +101,7 @@ class TwoGeometries(nn.Module):
         return F.conv2d(F.conv2d(x, self.weight, padding=1), self.weight, padding=2, dilation=2)
 
 
-def test_one_weight_in_two_geometries_is_computed_as_before():
+def test_a_weight_used_with_two_geometries_is_captured_correctly():
     model = TwoGeometries()
     graph = capture(model, IMAGES)
     assert torch.equal(graph(IMAGES), model(IMAGES))
@@ -113,7 +113,7 @@ def test_one_weight_in_two_geometries_is_computed_as_before():
     assert torch.equal(graph(IMAGES), fresh(IMAGES))
 
 
-def test_a_weight_that_a_transposed_convolution_shares_is_computed_as_before():
+def test_a_weight_shared_with_a_transposed_convolution_is_captured_correctly():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -128,7 +128,7 @@ def test_a_weight_that_a_transposed_convolution_shares_is_computed_as_before():
     assert "conv_transpose2d" in [operator_name(node) for node in graph.graph.nodes]
 
 
-def test_a_batch_norm_with_a_computed_weight_stays_an_operator():
+def test_a_batchnorm_with_a_computed_weight_is_kept_as_an_operator():
     class Shifted(nn.BatchNorm2d):
         def forward(self, x):
             return F.batch_norm(x, self.running_mean, self.running_var, 1 + self.weight, self.bias)
@@ -149,7 +149,7 @@ class ComputedBias(nn.Module):
         return F.linear(x, self.linear.weight, self.linear.bias * x.mean())
 
 
-def test_a_bias_that_depends_on_the_images_is_added_behind_the_layer():
+def test_a_bias_that_depends_on_the_images_is_added_after_the_layer():
     model = ComputedBias()
     graph = capture(model, IMAGES)
     torch.testing.assert_close(graph(IMAGES), model(IMAGES))
@@ -159,7 +159,7 @@ def test_a_bias_that_depends_on_the_images_is_added_behind_the_layer():
 
 
 class Buffers(nn.Module):
-    """Normalizes by buffers that are not those of a BatchNorm."""
+    """Normalizes with buffers that do not belong to a BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -183,7 +183,7 @@ class Buffers(nn.Module):
         (lambda: Function(lambda x: F.dropout(x, 0.0, training=True)), "dropout"),
     ],
 )
-def test_an_operator_that_no_layer_computes_stays(build, operator):
+def test_an_operator_that_no_layer_can_compute_is_kept(build, operator):
     torch.manual_seed(0)
     model = nn.Sequential(build()).eval()
     graph = capture(model, IMAGES)
@@ -193,7 +193,7 @@ def test_an_operator_that_no_layer_computes_stays(build, operator):
 
 
 class TwoInputs(nn.Module):
-    """A module of torch that reads two tensors, here the same one twice."""
+    """A torch module with two inputs, here the same tensor twice."""
 
     def __init__(self):
         super().__init__()
@@ -213,14 +213,14 @@ class LargerOutput(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [TwoInputs, LargerOutput])
-def test_a_call_with_another_input_keeps_its_result(kind):
+def test_calls_with_several_inputs_or_larger_outputs_are_captured_correctly(kind):
     model = kind()
     graph = capture(model, IMAGES)
     assert torch.equal(graph(IMAGES), model(IMAGES))
     assert graph.state_dict().keys() == model.state_dict().keys()
 
 
-def test_modules_of_torch_stay_the_objects_that_they_were():
+def test_modules_of_torch_are_kept_as_the_same_objects():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Hardswish(), nn.MaxPool2d(2), nn.Flatten())
     graph = capture(model, IMAGES)
     assert [layer_of(node) for node in graph.graph.nodes if node.op == "call_module"] == list(model)
@@ -239,7 +239,7 @@ class Standardized(nn.Conv2d):
         return F.conv2d(x, self.weight / self.weight.std(), self.bias, padding=1)
 
 
-def test_raw_weights_do_not_load_into_a_graph_with_computed_ones():
+def test_uncomputed_weights_do_not_load_into_a_graph_with_computed_weights():
     torch.manual_seed(0)
     model = nn.Sequential(Standardized(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     images = torch.randn(2, 3, 6, 6)

@@ -27,14 +27,14 @@ def test_patterns_match_names_and_their_children(patterns, expected):
     assert matching(patterns, NAMES) == set(expected)
 
 
-def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name():
+def test_a_pattern_without_a_match_raises_and_suggests_the_nearest_name():
     with pytest.raises(InputError, match=r"'layer1\.0\.conv3' matches no layer\. Did you mean 'layer1\.0\.conv"):
         matching(["linear", "layer1.0.conv3"], NAMES)
-    with pytest.raises(InputError, match="Linear"):  # case counts
+    with pytest.raises(InputError, match="Linear"):  # matching is case-sensitive
         matching(["Linear"], NAMES)
 
 
-def test_a_long_list_of_layers_is_cut_short():
+def test_a_long_list_of_layers_is_truncated():
     with pytest.raises(InputError, match=r"\.\.\. \(40 in all\)") as refusal:
         matching(["zzz"], [f"features.{number}" for number in range(40)])
     assert len(str(refusal.value)) < 300
@@ -51,7 +51,7 @@ def test_weighted_layers_are_convolutions_and_linears_in_order():
     assert list(weighted_layers(model)) == ["0", "2.1"]
 
 
-def test_without_leaves_out_what_matches():
+def test_without_removes_matching_layers():
     layers = weighted_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))))
     assert list(without(layers, [])) == ["0", "1.0", "1.1"]
     assert list(without(layers, ["1"])) == ["0"]

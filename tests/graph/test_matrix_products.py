@@ -26,7 +26,7 @@ class Applied(nn.Module):
 
 
 class Shapes(fx.Interpreter):
-    """Checks the sizes that every node says its output has, as far as they do not depend on the batch."""
+    """Checks the recorded output size of every node, except for sizes that depend on the batch."""
 
     def run_node(self, n):
         output = super().run_node(n)
@@ -65,7 +65,7 @@ def counted(graph):
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
-def test_written_as_matrix_products_of_the_same_value(kind):
+def test_attention_and_einsum_are_rewritten_as_matrix_products_with_the_same_result(kind):
     function, products = WRITTEN[kind]
     network = Applied(function).eval()
     graph = capture(network, IMAGES)
@@ -76,7 +76,7 @@ def test_written_as_matrix_products_of_the_same_value(kind):
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_what_is_no_matrix_product_stays(kind):
+def test_operators_that_cannot_be_written_as_matrix_products_are_kept(kind):
     graph = capture(Applied(KEPT[kind]).eval(), IMAGES)
     before = graph.code
     write_as_matrix_products(graph)
@@ -84,7 +84,7 @@ def test_what_is_no_matrix_product_stays(kind):
     assert counted(graph) == (0, 1)
 
 
-def test_outputs_of_modules_are_still_found():
+def test_outputs_of_modules_are_found_after_the_rewrite():
     network = nn.Sequential(Applied(F.scaled_dot_product_attention), nn.Flatten(), nn.Linear(144, 2)).eval()
     graph = capture(network, IMAGES)
     write_as_matrix_products(graph)

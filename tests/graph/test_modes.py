@@ -1,4 +1,4 @@
-"""What capture says about random numbers in eval mode and about what is lost in training."""
+"""Warnings about random numbers in eval mode, and notes about training behavior that a captured graph loses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Applied(nn.Module):
 @pytest.mark.parametrize(
     "function", [lambda x: x + torch.rand(1), lambda x: x + torch.randn_like(x), lambda x: F.dropout(x, training=True)]
 )
-def test_random_numbers_in_eval_mode_are_a_warning_with_their_line(function):
+def test_random_numbers_in_eval_mode_cause_a_warning_with_the_line(function):
     with pytest.warns(CompressionWarning, match=r"random numbers in eval mode \(test_modes.py, line \d+: "):
         capture(Applied(function).eval(), IMAGES)
 
@@ -49,7 +49,7 @@ def attended(x):
 
 
 class Rows(nn.Module):
-    """A recurrent layer on the rows of the first channel."""
+    """A recurrent layer over the rows of the first channel."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Rows(nn.Module):
 
 
 @pytest.mark.parametrize("function", [nn.Dropout(0.5), attended, Rows(), nn.RReLU()])
-def test_what_is_random_in_training_alone_is_no_warning(function):
+def test_random_numbers_in_training_only_cause_no_warning(function):
     with warnings.catch_warnings():
         warnings.simplefilter("error", CompressionWarning)
         capture(Applied(function).eval(), IMAGES)
@@ -75,7 +75,7 @@ class Frozen(nn.Sequential):
         return self
 
 
-def test_a_train_of_its_own_is_noted():
+def test_a_custom_train_method_is_noted():
     layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
     network = nn.Sequential(nn.Identity(), Frozen(*layers)).train()
     (note,) = training_notes(capture(network, IMAGES))
@@ -84,7 +84,7 @@ def test_a_train_of_its_own_is_noted():
 
 
 class FunctionalNorm(nn.Module):
-    """F.batch_norm over buffers of its own."""
+    """F.batch_norm with the module's own buffers."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ class FrozenNorm(FunctionalNorm):
         return F.batch_norm(self.conv(images), self.mean, self.var)
 
 
-def test_a_functional_batch_norm_that_trains_is_noted():
+def test_a_functional_batchnorm_that_uses_the_training_mode_is_noted():
     (note,) = training_notes(capture(nn.Sequential(nn.Identity(), FunctionalNorm()), IMAGES))
     assert note.startswith("the compressed network keeps F.batch_norm of 1 in eval mode")
     assert training_notes(capture(nn.Sequential(nn.Identity(), FrozenNorm()), IMAGES)) == ()
@@ -170,7 +170,7 @@ class Checkpointed(Auxiliary):
 
 
 @pytest.mark.parametrize("network", [Auxiliary(), Attention(0.5)], ids=["output", "rate"])
-def test_a_read_of_the_mode_is_noted_with_its_line(network):
+def test_reading_the_training_mode_is_noted_with_the_line(network):
     (note,) = training_notes(capture(nn.Sequential(nn.Identity(), network), IMAGES))
     assert re.search(r"code for eval mode, .* method of 1 reads self\.training \(test_modes\.py, line \d+\)", note)
     line = int(note.rpartition(" ")[2].rstrip(")"))
@@ -221,13 +221,13 @@ class Shake(nn.Module):
 
 
 @pytest.mark.parametrize("network", [Alpha(), Keyword(), Helped(), Shaken()], ids=lambda each: type(each).__name__)
-def test_a_read_of_the_mode_for_another_function_is_noted(network):
+def test_passing_the_training_mode_to_a_function_is_noted(network):
     (note,) = training_notes(capture(network, IMAGES))
     assert re.search(r"forward method of \S+ reads self\.training \(test_modes\.py, line", note)
 
 
 class Parts(nn.Module):
-    """A layer over the positions of a map that the graph contains in parts."""
+    """A layer over the positions of a map, which the graph contains as separate operators."""
 
     def __init__(self, layer):
         super().__init__()
@@ -259,7 +259,7 @@ def test_a_module_without_operators_in_eval_mode_is_noted():
 
 
 @pytest.mark.parametrize("network", [Attention(0.0), Checkpointed(), Passed()], ids=["rate", "checkpoint", "argument"])
-def test_a_read_of_the_mode_without_effect_is_not_noted(network):
+def test_reading_the_training_mode_without_effect_is_not_noted(network):
     assert training_notes(capture(nn.Sequential(nn.Identity(), network), IMAGES)) == ()
 
 
@@ -269,7 +269,7 @@ class Standardized(nn.Conv2d):
         return F.conv2d(images, weight, self.bias)
 
 
-def test_a_weight_that_forward_computes_is_noted():
+def test_a_weight_computed_in_forward_is_noted():
     (note,) = training_notes(capture(nn.Sequential(nn.Identity(), Standardized(3, 4, 1)).eval(), IMAGES))
     assert note.startswith("the compressed network trains the weights of 1.conv2d directly")
     parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
@@ -299,24 +299,24 @@ def detached(values):
     return values + (values.round() - values).detach()
 
 
-def test_a_custom_backward_with_other_gradients_is_noted():
+def test_a_custom_backward_with_different_gradients_is_noted():
     (note,) = training_notes(capture(Applied(StraightThrough.apply).eval(), IMAGES))
     assert note.startswith("the compressed network does not use the custom backward() of StraightThrough")
 
 
 @pytest.mark.parametrize("function", [Swish.apply, detached, F.silu])
-def test_a_gradient_that_autograd_computes_is_not_noted(function):
+def test_a_custom_backward_with_the_gradients_of_autograd_is_not_noted(function):
     assert training_notes(capture(Applied(function).eval(), IMAGES)) == ()
 
 
-def test_prune_warns_of_a_custom_backward():
+def test_prune_warns_about_a_custom_backward():
     layers = nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU(), Applied(StraightThrough.apply)
     layers[-1].conv = nn.Conv2d(32, 4, 1)
     with pytest.warns(CompressionWarning, match=r"custom backward\(\) of StraightThrough"):
         tersor.prune(nn.Sequential(*layers).eval(), torch.rand(8, 3, 4, 4), keep_macs=0.7)
 
 
-def test_an_own_loop_is_warned_of_a_custom_backward():
+def test_a_users_training_loop_gets_a_warning_about_a_custom_backward():
     network = nn.Sequential(Applied(StraightThrough.apply), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     attached = QAT().attach(network.eval(), AttachContext(data=[IMAGES], steps=2))
     attached.begin()
@@ -339,7 +339,7 @@ class Assigns(nn.Module):
         return self.conv(images)
 
 
-def test_torchscript_and_assignments_to_data_are_explained():
+def test_errors_explain_torchscript_and_assignments_to_data():
     with pytest.raises(InputError, match=r"it uses the \.data of a tensor.*Read values with detach\(\)"):
         capture(Assigns(), IMAGES)
     with warnings.catch_warnings():
@@ -350,7 +350,7 @@ def test_torchscript_and_assignments_to_data_are_explained():
 
 
 class Shared(nn.Module):
-    """One convolution under two names."""
+    """One convolution with two names."""
 
     def __init__(self):
         super().__init__()
@@ -361,7 +361,7 @@ class Shared(nn.Module):
         return self.second(images)
 
 
-def test_weights_under_two_names_load_into_the_graph():
+def test_a_state_dict_with_one_weight_under_two_names_loads_into_the_graph():
     network, other = Shared().eval(), Shared().eval()
     graph = capture(network, IMAGES)
     graph.load_state_dict(other.state_dict())
@@ -370,7 +370,7 @@ def test_weights_under_two_names_load_into_the_graph():
         graph.load_state_dict({**other.state_dict(), "third.weight": torch.zeros(1)})
 
 
-def test_a_graph_that_tersor_has_not_captured_is_captured():
+def test_a_graph_module_not_captured_by_tersor_is_captured():
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
     graph = capture(traced, IMAGES)
     assert graph.meta[INPUTS] == (InputSpec(None, (3, 4, 4), "float32"),)
@@ -378,7 +378,7 @@ def test_a_graph_that_tersor_has_not_captured_is_captured():
     assert structure(traced)["inputs"] is None
 
 
-def test_an_lstm_in_parts_keeps_its_name_in_the_costs():
+def test_an_lstm_captured_as_operators_keeps_its_kind_in_the_costs():
     graph = capture(Applied(lambda x: x).eval(), IMAGES)
     assert {each.kind for each in costs(graph, IMAGES).layers} == {"Conv2d"}
     network = nn.Sequential(nn.Flatten(2), nn.LSTM(16, 4, batch_first=True)).eval()

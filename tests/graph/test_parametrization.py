@@ -51,7 +51,7 @@ def test_values_are_rounded_to_the_grid(seed, bits):
         assert integer == pytest.approx(expected, abs=1.001 if near_a_tie else 1e-3)
 
 
-def test_channels_have_a_scale_each():
+def test_every_channel_has_its_own_scale():
     weight = torch.tensor([[1.0, 0.26], [100.0, 26.0]])
     quantizer = FakeQuantize(Grid.signed(3), channels=2)
     quantizer.set_grid(torch.tensor([1 / 3, 100 / 3]))
@@ -63,7 +63,7 @@ def test_disabled_quantizers_return_their_input():
     assert FakeQuantize(Grid.signed(2))(values) is values
 
 
-def test_the_gradient_passes_through_inside_the_range_only():
+def test_the_gradient_is_passed_through_inside_the_range_only():
     quantizer = FakeQuantize(Grid.unsigned(8))
     quantizer.set_grid(torch.tensor(0.1), torch.tensor(0))
     values = torch.tensor([-1.0, 0.04, 12.34, 25.4, 30.0], requires_grad=True)
@@ -71,7 +71,7 @@ def test_the_gradient_passes_through_inside_the_range_only():
     assert values.grad.tolist() == [0, 1, 1, 1, 0]
 
 
-def test_everything_lies_in_the_state_dict():
+def test_the_state_dict_contains_scale_and_enabled_flag():
     quantizer = FakeQuantize(Grid.signed(8), channels=3)
     quantizer.set_grid(torch.tensor([0.1, 0.2, 0.3]))
     fresh = FakeQuantize(Grid.signed(8), channels=3)
@@ -82,7 +82,7 @@ def test_everything_lies_in_the_state_dict():
     assert not fresh.enabled
 
 
-def test_weight_quantizer_is_the_enabled_one():
+def test_weight_quantizer_returns_the_enabled_quantizer():
     layer = nn.Linear(3, 2)
     assert weight_quantizer(layer) is None
     assert list(parametrizations_of(layer)) == []
@@ -94,7 +94,7 @@ def test_weight_quantizer_is_the_enabled_one():
     assert weight_quantizer(nn.ReLU()) is None
 
 
-def test_strip_shows_the_same_and_leaves_no_parametrization():
+def test_strip_keeps_the_outputs_and_removes_all_parametrizations():
     model = network()
     images = draw(1, 2, 3, 8, 8)
     before = model(images)
@@ -107,7 +107,7 @@ def test_strip_shows_the_same_and_leaves_no_parametrization():
         "4.bias",
     }
     assert type(plain[0]) is nn.Conv2d
-    # the model is as it was
+    # the model is unchanged
     assert torch.equal(model(images), before)
     assert set(model.state_dict()) == keys
     assert parametrize.is_parametrized(model[0])
@@ -115,11 +115,11 @@ def test_strip_shows_the_same_and_leaves_no_parametrization():
 
 
 @pytest.mark.parametrize("ready", [True, False])
-def test_the_plain_copy_shares_nothing(ready):
+def test_the_plain_copy_shares_no_tensors_with_the_model(ready):
     model = network()
     for module in model.modules():
         if isinstance(module, FakeQuantize):
-            module.enabled = ready  # one that is not shows the very tensor that it was given
+            module.enabled = ready  # a disabled quantizer returns its input tensor
     images = draw(1, 2, 3, 8, 8)
     before = model(images)
     plain = strip(model)
@@ -139,7 +139,7 @@ def test_strip_of_a_plain_model_is_a_copy():
     assert torch.equal(plain[0].weight, model[0].weight)
 
 
-def test_strip_twice_and_after_a_deepcopy():
+def test_strip_can_be_repeated_and_applied_to_a_deepcopy():
     model = network()
     images = draw(1, 2, 3, 8, 8)
     copied = copy.deepcopy(model)
@@ -147,7 +147,7 @@ def test_strip_twice_and_after_a_deepcopy():
     assert torch.equal(copied(images), model(images))
 
 
-def test_a_module_alone_and_one_with_children_of_its_own():
+def test_strip_works_for_a_single_module_and_for_a_parametrized_module_with_children():
     layer = quantized(nn.Linear(4, 3))
     assert torch.equal(strip(layer).weight, layer.weight)
     attention = weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight")
@@ -159,7 +159,7 @@ def test_a_module_alone_and_one_with_children_of_its_own():
     assert not any(parametrize.is_parametrized(module) for module in plain.modules())
 
 
-def test_a_module_that_is_used_twice_stays_one():
+def test_a_module_that_is_used_twice_stays_shared():
     shared = quantized(nn.Linear(3, 3))
     plain = strip(nn.Sequential(shared, nn.ReLU(), shared))
     assert plain[0] is plain[2]
@@ -173,7 +173,7 @@ def test_a_network_in_another_precision_is_copied_to_float32():
     assert in_float32(plain) is plain
 
 
-def test_the_forward_that_accelerate_wraps_is_the_own_one_in_a_copy():
+def test_a_copy_has_the_original_forward_without_the_wrapper_of_accelerate():
     model = nn.Sequential(nn.Linear(2, 2))
     model._original_forward = model.forward
     model.forward = lambda values: model._original_forward(values) * 2

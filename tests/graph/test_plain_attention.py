@@ -18,7 +18,7 @@ MASKS = {
 
 
 def pair(**options):
-    """The same attention twice, in torch's form and in the plain one."""
+    """The same attention module twice: torch's, and the plain version."""
     torch.manual_seed(0)
     model = nn.ModuleList([nn.MultiheadAttention(8, 2, **options).eval()])
     for parameter in model.parameters():
@@ -56,7 +56,7 @@ def test_layouts_other_keys_and_weights_of_each_head(batch_first, bias):
 
 
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 6}], ids=str)
-def test_what_it_cannot_compute_stays_with_torch(options):
+def test_unsupported_options_keep_the_module_of_torch(options):
     model = nn.ModuleList([nn.MultiheadAttention(8, 2, **options)])
     assert type(with_plain_attention(model)[0]) is nn.MultiheadAttention
 
@@ -72,7 +72,7 @@ class Attends(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"add_zero_attn": True}], ids=str)
-def test_it_is_captured_under_the_keys_of_torch(options):
+def test_plain_attention_is_captured_with_the_keys_of_torch(options):
     torch.manual_seed(0)
     model, images = Attends(**options).eval(), torch.randn(2, 8, 3, 3)
     graph = capture(model, images)

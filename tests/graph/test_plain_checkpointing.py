@@ -1,4 +1,4 @@
-"""Parts of a forward method that are checkpointed keep their gradients in a captured graph."""
+"""Captured graphs keep the gradients of checkpointed parts of a forward method."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("activation", [torch.relu, Swish.apply], ids=["relu", "own function"])
-def test_every_weight_has_the_gradient_of_the_network(activation, reentrant):
+def test_gradients_of_the_graph_equal_those_of_the_checkpointed_network(activation, reentrant):
     network, images = Checkpointed(activation, reentrant).eval(), torch.randn(4, 3, 8, 8, requires_grad=True)
     graph = capture(network, images)
     expected = torch.autograd.grad(network(images).square().sum(), [*network.parameters()], allow_unused=reentrant)
@@ -40,13 +40,13 @@ def test_every_weight_has_the_gradient_of_the_network(activation, reentrant):
         assert pair[0] is None or torch.allclose(*pair, atol=1e-5), name
 
 
-def test_a_pruned_network_trains():
+def test_a_pruned_network_can_be_trained():
     pruned = tersor.prune(Checkpointed(Swish.apply, False).eval(), [torch.randn(8, 3, 8, 8)], keep_macs=0.6)
     pruned.train()(torch.randn(4, 3, 8, 8)).sum().backward()
     assert all(parameter.grad is not None for parameter in pruned.parameters())
 
 
-def test_torch_is_as_before_afterwards():
+def test_the_checkpointing_of_torch_is_restored():
     before = checkpoint.CheckpointFunction
     with without_checkpointing():
         assert checkpoint.CheckpointFunction is not before

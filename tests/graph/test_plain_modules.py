@@ -81,11 +81,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_plain(kind):
+def test_modules_with_standard_behavior_are_plain(kind):
     torch.manual_seed(0)
     assert is_plain(PLAIN[kind]())
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_not_plain(kind):
+def test_modules_with_custom_behavior_are_not_plain(kind):
     assert not is_plain(OTHERS[kind]())

@@ -1,4 +1,4 @@
-"""What a plain copy no longer does in training is noted."""
+"""Notes about training behavior that a plain copy loses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_plain_network_has_no_notes():
     assert folding_notes(network()) == []
 
 
-def test_prune_warns_of_a_folded_norm():
+def test_prune_warns_about_a_folded_norm():
     with pytest.warns(CompressionWarning, match=r"2: its reparametrization .* is trained without it"):
         tersor.prune(network(weight_norm).eval(), IMAGES, keep_macs=0.6, round_to=1)
 

@@ -1,4 +1,4 @@
-"""Networks that store functions which use their modules: the copies of such networks run their own modules."""
+"""Networks that store functions which use their modules: copies of such networks use the modules of the copy."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_copied_function_keeps_name_and_arguments():
     assert torch.equal(copied(features, scale=1.0), network.conv(features))
 
 
-def test_functions_without_modules_stay_the_same():
+def test_functions_that_do_not_use_the_networks_modules_are_not_copied():
     network = Network(a_lambda)
     network.activation, other = F.relu, nn.Linear(2, 2)
     network.scale = lambda features: 2 * other(features)
@@ -114,13 +114,13 @@ def test_functions_without_modules_stay_the_same():
     assert copied.halved is halved
 
 
-def test_such_a_network_is_computed_in_integers(network, tmp_path):
+def test_a_network_with_stored_functions_is_computed_in_integers(network, tmp_path):
     quantized = tersor.quantize(network, IMAGES)
     assert tersor.integer_coverage(quantized, IMAGES).operators == ()
     assert tersor.export(quantized, IMAGES, tmp_path / "model.onnx").stat().st_size
 
 
-def test_the_layers_of_such_a_network_are_trained(network):
+def test_a_copy_of_a_network_with_stored_functions_can_be_trained(network):
     copied = plain_copy(network).train()
     copied(IMAGES).sum().backward()
     assert all(each.grad is not None for each in copied.stem.parameters())

@@ -96,7 +96,7 @@ def errors_of(out: Path) -> str:
 
 
 def whole(folder: Path, name: str = "whole") -> Whole:
-    """Run to the end, unless that was done before."""
+    """Run to the end, if that has not been done yet."""
     out, log = folder / name, folder / f"{name}.log"
     if not log.exists():
         shutil.rmtree(out, ignore_errors=True)
@@ -134,7 +134,7 @@ def require_same(folder: Path, expected: Whole, out: Path) -> None:
 
 
 def require_nothing_half_written(out: Path, child: Any) -> None:
-    """The run ended with one message and exit code 2, and left only what it resumes from."""
+    """The run ended with one error message and exit code 2, and left only the files that it can be resumed from."""
     child.join(LONGEST)
     errors = errors_of(out)
     assert child.exitcode == 2, errors[-3000:]

@@ -29,7 +29,7 @@ from tersor.evaluation.process_footprint import Footprint
 from tersor.pipeline import stages
 
 decomposed_once.pytest_configure()
-torch.set_num_threads(1)  # sums in one order, and no thread when the process forks
+torch.set_num_threads(1)  # deterministic order of sums, and no threads when the process forks
 with tempfile.TemporaryDirectory() as _folder:  # torch imports most of its exporter on the first export
     export(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval(), torch.zeros(1, 3, 1, 1), Path(_folder) / "a.onnx")
 

@@ -135,7 +135,7 @@ class Stops(NullProgress):
 
 @functools.cache
 def images(count: int = 300) -> Tensor:
-    """Test images (N, 3, 8, 8), normalised."""
+    """Normalized test images (N, 3, 8, 8)."""
     experiment = experiment_of(recipe())
     return next(iter(experiment.batches(load(name="digits").test, count))).images
 

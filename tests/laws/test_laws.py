@@ -274,7 +274,7 @@ def test_a_skipped_optimizer_step_keeps_masks_and_levels(name):
 
 
 def chained(first, second):
-    """The networks after a stage with both methods, for every allowed order, and the refusals."""
+    """The networks after a stage with both methods, for every allowed order, and the errors for other orders."""
     ends, refusals = [], []
     for pair in ((first, second), (second, first)):
         try:

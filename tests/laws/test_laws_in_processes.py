@@ -76,7 +76,7 @@ def require_same_ends(name, out):
 
 
 @pytest.mark.slow
-def test_processes_that_accelerate_launches(tmp_path):
+def test_processes_launched_by_accelerate_finish(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

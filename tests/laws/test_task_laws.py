@@ -1,4 +1,4 @@
-"""Laws for every method on a network of each task: it works, or one error says what the task lacks."""
+"""Laws for every method on a network of each task: the method works, or one error states what the task lacks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VALUES = torch.stack([IMAGES.mean((1, 2, 3)), IMAGES.std((1, 2, 3))], 1)
 
 
 class Network(nn.Module):
-    """A convolution, a residual block, and the outputs that `kind` asks for."""
+    """A convolution, a residual block, and the outputs required by the task `kind`."""
 
     def __init__(self, kind):
         super().__init__()
@@ -119,7 +119,7 @@ def trained(method, kind):
 
 
 def lacks(method, kind):
-    """Whether the task lacks what the method says it needs."""
+    """Whether the task lacks something that the method declares as needed."""
     no_logits = tasks.get(kind).logits is Task.logits
     return (getattr(method, "needs_logits", False) and no_logits) or (
         getattr(method, "needs_classes", False) and kind != "segmentation"
@@ -137,8 +137,8 @@ def check_outputs(model, kind):
 
 
 @pytest.mark.parametrize("name", registry.names())
-def test_every_task(name):
-    """Every method trains a network of each task, or says in `attach` what the task lacks, and what to write."""
+def test_every_method_trains_a_network_of_each_task_or_raises(name):
+    """Every method trains a network of each task, or `attach` raises an error with what is missing."""
     for kind in TARGETS:
         method = build_method(name, "example")
         if hasattr(method, "iterations"):  # the length of the reconstruction does not matter here
@@ -161,7 +161,7 @@ PRUNED = [
 
 
 @pytest.mark.parametrize(("name", "options"), PRUNED, ids=str)
-def test_importance_by_outputs_and_by_the_loss(name, options):
+def test_obs_and_taylor_importance_work_for_every_task(name, options):
     for kind in TARGETS:
         method = registry.get(name)(**options)
         if options["importance"] == "taylor" and tasks.get(kind).from_original:
@@ -176,7 +176,7 @@ def test_importance_by_outputs_and_by_the_loss(name, options):
 
 @torch.no_grad()
 def in_float(kind):
-    """Targets that the network in float predicts without an error; None for a task that needs none."""
+    """Targets that the float network predicts without an error; None for a task that needs none."""
     task = tasks.build(kind)
     return None if task.from_original else task.predictions(captured(kind)[0](IMAGES)).to(TARGETS[kind])
 

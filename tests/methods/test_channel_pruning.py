@@ -20,7 +20,7 @@ from tersor.training.method import chain
 
 IMAGES = torch.rand(8, 3, 16, 16)
 STREAM = ("*.conv2",)
-"""What writes into the residual stream of a ResNet."""
+"""The layers that write into the residual stream of a ResNet."""
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_latency_is_met_and_no_more_goes_than_it_takes(model, keep):
     assert any(f"{0.3 + 0.7 * fraction:.3f} of the measured latency at batch size 1" in note for note in result.notes)
 
 
-def test_a_latency_that_no_width_reaches_is_told(model):
+def test_a_latency_that_no_width_reaches_raises(model):
     with pytest.raises(InputError, match=r"keep_latency: 0.3 cannot be met: a fraction of 0.9\d\d remain"):
         attached(model, keep_latency=0.3, latency=Curve(lambda macs: 0.9 + 0.1 * macs))
     with pytest.raises(InputError, match="latency_ratio"):
@@ -69,14 +69,14 @@ def test_a_latency_that_no_width_reaches_is_told(model):
 
 
 @pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])
-def test_no_latency_is_measured_for_another_target(model, kind):
+def test_latency_is_not_measured_for_another_target(model, kind):
     def measure(*_arguments):
         pytest.fail("latency was measured")
 
     attached(model, latency=measure, **{f"keep_{kind}": 0.8})
 
 
-def test_what_is_timed_are_copies(model):
+def test_measuring_latency_does_not_change_the_model(model):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(InputError):
         attached(model, keep_latency=0.3, latency=Curve(lambda _macs: 1.0))
@@ -85,14 +85,14 @@ def test_what_is_timed_are_copies(model):
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
-def test_no_more_stays_than_was_asked(model, scope, kind):
+def test_at_most_the_requested_fraction_remains(model, scope, kind):
     before = costs(model, IMAGES[:1])
     after = costs(attached(model, scope=scope, **{f"keep_{kind}": 0.6}).model, IMAGES[:1])
     left = getattr(after, kind) / getattr(before, kind)
     assert 0.4 < left <= 0.6
 
 
-def test_widths_are_rounded_and_none_falls_below_the_floor(model):
+def test_widths_are_rounded_and_at_least_the_floor(model):
     pruned = attached(model, keep_channels=0.4, round_to=4, floor=0.3).model
     widths = {
         name: pruned.get_submodule(name).out_channels
@@ -107,7 +107,7 @@ def test_widths_are_rounded_and_none_falls_below_the_floor(model):
     assert pruned(IMAGES).shape == (8, 10)
 
 
-def test_the_channels_that_go_are_the_smallest(model):
+def test_the_channels_with_the_smallest_weights_are_removed(model):
     weight = model.layer1[0].conv1.weight.data
     small = torch.arange(1, 16, 2)
     weight[small] *= 0.01
@@ -129,7 +129,7 @@ def test_every_importance_meets_the_target(model, importance):
     assert 0.5 < costs(pruned, IMAGES[:1]).macs / before <= 0.7
 
 
-def test_a_function_of_ones_own_says_which_go(model, tmp_path, monkeypatch):
+def test_a_users_importance_function_selects_the_channels(model, tmp_path, monkeypatch):
     (tmp_path / "keeps_the_last.py").write_text(
         "import torch\ndef last(group): return torch.arange(len(group.slices))\n"
     )
@@ -141,12 +141,12 @@ def test_a_function_of_ones_own_says_which_go(model, tmp_path, monkeypatch):
         ChannelPruning(importance="magnitud")
 
 
-def test_what_a_dead_channel_gave_stays():
-    """Of a network without BatchNorm behind: nothing changes where the channels that go are dead."""
+def test_constant_outputs_of_removed_channels_are_compensated():
+    """Without a BatchNorm after the layer, removing dead channels does not change the outputs."""
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
-    model[1].running_mean.uniform_(-1, 1)  # statistics of images that nobody has
+    model[1].running_mean.uniform_(-1, 1)  # statistics that match no images
     model[1].running_var.uniform_(0.5, 2)
     with torch.no_grad():
         model[1].weight[::2], model[1].bias[::2] = 0, 0.8
@@ -158,7 +158,7 @@ def test_what_a_dead_channel_gave_stays():
     assert torch.allclose(result.model(IMAGES), expected, atol=1e-5)
 
 
-def test_batchnorm_gives_what_it_gave_by_mean_and_spread(model):
+def test_mean_and_deviation_of_batchnorm_outputs_are_restored(model):
     model.train()
     for _ in range(200):
         model(IMAGES)
@@ -179,7 +179,7 @@ def test_batchnorm_gives_what_it_gave_by_mean_and_spread(model):
     assert (given(result.model) - expected).abs().max() < 0.01
 
 
-def test_looking_at_what_reaches_batchnorm_leaves_it_as_it_was(model):
+def test_measuring_the_inputs_of_batchnorm_does_not_change_the_network(model):
     model(IMAGES)
     before = copy.deepcopy(model.state_dict())
     found = moments_of_batches(capture(model, IMAGES), [IMAGES], 8)
@@ -193,26 +193,26 @@ def test_looking_at_what_reaches_batchnorm_leaves_it_as_it_was(model):
     assert not model.bn1.training
 
 
-def test_keeping_all_changes_nothing(model):
+def test_keeping_everything_changes_nothing(model):
     before = model(IMAGES)
     result = attached(model, keep_macs=1.0)
     result.begin()
     assert torch.equal(result.model(IMAGES), before)
 
 
-def test_what_stays_whole_is_said(model):
+def test_layers_that_cannot_be_pruned_are_listed_in_the_notes(model):
     notes = attached(model, keep_macs=0.6).notes
     assert "the channels of linear are not removed, since they are outputs of the network" in notes
 
 
-def test_pruned_then_quantized(model):
+def test_a_network_is_pruned_and_then_quantized(model):
     result = chain([ChannelPruning(keep_macs=0.6), PTQ()], model, AttachContext(data=[IMAGES]))
     result.begin()
     assert result.model(IMAGES).isfinite().all()
 
 
 class Crnn(nn.Module):
-    """Convolutions whose columns a recurrent layer reads."""
+    """Convolutions, followed by a recurrent layer over the columns."""
 
     def __init__(self, kind):
         super().__init__()
@@ -225,7 +225,7 @@ class Crnn(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_the_fraction_is_of_all_macs_those_of_recurrent_layers_too(kind):
+def test_the_fraction_includes_the_macs_of_recurrent_layers(kind):
     network = Crnn(kind).eval()
     before = costs(network, IMAGES[:1])
     inside = 8 * sum(weight.numel() for name, weight in network.rnn.named_parameters() if "weight" in name)
@@ -246,21 +246,21 @@ def test_a_fraction_that_is_not_reached_says_by_how_much_and_because_of_which_la
     left = (narrow + spent["0.head"] + spent["2"]) / total
     with pytest.raises(InputError) as caught:
         attached(network, keep_macs=0.1, round_to=4)
-    told = str(caught.value)
-    assert f"keep_macs: 0.1 cannot be met: a fraction of {left:.3f} remains after all possible removals, " in told
-    assert f", {left - 0.1:.3f} more than the target" in told
-    assert f"Remaining fraction of all MACs: {spent['2'] / total:.3f} in 2 (no part of it is removed), " in told
-    assert f"{narrow / total:.3f} in 0.rnn, 0.b, 0.a (as narrow as `floor` and `round_to` allow)" in told
+    message = str(caught.value)
+    assert f"keep_macs: 0.1 cannot be met: a fraction of {left:.3f} remains after all possible removals, " in message
+    assert f", {left - 0.1:.3f} more than the target" in message
+    assert f"Remaining fraction of all MACs: {spent['2'] / total:.3f} in 2 (no part of it is removed), " in message
+    assert f"{narrow / total:.3f} in 0.rnn, 0.b, 0.a (as narrow as `floor` and `round_to` allow)" in message
     share = spent["0.head"] / total
-    assert f"{share:.3f} in 0.head (output channels not removed: _1 fails if some of them are removed: " in told
+    assert f"{share:.3f} in 0.head (output channels not removed: _1 fails if some of them are removed: " in message
     of_floor = ", or (in a recipe) a lower `floor`."
-    assert told.endswith(f"Write {math.ceil(1000 * left) / 1000:.3f} or more, or a lower `round_to`{of_floor}")
+    assert message.endswith(f"Write {math.ceil(1000 * left) / 1000:.3f} or more, or a lower `round_to`{of_floor}")
     for floor, words in ((0.1, of_floor), (0.0, ".")):
         with pytest.raises(InputError, match=rf"Write [\d.]+ or more{re.escape(words)}$"):
             attached(network, keep_macs=0.001, round_to=1, floor=floor)
 
 
-def test_operators_without_a_count_are_said_to_be_left_out(model):
+def test_uncounted_operators_are_listed_in_the_notes(model):
     class Spectrum(nn.Module):
         def forward(self, images):
             return images + torch.fft.fft2(images).real
@@ -269,16 +269,16 @@ def test_operators_without_a_count_are_said_to_be_left_out(model):
     assert "the MACs do not include these uncounted operators: aten._fft_c2c in 0" in attached(network).notes
 
 
-def test_layers_that_are_excluded_or_alike_are_told_together(model):
+def test_excluded_layers_and_similar_layers_are_listed_together_in_the_error(model):
     with pytest.raises(InputError) as caught:
         attached(model, keep_parameters=0.01, exclude=("layer2",), round_to=1, floor=0)
-    told = str(caught.value)
-    assert "Remaining fraction of all parameters: " in told
-    assert re.search(r"0\.\d+ in layer2\.\d\.conv\d, .*, \.\.\. \(\d+ in all\) \(excluded\)", told)
-    assert told.endswith(" or more.")
+    message = str(caught.value)
+    assert "Remaining fraction of all parameters: " in message
+    assert re.search(r"0\.\d+ in layer2\.\d\.conv\d, .*, \.\.\. \(\d+ in all\) \(excluded\)", message)
+    assert message.endswith(" or more.")
 
 
-def test_mistakes_are_told(model):
+def test_wrong_arguments_and_unsupported_networks_raise(model):
     with pytest.raises(InputError, match="one target"):
         attached(model, keep_macs=0.5, keep_channels=0.5)
     with pytest.raises(InputError, match="needs images"):
@@ -298,7 +298,7 @@ def test_mistakes_are_told(model):
         chain([ChannelPruning(keep_macs=0.8), ChannelPruning(keep_macs=0.7)], model, AttachContext(data=[IMAGES]))
 
 
-def test_what_is_left_trains_also_when_it_was_trained_before(model):
+def test_a_network_with_stored_gradients_can_be_trained_after_pruning(model):
     model.train()(IMAGES).square().mean().backward()
     result = attached(model, keep_macs=0.6)
     result.begin()
@@ -309,7 +309,7 @@ def test_what_is_left_trains_also_when_it_was_trained_before(model):
     assert not torch.equal(result.model.get_submodule("layer1.0.conv1").weight, before)
 
 
-def test_branches_go_whole_before_channels_do(model):
+def test_branches_are_removed_before_channels(model):
     before = costs(model, IMAGES[:1])
     weak = model.layer2[1]
     weak.bn2.weight.data *= 1e-3
@@ -328,20 +328,20 @@ def test_branches_go_whole_before_channels_do(model):
 
 
 def convolutions(result):
-    """Of all blocks but the one that goes above."""
+    """The convolutions of all blocks except the one that is removed above."""
     layers = result.model.named_modules()
     return [each for name, each in layers if isinstance(each, nn.Conv2d) and not name.startswith("layer2.1.")]
 
 
-@pytest.mark.parametrize(("kind", "gone"), [("macs", "layer1.1"), ("parameters", "layer3.1")])
-def test_of_branches_that_are_missed_alike_those_go_that_cost_most(model, kind, gone, monkeypatch):
+@pytest.mark.parametrize(("kind", "removed"), [("macs", "layer1.1"), ("parameters", "layer3.1")])
+def test_of_equally_important_branches_the_most_expensive_is_removed(model, kind, removed, monkeypatch):
     monkeypatch.setattr("tersor.methods.channel_pruning.removal_cost", lambda _graph, found, *_: [1.0] * len(found))
     model.layer1[1].conv1 = nn.Conv2d(16, 16, 5, padding=2, bias=False)  # more MACs than any other
     result = attached(model, **{f"keep_{kind}": 0.9}, branches=1, exclude=STREAM)
-    assert f"removed branches: {gone}.conv1 to {gone}.bn2" in result.notes
+    assert f"removed branches: {removed}.conv1 to {removed}.bn2" in result.notes
 
 
-def test_a_latency_is_one_of_the_network_with_its_branches(model):
+def test_target_fractions_are_relative_to_the_network_with_its_branches(model):
     ratios = Curve(lambda macs: macs)
     before = costs(model, IMAGES[:1]).macs
     result = attached(copy.deepcopy(model), keep_latency=0.6, branches=2, latency=ratios)
@@ -352,7 +352,7 @@ def test_a_latency_is_one_of_the_network_with_its_branches(model):
         attached(model, keep_macs=0.1, branches=2, floor=0.5)
 
 
-def test_more_branches_than_there_are_is_told(model):
+def test_too_many_branches_raise(model):
     with pytest.raises(InputError, match=r" has 9 that can be removed: layer1\.0\.conv1 to layer1\.0\.bn2 \.\.\. "):
         attached(model, branches=10)
     with pytest.raises(InputError, match=r"has none that can be removed\. Write branches: 0\."):
@@ -361,7 +361,7 @@ def test_more_branches_than_there_are_is_told(model):
         )
 
 
-def test_branches_alone_may_be_enough(model):
+def test_removing_branches_can_be_enough(model):
     result = attached(model, keep_macs=0.95, branches=1, exclude=("*",))
     assert len(result.notes) == 1
     result.begin()
@@ -369,7 +369,7 @@ def test_branches_alone_may_be_enough(model):
     assert [name for name, layer in result.model.named_modules() if isinstance(layer, nn.Conv2d)] == ["conv1"]
 
 
-def test_a_network_that_is_refused_is_as_it_was(model):
+def test_a_network_is_not_changed_if_pruning_raises(model):
     graph = capture(model, IMAGES)
     before = {key: value.clone() for key, value in graph.state_dict().items()}
     with pytest.raises(InputError, match="cannot be met"):

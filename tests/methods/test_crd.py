@@ -1,4 +1,4 @@
-"""crd against numbers of the authors' code (produced by tests/golden/crd.py)."""
+"""crd compared with numbers from the authors' code (produced by tests/golden/crd.py)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def term():
     return made.train()
 
 
-def test_losses_gradients_and_memories_are_the_authors(term, monkeypatch):
+def test_losses_gradients_and_memories_equal_those_of_the_authors_code(term, monkeypatch):
     for step in GOLDEN["steps"]:
         monkeypatch.setattr(torch, "randint", lambda *_args, _drawn=step["drawn"], **_kwargs: torch.tensor(_drawn))
         student = features(step["student"]).requires_grad_()

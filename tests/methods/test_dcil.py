@@ -1,4 +1,4 @@
-"""DCIL: the authors' step, the refined gradient, two sets of statistics, and each switch."""
+"""DCIL: two steps of the authors' code, the refined gradient, two sets of statistics, and each option."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tersor.training.options import Training
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dcil.json").read_text())
 OF_THE_CODE = {"bn1": "bn1", "block.bn1": "block.bn1", "block.bn2": "block.bn2", "linear": "fc"}
-"""Our parts -> the authors', which end in _part or _full."""
+"""Our module names -> those of the authors' code, which end in _part or _full."""
 
 
 class Block(nn.Module):
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Small(nn.Module):
-    """As the network of golden/dcil.py, with one path."""
+    """The network of golden/dcil.py, with one path."""
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ def own(objective):
 
 
 def tensors_of(objective):
-    """All that there is, under the names that the authors' code has for it."""
+    """All tensors, under their names in the authors' code."""
     model = objective.model
     found = {f"{name}.weight": original(model, name) for name in ("conv1", "block.conv1", "block.conv2")}
     for ours, theirs in OF_THE_CODE.items():
@@ -100,7 +100,7 @@ def tensors_of(objective):
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_two_steps_are_the_authors(captured):
+def test_two_steps_equal_those_of_the_authors_code(captured):
     model = small()
     attached = attached_to(capture(model, BATCH.images) if captured else model)
     objective = objective_of(attached)
@@ -141,8 +141,8 @@ def copied(model):
 
 
 @pytest.mark.parametrize("refined", [True, False])
-def test_the_refined_gradient_to_the_bit(refined):
-    """Kept weights by the masked path, masked ones by the dense one; without it, all by both."""
+def test_the_refined_gradient_is_bit_identical_to_its_definition(refined):
+    """Kept weights get the masked path's gradient, masked ones the dense path's; without it, all get the sum."""
     objective = objective_of(attached_to(model := small(), refined_gradient=refined, mutual=False))
     loss_of(objective).backward()
     found = copied(model)
@@ -161,7 +161,7 @@ def test_the_refined_gradient_to_the_bit(refined):
             assert torch.allclose(gradient, masked + dense, atol=1e-6)
 
 
-def test_there_are_two_sets_of_statistics_and_two_heads():
+def test_masked_and_dense_path_have_their_own_statistics_and_heads():
     objective = objective_of(attached_to(model := small()))
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     for _ in range(3):
@@ -179,7 +179,7 @@ def test_there_are_two_sets_of_statistics_and_two_heads():
     assert any("running_mean" in name for name in objective.terms.state_dict()), "snapshots do"
 
 
-def test_without_them_one_set_sees_both_paths():
+def test_without_own_norms_both_paths_share_one_set_of_statistics():
     objective = objective_of(attached_to(model := small(), own_norms=False))
     loss_of(objective).backward()
     assert not own(objective)
@@ -193,7 +193,7 @@ def test_a_masked_head_is_shared():
 
 
 @pytest.mark.parametrize("mutual", [True, False])
-def test_both_learn_from_each_other_after_a_while(mutual):
+def test_both_paths_learn_from_each_other_after_the_warmup(mutual):
     attached = attached_to(small(), steps=10, warmup=0.3, mutual=mutual)
     objective = objective_of(attached)
     seen = []
@@ -208,7 +208,7 @@ def test_both_learn_from_each_other_after_a_while(mutual):
     assert max(map(abs, seen[3:])) < 1e-5 or mutual
 
 
-def test_mutual_loss_slowly():
+def test_mutual_loss_equals_a_slow_implementation():
     first, second = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     slow = 0.0
     for one, other in zip(first, second, strict=True):
@@ -218,7 +218,7 @@ def test_mutual_loss_slowly():
 
 
 def trained(methods, teacher=None, accumulate=1, **options):
-    """Eight steps of the loop."""
+    """The attachment and the result of eight training steps."""
     draw = torch.Generator().manual_seed(0)
     images, labels = torch.randn(32, 3, 6, 6, generator=draw), torch.arange(32) % 3
     batches = Given([Batch(images[start : start + 8], labels[start : start + 8]) for start in range(0, 32, 8)])
@@ -237,7 +237,7 @@ class Given(list):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_with_a_teacher_under_autocast_and_accumulation(precision, accumulate):
+def test_dcil_works_with_a_teacher_autocast_and_accumulation(precision, accumulate):
     methods = [SoftTargets(), DCIL(sparsity=0.7, every=2, end=0.5)]
     attached, fitted = trained(methods, teacher=small(1).eval(), accumulate=accumulate, precision=precision)
     assert fitted.precision == precision
@@ -248,7 +248,7 @@ def test_with_a_teacher_under_autocast_and_accumulation(precision, accumulate):
     assert {mask.gradient for mask in masks} == {"masked"}
 
 
-def test_the_dense_path_sees_no_grid():
+def test_the_dense_path_is_not_quantized():
     attached, _ = trained([DCIL(sparsity=0.7, every=2), QAT(bits=2)])
     model = attached.model
     quantizers = [each for each in model.modules() if isinstance(each, FakeQuantize)]
@@ -260,7 +260,7 @@ def test_the_dense_path_sees_no_grid():
     assert len(conv.weight[0].unique()) <= 4
 
 
-def test_what_cannot_be():
+def test_invalid_settings_raise():
     with pytest.raises(InputError, match="0 steps"):
         DCIL().attach(small(), AttachContext())
     with pytest.raises(InputError, match="floor"):

@@ -86,7 +86,7 @@ def test_modules_of_a_term_are_initialized_from_the_methods_seed(method):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize(("student", "teacher"), [("resnet20", "resnet18"), ("mobilenet_v2", "resnet20")])
-def test_student_and_teacher_may_be_of_different_families(method, student, teacher):
+def test_student_and_teacher_can_belong_to_different_families(method, student, teacher):
     pupil, master = networks(student, teacher)
     attached = method.attach(pupil, AttachContext(data=Loader(), teacher=master, steps=10))
     attached.begin()
@@ -94,7 +94,7 @@ def test_student_and_teacher_may_be_of_different_families(method, student, teach
     assert all(torch.isfinite(loss) for loss in found.values())
 
 
-def test_transformers_and_convolutional_networks_distill_each_other():
+def test_transformers_and_convolutional_networks_can_distill_each_other():
     from torchvision.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_transformers_and_convolutional_networks_distill_each_other():
             assert all(torch.isfinite(loss) for loss in found.values())
 
 
-def test_layers_that_cannot_be_paired_are_refused():
+def test_layers_that_cannot_be_paired_raise():
     student, teacher = networks()
     given = {"data": Loader(), "method": "fitnet"}
     with pytest.raises(InputError, match=r"fitnet needs a teacher"):
@@ -130,7 +130,7 @@ def test_layers_that_cannot_be_paired_are_refused():
         match_layers(student, teacher, ("linear",), (), **given)
 
 
-def test_shape_changes_after_layer_pairing_are_refused():
+def test_shape_changes_after_layer_pairing_raise():
     student, teacher = networks()
     methods = [FitNet(), ChannelPruning(keep_macs=0.7, estimation_images=32)]
     with pytest.raises(
@@ -148,7 +148,7 @@ def test_without_a_regressor_the_channels_must_be_equal():
         FitNet(regressor=False).attach(student, AttachContext(data=Loader(), teacher=wide))
 
 
-def test_the_paraphraser_is_trained_first_and_then_frozen():
+def test_the_paraphraser_is_trained_before_the_student_and_then_frozen():
     student, teacher = networks()
     method = FactorTransfer(paraphraser_epochs=8, paraphraser_learning_rate=0.05, batch_norm=True)
     progress = RecordedProgress()
@@ -190,7 +190,7 @@ def test_the_paraphrase_rate_is_relative_to_the_teachers_channels(rate, channels
     assert all(part.bias is not None for part in convolutions)
 
 
-def test_decoupled_needs_labels_and_warms_up():
+def test_dkd_needs_labels_and_has_a_warmup():
     student, teacher = networks()
     attached = DKD(warmup=0.5).attach(student, AttachContext(teacher=teacher, steps=8))
     images = Loader().images[:4]
@@ -204,7 +204,7 @@ def test_decoupled_needs_labels_and_warms_up():
     assert float(DKD(warmup=0).attach(student, AttachContext(teacher=teacher, steps=8)).terms[0].warmup) == 1
 
 
-def test_crd_updates_the_memories_of_its_images():
+def test_crd_updates_the_memories_of_the_images_in_the_batch():
     student, teacher = networks()
     attached = CRD(negatives=8, width=16).attach(student, AttachContext(data=Loader(), teacher=teacher))
     term = attached.terms[0]
@@ -221,7 +221,7 @@ def test_crd_updates_the_memories_of_its_images():
         CRD().attach(student, AttachContext(data=[Loader().images], teacher=teacher))
 
 
-def test_layer_distillation_with_pruning_and_quantization_in_one_stage():
+def test_layer_distillation_is_combined_with_pruning_and_quantization_in_one_stage():
     student, teacher = networks("resnet20", "resnet20")
     methods = [
         ChannelPruning(keep_macs=0.7, estimation_images=32),

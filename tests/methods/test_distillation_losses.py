@@ -1,4 +1,4 @@
-"""The distillation losses against slow implementations of their formulas."""
+"""The distillation losses compared with slow implementations of their formulas."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kl(teacher, student):
 
 
 @given(seeds, st.sampled_from([1, 2, 4]))
-def test_attention(seed, p):
+def test_attention_loss_equals_a_slow_implementation(seed, p):
     (a, b) = drawn(seed, (2, 3, 4, 5), (2, 6, 4, 5))
 
     def attention(image):
@@ -61,7 +61,7 @@ def test_scaled_features_have_the_same_attention():
 
 
 @given(seeds, st.sampled_from([1, 2]))
-def test_factor(seed, p):
+def test_factor_loss_equals_a_slow_implementation(seed, p):
     (a, b) = drawn(seed, (2, 4, 3, 3), (2, 4, 3, 3))
     total = 0.0
     for ours, theirs in zip(a.flatten(1).tolist(), b.flatten(1).tolist(), strict=True):
@@ -76,14 +76,14 @@ def test_the_scale_of_the_factor_loss_does_not_depend_on_the_number_of_channels(
     assert float(factor_loss(*few, p)) == pytest.approx(float(factor_loss(*many, p)), rel=0.05)
 
 
-def test_the_factor_loss_at_the_authors_size_is_the_authors():
+def test_the_factor_loss_at_the_authors_feature_size_equals_that_of_the_authors():
     (a, b) = drawn(3, (4, 32, 8, 8), (4, 32, 8, 8))
     authors = 500 * (F.normalize(a.flatten(1)) - F.normalize(b.flatten(1))).abs().mean()
     assert 500 / 2048 * math.sqrt(2048) * float(factor_loss(a, b, 1)) == pytest.approx(float(authors), rel=1e-5)
 
 
 @given(seeds, st.sampled_from([1.0, 2.0, 4.0]))
-def test_decoupled(seed, temperature):
+def test_decoupled_losses_equal_a_slow_implementation(seed, temperature):
     (a, b) = (3 * values for values in drawn(seed, (3, 5), (3, 5)))
     labels = torch.tensor([0, 3, 4])
     target = others = 0.0
@@ -114,7 +114,7 @@ def test_extreme_logits_give_finite_decoupled_losses():
 
 
 @given(seeds)
-def test_correlation(seed):
+def test_correlation_distance_equals_a_slow_implementation(seed):
     (a, b) = drawn(seed, (4, 6), (4, 6))
     total = 0.0
     for x, y in zip(a.tolist(), b.tolist(), strict=True):
@@ -131,7 +131,7 @@ def test_correlation_ignores_scale_and_shift():
 
 
 @given(seeds)
-def test_hierarchy(seed):
+def test_hierarchical_loss_equals_a_slow_implementation(seed):
     (a, b) = (values.float() for values in drawn(seed, (2, 3, 8, 8), (2, 3, 8, 8)))
 
     def pooled(values, level):
@@ -156,7 +156,7 @@ def test_hierarchy(seed):
 
 
 @given(seeds)
-def test_contrast(seed):
+def test_contrastive_loss_equals_a_slow_implementation(seed):
     draw = torch.Generator().manual_seed(seed)
     similar = torch.rand(3, 5, generator=draw, dtype=torch.float64) + 0.1
     total = 0.0
@@ -168,7 +168,7 @@ def test_contrast(seed):
 
 
 @given(seeds)
-def test_standardized_logits(seed):
+def test_standardized_logits_equal_a_slow_implementation(seed):
     (logits,) = drawn(seed, (3, 6))
     for row, found in zip(logits.tolist(), standardized(logits).tolist(), strict=True):
         mean = sum(row) / 6

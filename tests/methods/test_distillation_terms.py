@@ -1,4 +1,4 @@
-"""The terms of `attach` against their formulas, for every option of a method.
+"""The terms of `attach` compared with their formulas, for every option of a method.
 
 The formulas are those of `test_distillation_losses.py`; these tests combine pairs, pooling, weights and options.
 """
@@ -72,7 +72,7 @@ def test_soft_targets(networks, standardize):
 
 @pytest.mark.parametrize("mode", ["code", "paper"])
 @pytest.mark.parametrize("p", [1, 2, 4])
-def test_attention(networks, p, mode):
+def test_attention_transfer_term_equals_its_formula(networks, p, mode):
     method = AttentionTransfer(p=p, mode=mode, loss_weight=30, label_weight=0.2)
     attached, batch, ours, theirs = attached_outputs(method, networks)
     assert len(attached.layers) == 3
@@ -84,7 +84,7 @@ def test_attention(networks, p, mode):
 
 @pytest.mark.parametrize(("layer", "teacher_layer"), [("layer3", "relu"), ("layer1", "layer2")])
 @pytest.mark.parametrize("p", [1, 2])
-def test_factors(networks, p, layer, teacher_layer):
+def test_factor_transfer_term_equals_its_formula(networks, p, layer, teacher_layer):
     method = FactorTransfer(layer=layer, teacher_layer=teacher_layer, p=p, loss_weight=7, label_weight=0.2)
     attached, batch, ours, theirs = attached_outputs(method, networks)
     (term,) = attached.terms
@@ -110,22 +110,22 @@ def test_the_paraphraser_minimizes_the_selected_error(networks, reconstruction):
     attached.begin()
     for before, after in zip(paraphraser.parameters(), attached.terms[0].paraphraser.parameters(), strict=True):
         torch.testing.assert_close(after, before - 0.01 * (before.grad + 5e-4 * before), rtol=1e-4, atol=1e-7)
-    told = attached.metrics["reconstruction"]
-    assert told["layer"] == attached.layers[0][1]
-    assert told["errors"] == [pytest.approx(float(error.detach().abs().mean() / features.abs().mean()), rel=1e-4)]
+    metrics = attached.metrics["reconstruction"]
+    assert metrics["layer"] == attached.layers[0][1]
+    assert metrics["errors"] == [pytest.approx(float(error.detach().abs().mean() / features.abs().mean()), rel=1e-4)]
     for name, maps in (("before", features), ("after", attached.terms[0].paraphraser(features))):
         averaged = F.adaptive_avg_pool2d(maps[:6].abs().mean(1), min(8, maps.shape[2]))
-        torch.testing.assert_close(torch.tensor(told[name]), averaged.detach())
+        torch.testing.assert_close(torch.tensor(metrics[name]), averaged.detach())
 
 
-def test_a_paraphraser_that_diverges_is_refused(networks):
+def test_a_diverging_paraphraser_raises(networks):
     student, teacher = networks
     method = FactorTransfer(layer="layer1", paraphraser_epochs=1, paraphraser_learning_rate=100)
     with pytest.raises(InputError, match="smaller paraphraser_learning_rate"):
         method.attach(student, AttachContext(data=Loader(), teacher=teacher)).begin()
 
 
-def test_decoupled(networks):
+def test_decoupled_term_equals_its_formula(networks):
     method = DKD(alpha=0.5, beta=3, temperature=2, label_weight=0.2, warmup=0.5)
     attached, batch, ours, theirs = attached_outputs(method, networks)
     target, others = decoupled(ours.logits, theirs.logits, batch.targets, 2)
@@ -135,7 +135,7 @@ def test_decoupled(networks):
     assert attached.label_weight == 0.2
 
 
-def test_correlation(networks):
+def test_correlation_term_equals_its_formula(networks):
     attached, batch, ours, theirs = attached_outputs(DIST(beta=0.5, gamma=3, temperature=2, label_weight=0.2), networks)
     probabilities = [(each.logits / 2).softmax(1) for each in (ours, theirs)]
     inter, intra = correlation_distance(*probabilities), correlation_distance(*(each.T for each in probabilities))
@@ -143,7 +143,7 @@ def test_correlation(networks):
     assert attached.label_weight == 0.2
 
 
-def test_hints(networks):
+def test_fitnet_term_equals_its_formula(networks):
     method = FitNet(layers=("layer3", "layer1"), teacher_layers=("relu", "layer2"), loss_weight=7, label_weight=0.2)
     attached, batch, ours, theirs = attached_outputs(method, networks)
     (term,) = attached.terms
@@ -156,7 +156,7 @@ def test_hints(networks):
     assert attached.label_weight == 0.2
 
 
-def test_review(networks, monkeypatch):
+def test_review_term_equals_its_formula(networks, monkeypatch):
     attached, batch, ours, theirs = attached_outputs(ReviewKD(loss_weight=7, label_weight=0.2, warmup=0.5), networks)
     reviewed = []
     monkeypatch.setattr(
@@ -178,7 +178,7 @@ def test_review_sorts_layers_from_late_to_early(networks):
     same(there[0].terms[0](*there[1:]), back[0].terms[0](*back[1:]))
 
 
-def test_review_of_a_single_image(networks):
+def test_review_loss_of_a_single_image_is_finite(networks):
     student, teacher = networks
     attached = ReviewKD().attach(student, AttachContext(data=Loader(), teacher=teacher, steps=4))
     objective = Objective(student, attached.terms, teacher, layers=attached.layers).train()
@@ -188,7 +188,7 @@ def test_review_of_a_single_image(networks):
     assert all(bool(buffer.isfinite().all()) for buffer in attached.terms[0].buffers())
 
 
-def test_contrast(networks, monkeypatch):
+def test_contrastive_term_equals_its_formula(networks, monkeypatch):
     method = CRD(negatives=6, width=16, tau=0.5, loss_weight=0.3, label_weight=0.2)
     attached, batch, ours, theirs = attached_outputs(method, networks)
     (term,) = attached.terms
@@ -232,7 +232,7 @@ def test_without_its_loss_a_method_leaves_the_label_weight_or_turns_it_off(netwo
     assert method(**off, label_weight=0).attach(student, AttachContext(**given)).label_weight == 0
 
 
-def test_a_layer_may_be_in_several_pairs_and_duplicate_pairs_are_dropped(networks):
+def test_a_layer_can_be_in_several_pairs_and_duplicate_pairs_are_dropped(networks):
     pairs = match_layers(*networks, ("layer3", "layer3"), ("layer2", "layer3"), Loader(), method="fitnet")
     assert [pair.paths for pair in pairs] == [("layer3", "layer2"), ("layer3", "layer3")]
     pairs = match_layers(*networks, ("layer?", "layer3"), ("layer[123]", "layer3"), Loader(), method="fitnet")
@@ -248,7 +248,7 @@ def test_a_layer_may_be_in_several_pairs_and_duplicate_pairs_are_dropped(network
         ("layer9", "", "the student has no layer 'layer9'"),
     ],
 )
-def test_patterns_for_a_single_layer(networks, layer, teacher_layer, message):
+def test_patterns_that_do_not_select_exactly_one_layer_raise(networks, layer, teacher_layer, message):
     with pytest.raises(InputError, match=message):
         match_layer(*networks, layer, teacher_layer, Loader(), method="crd")
 
@@ -273,6 +273,6 @@ def test_a_paraphraser_accepts_features_of_any_precision(networks):
 
 
 @pytest.mark.parametrize("weights", [{"beta": 1.0, "gamma": 0.0}, {"beta": 0.0, "gamma": 1.0}])
-def test_one_of_the_two_correlations_suffices(networks, weights):
+def test_one_of_the_two_correlations_is_enough(networks, weights):
     student, teacher = networks
     assert len(DIST(**weights).attach(student, AttachContext(teacher=teacher)).terms) == 1

@@ -1,4 +1,4 @@
-"""DPF: three steps of another's code, the ramp, and weights that come back."""
+"""DPF: three steps of another implementation, the sparsity schedule, and weights that are unmasked again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tensors_of(model):
     )
 
 
-def test_three_steps_are_those_of_the_code():
+def test_three_steps_equal_those_of_the_reference_code():
     model = network()
     attached = DPF().attach(model, AttachContext(steps=10))
     with torch.no_grad():
@@ -72,7 +72,7 @@ def trained(steps=40, rate=0.2, **options):
     return model, attached, seen
 
 
-def test_the_ramp_is_cubic_and_then_fixed_while_masks_move_on():
+def test_sparsity_rises_cubically_and_masks_still_change_afterwards():
     _, attached, seen = trained(end=0.5)
     size = len(seen[0])
     for done in range(4, 41):
@@ -94,18 +94,18 @@ def test_masks_are_the_largest_dense_weights_of_the_whole_network():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_it_ends_exactly_however_few_the_steps(steps):
+def test_the_final_sparsity_is_exact_for_few_steps(steps):
     model, attached, _ = trained(steps=steps, every=16)
     assert round(attached.sparsity * 288) == round(0.8 * 288)
     assert {mask_of(model[place]).gradient for place in (0, 2)} == {"masked"}
 
 
-def test_a_mask_that_is_exact_at_the_end_is_the_one_that_was_trained_with():
+def test_the_final_mask_is_the_last_mask_used_in_training():
     model, _, seen = trained(steps=42)
     assert torch.equal(torch.cat([mask_of(model[place]).mask.flatten() for place in (0, 2)]), seen[-1])
 
 
-def test_a_floor_holds_each_layer():
+def test_the_floor_limits_the_sparsity_of_each_layer():
     model = network()
     with torch.no_grad():
         model[0].weight.mul_(1e-3)
@@ -115,7 +115,7 @@ def test_a_floor_holds_each_layer():
     assert int(mask_of(model[2]).mask.sum()) == 288 - round(0.7 * 288) - 27
 
 
-def test_it_begins_with_the_sparsity_that_is_there():
+def test_the_schedule_starts_at_the_existing_sparsity():
     model = network()
     DPF(sparsity=0.5, every=2).attach(model, AttachContext(steps=4)).finish()
     again = DPF(sparsity=0.9, every=2).attach(model, AttachContext(steps=100))
@@ -124,7 +124,7 @@ def test_it_begins_with_the_sparsity_that_is_there():
     assert 0.5 < again.sparsity < 0.6
 
 
-def test_no_steps_no_masks():
+def test_zero_steps_and_a_large_floor_raise():
     with pytest.raises(InputError, match="dpf needs training, but there are 0 steps"):
         DPF().attach(network(), AttachContext())
     with pytest.raises(InputError, match=r"floor of 0\.2"):

@@ -1,4 +1,4 @@
-"""What the pull adds to the gradients: against a slow second writing, and against torch-pruning's own pruner."""
+"""The gradients added by group_lasso, compared with a slow implementation and with torch-pruning's pruner."""
 
 import copy
 
@@ -40,7 +40,7 @@ def net():
 
 
 def pulled(net, **options):
-    """What a step adds to the gradients."""
+    """The values that a step adds to the gradients."""
     attached = GroupLasso(**options).attach(net, AttachContext(data=[IMAGES]))
     net(IMAGES).square().mean().backward()
     before = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
@@ -48,7 +48,7 @@ def pulled(net, **options):
     return {name: parameter.grad - before[name] for name, parameter in net.named_parameters()}
 
 
-def test_what_is_added_is_the_formula(net):
+def test_the_added_gradients_equal_the_formula(net):
     reference = copy.deepcopy(net)
     groups, _ = coupled_channels(capture(copy.deepcopy(net), IMAGES), IMAGES)
     expected = {name: torch.zeros_like(parameter) for name, parameter in net.named_parameters()}
@@ -75,7 +75,7 @@ def test_what_is_added_is_the_formula(net):
     assert not found["first.bias"].any(), "biases are left alone"
 
 
-def test_it_is_torch_prunings(net):
+def test_the_added_gradients_equal_those_of_torch_pruning(net):
     reference = copy.deepcopy(net)
     pruner = tp.pruner.GroupNormPruner(
         reference, IMAGES[:1], tp.importance.GroupMagnitudeImportance(p=2), reg=0.1, ignored_layers=[reference.head]
@@ -88,13 +88,13 @@ def test_it_is_torch_prunings(net):
         assert torch.allclose(found[name], parameter.grad - before[name], atol=1e-5), name
 
 
-def test_the_least_important_are_pulled_hardest():
+def test_the_least_important_channels_get_the_strongest_decay():
     assert torch.allclose(decay_factors(torch.tensor([1.0, 2.0, 3.0]), 4), torch.tensor([16.0, 4.0, 1.0]))
     assert torch.equal(decay_factors(torch.ones(3), 4), torch.ones(3))
 
 
-def test_channels_part_company(net):
-    """Weak ones end far below the others; the pull alone moves the weights."""
+def test_weak_channels_shrink_much_more_than_the_others(net):
+    """Only the added gradients move the weights."""
     first = net.first.weight.detach().flatten(1).norm(dim=1)
     attached = GroupLasso(strength=0.1).attach(net, AttachContext(data=[IMAGES]))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
@@ -108,7 +108,7 @@ def test_channels_part_company(net):
     assert last.min() < 0.2 * last.max()
 
 
-def test_it_stands_before_what_changes_shapes(net):
+def test_group_lasso_before_a_method_that_changes_shapes_raises(net):
     with pytest.raises(InputError, match=r"ChannelPruning changes shapes.*separate, later stage"):
         chain(
             [GroupLasso(), ChannelPruning(keep_macs=0.6, round_to=1)],
@@ -125,7 +125,7 @@ def test_it_stands_before_what_changes_shapes(net):
     assert not torch.equal(original.grad, before)
 
 
-def test_mistakes_are_told(net):
+def test_missing_images_and_masked_networks_raise(net):
     with pytest.raises(InputError, match="needs images"):
         GroupLasso().attach(net, AttachContext())
     with pytest.raises(InputError, match="group_lasso in a stage before"):

@@ -37,7 +37,7 @@ def trained(method=None, steps=8, rate=0.05):
     return found.model
 
 
-def test_initial_steps():
+def test_initial_steps_are_computed_from_weights_and_ranges():
     model = Small().eval()
     graph = attached(model=model).model
     layer = graph.get_submodule("conv2")
@@ -53,14 +53,14 @@ def test_initial_steps():
     assert float(edge.scale.detach()) == pytest.approx(float(high - low) / 255, rel=1e-4)
 
 
-def test_the_paper_has_one_step_for_a_layer():
+def test_without_per_channel_there_is_one_step_per_layer_as_in_the_paper():
     weight = torch.randn(4, 3, 3, 3)
     assert first_step(weight, Grid.signed(2), per_channel=False).shape == ()
     graph = attached(LSQ(bits=2, per_channel=False)).model
     assert graph.conv2.parametrizations.weight[0].scale.ndim == 0
 
 
-def test_steps_are_learned_and_then_constants():
+def test_steps_are_learned_and_then_fixed():
     found = attached(LSQ(bits=4, activation_bits=4, offset=True))
     before = {
         name: (each.scale.detach().clone(), each.zero_point.detach().clone())
@@ -83,7 +83,7 @@ def test_steps_are_learned_and_then_constants():
     assert not any(name.endswith("scale") for name, _ in found.model.named_parameters())
 
 
-def test_it_starts_from_the_grids_of_an_earlier_stage():
+def test_training_starts_from_the_grids_of_an_earlier_stage():
     first = PTQ(bits=4, activation_bits=4, activation_range="mse").attach(
         Small().eval(), AttachContext(data=Loader(), target=VNNI)
     )
@@ -108,7 +108,7 @@ def test_norm_statistics_can_be_frozen_from_the_first_step():
 
 
 @pytest.mark.parametrize("offset", [False, True])
-def test_training_lowers_the_loss_that_quantization_alone_gives(offset):
+def test_training_reduces_the_loss_of_post_training_quantization(offset):
     method = LSQ(bits=4, activation_bits=4, offset=offset)
     before, after = (
         sum(float(F.cross_entropy(model(batch.images), batch.targets).detach()) for batch in Loader())
@@ -118,7 +118,7 @@ def test_training_lowers_the_loss_that_quantization_alone_gives(offset):
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_learned_ranges_go_into_the_file_unchanged(tmp_path, runtime):
+def test_learned_ranges_are_exported_unchanged(tmp_path, runtime):
     if runtime == "openvino":
         pytest.importorskip("openvino")
     graph = trained(LSQ(bits=4, activation_bits=8, offset=True), steps=20)
@@ -127,21 +127,23 @@ def test_learned_ranges_go_into_the_file_unchanged(tmp_path, runtime):
     given = torch.from_numpy(session.run(images.numpy()))
     expected = graph.eval()(images).detach()
     alike = ((given - expected).abs() <= 0.05 * expected.std()).all(1)
-    assert alike.float().mean() >= 0.9  # a value next to the middle of two points may go the other way in the file
+    assert (
+        alike.float().mean() >= 0.9
+    )  # a value near the middle of two grid points can be rounded differently in the file
 
 
-def test_missing_images_are_an_error():
+def test_missing_images_raise():
     with pytest.raises(InputError, match="lsq needs images to calibrate with"):
         LSQ().attach(Small().eval(), AttachContext(steps=4))
 
 
-def test_on_a_processor_that_saturates_steps_stay_so_wide_that_two_products_fit():
+def test_on_saturating_processors_learned_steps_stay_large_enough_for_two_products():
     def pairs(target):
         found = LSQ(bits=8, freeze_norm_at=0.5).attach(
             Small().eval(), AttachContext(data=Loader(), steps=6, target=target)
         )
         found.begin()
-        for name in ("conv1", "conv2"):  # a step that learning made too small
+        for name in ("conv1", "conv2"):  # a step that became too small in training
             found.quantizers.of_weight(name).scale.data.mul_(0.05)
         fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.05)), steps=6)
         found.finish()
@@ -152,9 +154,9 @@ def test_on_a_processor_that_saturates_steps_stay_so_wide_that_two_products_fit(
         ]
         return max(float(each.topk(2).values.sum(1).max()) for each in sizes), found.notes
 
-    largest, told = pairs(Target(cpu="avx2"))
+    largest, notes = pairs(Target(cpu="avx2"))
     assert largest <= 128
-    assert "saturate" in told[0]
-    largest, told = pairs(VNNI)
+    assert "saturate" in notes[0]
+    largest, notes = pairs(VNNI)
     assert largest > 128
-    assert told == ()
+    assert notes == ()

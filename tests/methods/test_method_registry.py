@@ -1,4 +1,4 @@
-"""The folder is the registry."""
+"""The files in the folder define the available methods."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class Other: ...
 """
 
 
-def test_names_are_the_files():
+def test_method_names_are_the_names_of_the_files():
     files = {path.stem for path in Path(tersor.methods.__file__).parent.glob("[!_]*.py")}
     assert set(names()) == files
     assert {"ptq", "soft_targets"} <= files
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_file_holds_one_method(name: str):
+def test_every_file_contains_one_method(name: str):
     assert name_of(get(name)()) == name
 
 
-def test_a_name_gives_the_class():
+def test_get_returns_the_class():
     assert get("ptq") is PTQ
     assert get("soft_targets") is SoftTargets
 
 
-def test_cards_say_what_the_code_does():
-    """In each case the card said something else once."""
+def test_module_docstrings_agree_with_the_code():
+    """Each of these docstrings was wrong once."""
     cards = {name: " ".join((sys.modules[get(name).__module__].__doc__ or "").split()) for name in names()}
     assert get("brecq")().iterations == 2 * get("adaround")().iterations
     assert "2,000 per block at ten times the learning rate: as many in total as `adaround` runs" in cards["brecq"]
@@ -71,21 +71,21 @@ def test_cards_say_what_the_code_does():
         ("pqt", "ptq"),
     ],
 )
-def test_what_people_say_is_met_with_the_name(given: str, meant: str):
+def test_common_names_of_a_method_suggest_the_registered_name(given: str, meant: str):
     with pytest.raises(InputError) as caught:
         get(given)
     assert f"unknown method '{given}'. Did you mean '{meant}'?" in str(caught.value)
     assert ", ".join(names()) in str(caught.value)
 
 
-def test_no_hint_to_a_method_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+def test_a_method_that_does_not_exist_is_not_suggested(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tersor.methods, "names", lambda: ("soft_targets",))
     own = r"Name a method of your own as package\.module:Class\."
     with pytest.raises(InputError, match=rf"unknown method 'quantize'\. Possible: soft_targets\. {own}"):
         get("quantize")
 
 
-def test_a_file_that_cannot_be_imported_shows_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_import_error_of_a_method_file_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "broken.py").write_text("import a_package_that_is_not_here")
     monkeypatch.setattr(tersor.methods, "__path__", [*tersor.methods.__path__, str(tmp_path)])
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_here"):
@@ -102,7 +102,7 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("users")
-def test_a_class_of_the_users_own():
+def test_a_users_class_can_be_used_as_a_method():
     cls = get("users_own:Mine")
     assert name_of(cls(rate=0.25)) == "users_own:Mine"
     assert get("users_own.py:Mine") is cls
@@ -128,11 +128,11 @@ def test_a_class_that_is_not_there(name: str, expected: str):
 
 
 @pytest.mark.usefixtures("users")
-def test_a_users_file_that_cannot_be_imported_shows_its_own_error():
+def test_the_import_error_of_a_users_file_is_shown():
     with pytest.raises(InputError, match="a_package_that_is_not_here"):
         get("users_broken:Mine")
 
 
-def test_a_dot_in_place_of_the_colon_is_named():
+def test_a_dot_instead_of_the_colon_is_explained_in_the_error():
     with pytest.raises(InputError, match=r"unknown method 'slim\.Slim'\. Name .* as 'slim:Slim', with a colon"):
         get("slim.Slim")

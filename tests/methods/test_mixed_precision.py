@@ -68,7 +68,7 @@ def mean(bits, sizes=SIZES):
 
 
 def best(errors, sizes, average):
-    """By trying all."""
+    """The lowest error, by exhaustive search."""
     names = list(errors)
     choices = (dict(zip(names, bits, strict=True)) for bits in itertools.product(*errors.values()))
     total = sum(sizes.values())
@@ -84,7 +84,7 @@ ERRORS = st.lists(
 
 @settings(max_examples=150)
 @given(ERRORS, st.floats(0, 1))
-def test_no_choice_of_bits_costs_less(layers, share):
+def test_the_assignment_of_bits_has_the_lowest_error(layers, share):
     errors = {str(n): dict(zip(widths, costs, strict=False)) for n, (widths, costs, _) in enumerate(layers)}
     sizes = {str(n): size for n, (_, _, size) in enumerate(layers)}
     low, high = (mean({n: end(errors[n]) for n in errors}, sizes) for end in (min, max))
@@ -94,7 +94,7 @@ def test_no_choice_of_bits_costs_less(layers, share):
     assert sum(errors[n][found[n]] for n in errors) == pytest.approx(best(errors, sizes, average), abs=1e-9)
 
 
-def test_a_budget_that_is_met_exactly_is_spent():
+def test_a_budget_that_can_be_met_exactly_is_used_completely():
     errors = {name: {2: 1.0, 4: 0.1} for name in "abc"}
     assert assign(errors, {"a": 10, "b": 20, "c": 30}, 4) == dict.fromkeys("abc", 4)
     assert assign(errors, {"a": 10, "b": 20, "c": 30}, 2) == dict.fromkeys("abc", 2)
@@ -104,7 +104,7 @@ def test_a_budget_that_is_met_exactly_is_spent():
 
 
 @pytest.mark.parametrize("cells", [3, 10, 50])
-def test_the_budget_holds_with_coarse_units(cells, monkeypatch):
+def test_the_budget_is_not_exceeded_with_coarse_units(cells, monkeypatch):
     monkeypatch.setattr("tersor.methods.mixed_precision._CELLS", cells)
     sizes = {"a": 101, "b": 211, "c": 53, "d": 7}
     errors = {name: {bits: size * 4.0**-bits for bits in (2, 3, 4, 6, 8)} for name, size in sizes.items()}
@@ -112,7 +112,7 @@ def test_the_budget_holds_with_coarse_units(cells, monkeypatch):
         assert mean(assign(errors, sizes, average), sizes) <= average + 1e-6
 
 
-def test_sizes_without_a_common_divisor_are_within_the_budget_and_nearly_the_best():
+def test_for_sizes_without_a_common_divisor_the_assignment_is_nearly_optimal():
     sizes = {"a": 1_000_003, "b": 2_000_029, "c": 500_009, "d": 10_007}
     errors = {name: {b: size**0.5 * 4.0**-b for b in (2, 3, 4, 6, 8)} for name, size in sizes.items()}
     found = assign(errors, sizes, 4.3)
@@ -121,14 +121,14 @@ def test_sizes_without_a_common_divisor_are_within_the_budget_and_nearly_the_bes
 
 
 @pytest.mark.parametrize("average", [2.5, 3.5, 5])
-def test_bits_are_those_that_cost_least_as_measured(average):
+def test_bits_minimize_the_measured_error(average):
     method = MixedPrecision(average_bits=average)
     attached, progress = begun(method)
     graph = capture(Small().eval(), images())
     quantizers = insert_quantizers(graph, Precision(), exclude=(), target=VNNI, method="test")
-    asked = [(name, bits) for name in SIZES for bits in method.widths]
+    requested = [(name, bits) for name in SIZES for bits in method.widths]
     errors = {name: {} for name in SIZES}
-    for cost in sensitivity(quantizers, [images()], asked, target=VNNI):
+    for cost in sensitivity(quantizers, [images()], requested, target=VNNI):
         errors[cost.layer][cost.bits] = cost.error
     found = bits_of(attached.model)
     assert mean(found) <= average
@@ -140,7 +140,7 @@ def test_bits_are_those_that_cost_least_as_measured(average):
     assert [task for task in progress if task.name == "sensitivity"] == [Task("sensitivity", 24, [*range(1, 25)])]
 
 
-def test_weights_and_activations_lie_on_their_grids():
+def test_weights_and_activations_are_on_their_grids():
     graph = begun(MixedPrecision(average_bits=3, activation_bits=4))[0].model
     for name, bits in bits_of(graph).items():
         assert all(len(channel.unique()) <= 2**bits - 1 for channel in graph.get_submodule(name).weight)
@@ -160,7 +160,7 @@ def test_an_average_of_the_largest_width_equals_ptq():
     assert torch.equal(same.model(images()), plain.model(images()))
 
 
-def test_first_last_bits_count_in_the_average():
+def test_first_last_bits_are_included_in_the_average():
     method = MixedPrecision(average_bits=4.5, first_last_bits=8)
     attached, progress = begun(method)
     found = bits_of(attached.model)
@@ -177,7 +177,7 @@ def test_first_last_bits_count_in_the_average():
         smaller.attach(Small().eval(), AttachContext(data=[images()]))
 
 
-def test_excluded_layers_do_not_count():
+def test_excluded_layers_are_not_included_in_the_average():
     attached, _ = begun(MixedPrecision(average_bits=3, exclude=("conv3",)))
     assert set(attached.metrics["bits"]) == {"conv1", "conv2", "linear"}
     assert weight_quantizer(attached.model.conv3) is None
@@ -185,7 +185,7 @@ def test_excluded_layers_do_not_count():
     assert attached.metrics["average_bits"] <= 3
 
 
-def test_it_does_nothing_a_second_time_and_reads_its_images_once():
+def test_begin_does_nothing_the_second_time_and_reads_the_images_once():
     attached = MixedPrecision(activation_range="mse").attach(
         Small().eval(), AttachContext(data=iter([images(8), images(8)]))
     )
@@ -195,7 +195,7 @@ def test_it_does_nothing_a_second_time_and_reads_its_images_once():
     assert all(torch.equal(before[key], value) for key, value in attached.model.state_dict().items())
 
 
-def test_a_checkpoint_holds_the_bits():
+def test_a_checkpoint_contains_the_bits():
     attached, _ = begun(MixedPrecision(average_bits=3.5))
     again = rebuild(Small().eval(), structure(attached.model))
     again.load_state_dict(attached.model.state_dict())
@@ -233,7 +233,7 @@ def test_training_keeps_the_bits(method, together):
         assert attached.metrics["bits"] == expected
 
 
-def test_training_with_other_bits_is_refused():
+def test_training_with_other_bits_raises():
     attached, _ = begun(MixedPrecision(average_bits=3.5))
     with pytest.raises(InputError, match="Leave out bits"):
         QAT(bits=4).attach(attached.model, AttachContext(data=[images()], steps=1))
@@ -245,11 +245,11 @@ def test_the_exported_file_equals_torch(tmp_path):
     assert min(found) <= 4 < max(found), "weights in nibbles and in bytes"
     x = images(300, seed=5)
     path = export(attached.model, x[:1], tmp_path / "model.onnx")
-    answers = file_predictions(open_session(path, "onnxruntime"), [x.numpy()])
-    assert (answers == attached.model(x).argmax(1)).float().mean() >= 0.99
+    predictions = file_predictions(open_session(path, "onnxruntime"), [x.numpy()])
+    assert (predictions == attached.model(x).argmax(1)).float().mean() >= 0.99
 
 
-def test_it_costs_less_than_the_same_bits_everywhere():
+def test_mixed_precision_has_a_smaller_error_than_uniform_bits():
     model, x = Small().eval(), images()
     before = model(x).detach()
     uniform = PTQ(bits=3, first_last_bits=3, weight_range="mse").attach(
@@ -261,7 +261,7 @@ def test_it_costs_less_than_the_same_bits_everywhere():
     assert errors[0] < errors[1]
 
 
-def test_what_it_needs():
+def test_missing_images_and_invalid_options_raise():
     with pytest.raises(InputError, match="needs images"):
         MixedPrecision().attach(Small(), AttachContext())
     with pytest.raises(InputError, match="needs images, and the data contains none"):

@@ -1,4 +1,4 @@
-"""PSGD: the authors' scale, a step by hand, and where weights end."""
+"""PSGD: the scale of the authors' code, a step computed by hand, and the final positions of the weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def network(seed=0):
 
 
 def gradients(model, seed=1):
-    """Of one batch, left in the parameters."""
+    """Compute the gradients of one batch and keep them in the parameters."""
     draw = torch.Generator().manual_seed(seed)
     images, labels = torch.randn(16, 3, 8, 8, generator=draw), torch.randint(0, 4, (16,), generator=draw)
     model.zero_grad()
@@ -52,7 +52,7 @@ def test_distance_and_running_range_equal_the_authors_code(case):
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_step_by_hand(bits, per_channel):
-    """Weight decay outside of the scale, momentum of scaled gradients, the ends at 8 bits below 4."""
+    """Weight decay is not scaled, momentum is of scaled gradients; below 4 bits, the outer layers have 8 bits."""
     rate, momentum, decay, mean_scale = 0.1, 0.9, 0.01, 3.0
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
@@ -83,7 +83,7 @@ def test_a_step_by_hand(bits, per_channel):
 
 @pytest.mark.parametrize("strength", [None, 40.0])
 @pytest.mark.parametrize("target", ["grid", "zero"])
-def test_the_control_has_the_same_mean_scale(strength, target):
+def test_the_control_has_the_same_mean_scale_and_no_variation(strength, target):
     factors = {}
     for scale_by in ("distance", "constant"):
         model = network()
@@ -104,8 +104,8 @@ def test_the_control_has_the_same_mean_scale(strength, target):
 
 
 @pytest.mark.parametrize("target", ["grid", "zero"])
-def test_weights_move_towards_the_target(target):
-    """With the same mean scale, more than under the control."""
+def test_weights_move_towards_the_target_more_than_with_the_control(target):
+    """The mean scale of both is the same."""
     ends = {}
     for scale_by in ("distance", "constant"):
         model = network()
@@ -125,8 +125,8 @@ def test_weights_move_towards_the_target(target):
 @pytest.mark.parametrize(
     "options", [{}, {"range": "running"}, {"target": "zero"}, {"per_channel": False}, {"scale_by": "constant"}]
 )
-def test_metrics_summarise_positions(options):
-    """How far weights moved grows with the distance at the beginning, which is remembered; not under the control."""
+def test_metrics_summarize_positions_and_movement(options):
+    """Movement grows with the initial distance, which is stored; not for the control."""
     model = network()
     attached = PSGD(mean_scale=4.0, **options).attach(model, AttachContext(steps=20))
     handle = attached.bind(optimizer := torch.optim.SGD(model.parameters(), lr=0.01))
@@ -134,20 +134,20 @@ def test_metrics_summarise_positions(options):
         gradients(model, step % 4)
         optimizer.step()
     handle.remove()
-    told = attached.metrics["drawn"]
-    assert told["target"] == options.get("target", "grid")
-    assert [(each["name"], sum(each["before"])) for each in told["layers"]] == [("0", 162), ("2", 270), ("4", 320)]
-    of_all = told["all"]
+    metrics = attached.metrics["drawn"]
+    assert metrics["target"] == options.get("target", "grid")
+    assert [(each["name"], sum(each["before"])) for each in metrics["layers"]] == [("0", 162), ("2", 270), ("4", 320)]
+    of_all = metrics["all"]
     untrained = PSGD(**{**options, "range": "exact"}).attach(network(), AttachContext(steps=1)).metrics["drawn"]["all"]
     assert untrained["moved"] == [0.0] * 10
     assert untrained["before"] == untrained["after"] == of_all["before"]
     before, after = of_all["distance"]
-    drawn = told["scale_by"] == "distance"
+    drawn = metrics["scale_by"] == "distance"
     assert (after < 0.9 * before) is drawn
     assert (of_all["moved"][-1] > 3 * of_all["moved"][0]) is drawn
 
 
-def test_no_summary_after_channels_were_removed():
+def test_there_is_no_summary_after_channels_are_removed():
     model = network()
     attached = PSGD().attach(model, AttachContext(steps=1))
     for layer in (model[0], model[2], model[4]):
@@ -155,7 +155,7 @@ def test_no_summary_after_channels_were_removed():
     assert attached.metrics.keys() == {"mean_distance"}
 
 
-def test_a_weight_on_its_point_stays_and_a_bias_is_free():
+def test_a_weight_on_a_grid_point_does_not_move_and_a_bias_does():
     model = network()
     with torch.no_grad():
         model[2].weight.copy_(torch.randint(-7, 8, model[2].weight.shape) / 7)
@@ -170,7 +170,7 @@ def test_a_weight_on_its_point_stays_and_a_bias_is_free():
     assert not torch.allclose(model[2].bias, bias)
 
 
-def test_tracking_leaves_the_weight_unchanged():
+def test_tracking_the_range_does_not_change_the_weights():
     model = network()
     images = torch.randn(2, 3, 8, 8)
     before = model(images)
@@ -182,7 +182,7 @@ def test_tracking_leaves_the_weight_unchanged():
         PSGD(range="running", per_channel=False).attach(model, AttachContext(steps=1))
 
 
-def test_what_cannot_be():
+def test_invalid_layers_and_quantized_weights_raise():
     model = network()
     with pytest.raises(InputError, match="matches no layer"):
         PSGD(layers=("conv9",)).attach(model, AttachContext(steps=1))

@@ -56,7 +56,7 @@ def quantizers(graph):
     return {name: module for name, module in graph.named_modules() if isinstance(module, FakeQuantize)}
 
 
-def test_attaching_changes_no_output_and_no_parameter():
+def test_attach_changes_no_output_and_no_parameter():
     model = Small().eval()
     before = model(images())
     parameters = {id(parameter) for parameter in model.parameters()}
@@ -69,7 +69,7 @@ def test_attaching_changes_no_output_and_no_parameter():
     assert attached.label_weight == 1
 
 
-def test_calibrated_weights_lie_on_their_grids():
+def test_calibrated_weights_are_on_their_grids():
     graph = calibrated(method=PTQ(bits=4, first_last_bits=4, weight_range="minmax")).model
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
@@ -92,7 +92,7 @@ def test_activations_have_at_most_two_to_the_bits_levels(bits):
     assert all(len(values.unique()) <= 2**bits for values in seen.values())
 
 
-def test_min_and_max_of_every_value_that_is_quantized():
+def test_ranges_are_the_minimum_and_maximum_of_each_quantized_value():
     model = Small().eval()
     batches = [images(4, seed) for seed in range(3)]
     x = torch.cat(batches)
@@ -111,7 +111,7 @@ def test_min_and_max_of_every_value_that_is_quantized():
 
 
 @pytest.mark.parametrize("kind", ["percentile", "mse", "entropy"])
-def test_other_ranges_are_those_of_the_histogram(kind):
+def test_other_activation_ranges_are_computed_from_the_histogram(kind):
     batches = [images(6, seed) for seed in range(2)]
     graph = calibrated(
         method=PTQ(activation_range=kind, percentile=95, activation_bits=4, first_last_bits=4), data=batches
@@ -129,12 +129,12 @@ def test_other_ranges_are_those_of_the_histogram(kind):
     found = graph.get_submodule("quantizers.x")
     torch.testing.assert_close(found.scale, scale)
     assert found.zero_point == zero_point
-    if kind != "entropy":  # of which normal numbers need all
+    if kind != "entropy":  # for normal numbers, entropy keeps the full range
         assert found.scale * 15 < images(6, 0).max() - images(6, 0).min(), "it clips"
 
 
 class Padded(nn.Module):
-    """What the first convolution gives is read twice: as it is, and among zeros; both lie on one grid."""
+    """The output of the first convolution is used twice: unchanged, and padded with zeros; both have the same grid."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ class Padded(nn.Module):
         return self.second(x) + self.third(F.pad(x, (1, 1, 1, 1)))
 
 
-def test_values_that_are_only_moved_count_once():
+def test_values_that_are_only_rearranged_are_counted_once():
     model = Padded().eval()
     graph = calibrated(model, PTQ(activation_range="percentile", percentile=90)).model
     histogram = Histogram()
@@ -182,7 +182,7 @@ def test_the_projections_of_attention_are_quantized():
     assert {key for key in strip(graph).state_dict() if not key.startswith("quantizers.")} == keys
 
 
-def test_mse_weights_round_with_less_error():
+def test_the_mse_range_has_a_smaller_rounding_error_for_weights():
     def error(weight_range):
         graph = calibrated(method=PTQ(bits=3, weight_range=weight_range)).model
         return sum(
@@ -202,7 +202,7 @@ def test_mse_weights_round_with_less_error():
         ({"bits": 4, "variance_correction": False}, {"weight_range": "minmax", "activation_range": "mse"}),
     ],
 )
-def test_what_is_left_depends_on_the_bits(left, written):
+def test_default_options_depend_on_the_bits(left, written):
     found = (
         calibrated(method=PTQ(**left)).model(images()),
         calibrated(method=PTQ(**{**left, **written})).model(images()),
@@ -210,17 +210,17 @@ def test_what_is_left_depends_on_the_bits(left, written):
     assert torch.equal(*found)
 
 
-def test_without_batch_norm_ranges_are_the_largest_values():
+def test_without_batchnorm_the_default_range_is_minmax():
     def plain():
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
 
-    told = {"weight_range": "minmax", "variance_correction": False}
-    found = [calibrated(plain(), PTQ(bits=4, **options)).model(images()) for options in ({}, told)]
+    options_written = {"weight_range": "minmax", "variance_correction": False}
+    found = [calibrated(plain(), PTQ(bits=4, **options)).model(images()) for options in ({}, options_written)]
     assert torch.equal(*found)
 
 
-def test_first_and_last_layer_have_their_own_bits():
+def test_first_and_last_layers_have_their_own_bits():
     found = quantizers(calibrated(method=PTQ(bits=3, activation_bits=4, first_last_bits=6)).model)
     bits = {
         name.split(".parametrizations")[0].removeprefix("quantizers."): each.grid.bits for name, each in found.items()
@@ -228,7 +228,7 @@ def test_first_and_last_layer_have_their_own_bits():
     assert bits == {"conv1": 6, "conv2": 3, "linear": 6, "x": 6, "relu": 4, "bn2": 4, "relu_1": 4, "mean": 6}
 
 
-def test_one_grid_for_a_weight():
+def test_without_per_channel_a_weight_has_one_scale():
     graph = calibrated(method=PTQ(bits=4, first_last_bits=4, per_channel=False, weight_range="minmax")).model
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
@@ -241,7 +241,7 @@ def test_one_grid_for_a_weight():
 
 
 def one_sided():
-    """A network whose weights are nearly all above zero."""
+    """A network with almost only positive weights."""
     model = Small().eval()
     for layer in (model.conv1, model.conv2, model.linear):
         layer.weight.data.abs_().sub_(0.02)
@@ -250,7 +250,7 @@ def one_sided():
 
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("weight_range", ["minmax", "percentile", "mse"])
-def test_affine_weights(weight_range, per_channel):
+def test_affine_grids_reduce_the_error_of_one_sided_weights(weight_range, per_channel):
     errors = {}
     for symmetric in (True, False):
         method = PTQ(
@@ -272,12 +272,12 @@ def test_affine_weights(weight_range, per_channel):
     assert all(2 * affine < plain for affine, plain in zip(errors[False], errors[True], strict=True))
 
 
-def test_affine_weights_of_eight_bits_are_symmetric():
+def test_affine_weights_with_8_bits_are_symmetric():
     affine, symmetric = (calibrated(one_sided(), PTQ(symmetric=each)).model.state_dict() for each in (False, True))
     assert all(torch.equal(value, symmetric[key]) for key, value in affine.items())
 
 
-def test_a_percentile_of_a_channel_s_weights():
+def test_the_percentile_range_clips_each_channel():
     graph = calibrated(method=PTQ(bits=4, first_last_bits=4, weight_range="percentile", percentile=80)).model
     for layer in (graph.conv1, graph.conv2, graph.linear):
         for scale, channel in zip(
@@ -289,8 +289,8 @@ def test_a_percentile_of_a_channel_s_weights():
             assert scale < channel.abs().max() / 7
 
 
-def test_equalised_first():
-    """Weights and the values between them change together; answers on 8 bits stay what they were."""
+def test_equalization_reduces_the_error():
+    """Weights and the activations between them are scaled together; with 8 bits the outputs hardly change."""
 
     def found(**options):
         torch.manual_seed(0)
@@ -313,7 +313,7 @@ def test_equalised_first():
     assert equalised < plain / 4
 
 
-def test_switches_that_change_nothing_say_so():
+def test_options_without_effect_are_noted():
     """The only pair of layers has a tanh in between, and neither layer has a bias."""
     model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Tanh(), nn.Linear(6, 5, bias=False)).eval()
     method = PTQ(equalize=True, bias_correction=True)
@@ -324,7 +324,7 @@ def test_switches_that_change_nothing_say_so():
 
 
 def test_biases_are_corrected():
-    """Of what is left of the error, the mean is gone: of the answers too."""
+    """The mean of the remaining error is removed, also in the outputs."""
 
     def shift(**options):
         model = Small().eval()
@@ -343,8 +343,8 @@ def test_biases_are_corrected():
     assert shift(bias_correction=False) > 1e-3
 
 
-class Wide(PTQAttachment):
-    """Grids of twice the step, set by the hook, or after everything else."""
+class DoubledSteps(PTQAttachment):
+    """Doubles the steps of the grids, in the hook or after `begin`."""
 
     hooked = True
 
@@ -359,9 +359,9 @@ class Wide(PTQAttachment):
 
 
 @pytest.mark.parametrize("hooked", [True, False])
-def test_biases_are_corrected_for_the_grids_of_a_method_that_sets_its_own(hooked):
+def test_bias_correction_uses_the_grids_set_in_the_hook_of_a_method(hooked):
     made = PTQ(bits=3, variance_correction=False).attach(Small().eval(), AttachContext(data=[images()], target=VNNI))
-    attached = Wide(made.method, made.quantizers, made.context)
+    attached = DoubledSteps(made.method, made.quantizers, made.context)
     attached.hooked = hooked
     attached.begin()
     if not hooked:
@@ -381,9 +381,9 @@ def test_biases_are_corrected_for_the_grids_of_a_method_that_sets_its_own(hooked
     ],
     ids=str,
 )
-def test_the_exported_file_equals_the_network(options, tmp_path):
+def test_the_exported_file_agrees_with_the_network(options, tmp_path):
     model = one_sided()
-    nn.init.uniform_(model.bn1.weight, -1.5, 1.5)  # folded, some grids are turned around
+    nn.init.uniform_(model.bn1.weight, -1.5, 1.5)  # after folding, some grids are mirrored
     nn.init.uniform_(model.bn2.weight, -1.5, 1.5)
     graph = calibrated(model, PTQ(bits=4, first_last_bits=4, **options)).model.eval()
     path = export(graph, images()[:2], tmp_path / "model.onnx")
@@ -396,7 +396,7 @@ def test_the_exported_file_equals_the_network(options, tmp_path):
     assert off.mean() < 0.02 * expected.std(), "but for values that lie between two points of a grid"
 
 
-def test_only_saturating_processors_get_smaller_integers():
+def test_integers_are_limited_on_saturating_processors_only():
     def pairs(target):
         graph = calibrated(target=target).model
         layers = [graph.conv1, graph.conv2, graph.linear]
@@ -420,7 +420,7 @@ def test_layers_left_out_stay_in_float():
     assert set(attached.quantizers.activations) == {"quantizers.x", "quantizers.relu"}
 
 
-def test_more_bits_are_closer_to_the_original():
+def test_more_bits_reduce_the_error():
     model = Small().eval()
     x = images()
     with torch.no_grad():
@@ -446,13 +446,13 @@ def test_more_bits_are_closer_to_the_original():
     ],
     ids=["tensor", "tuple of one", "list", "tuple of three", "Batch", "Batch with labels", "dict"],
 )
-def test_batches_may_come_with_labels_or_without(wrap):
+def test_batches_with_and_without_labels_are_accepted(wrap):
     expected = calibrated(data=[images(4, 1), images(4, 2)]).model.state_dict()
     found = calibrated(data=[wrap(images(4, 1)), wrap(images(4, 2))]).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_a_data_loader_calibrates():
+def test_a_data_loader_can_be_used_for_calibration():
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images(), torch.zeros(12)), batch_size=5)
     found = calibrated(data=data).model.state_dict()
     expected = calibrated(data=[images()]).model.state_dict()
@@ -460,7 +460,7 @@ def test_a_data_loader_calibrates():
         torch.testing.assert_close(found[key], value)
 
 
-def test_the_number_of_calibration_images_is_limited():
+def test_at_most_calibration_images_are_read():
     endless = (images(4, seed) for seed in iter(int, 1))
     progress = RecordedProgress()
     attached = PTQ(calibration_images=10).attach(Small().eval(), AttachContext(data=endless, progress=progress))
@@ -491,7 +491,7 @@ def test_begin_does_nothing_a_second_time():
     assert all(torch.equal(value, before[key]) for key, value in attached.model.state_dict().items())
 
 
-def test_calibration_changes_no_statistics_even_of_a_network_in_training():
+def test_calibration_does_not_change_statistics_even_in_training_mode():
     model = Small().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     graph = calibrated(model, PTQ(bias_correction=False)).model
@@ -499,7 +499,7 @@ def test_calibration_changes_no_statistics_even_of_a_network_in_training():
     assert all(torch.equal(found[key], value) for key, value in before.items())
 
 
-def test_a_checkpoint_holds_the_calibration():
+def test_a_checkpoint_contains_the_calibration():
     saved = calibrated(method=PTQ(bits=5, activation_bits=6)).model
     torch.manual_seed(99)
     fresh = PTQ(bits=5, activation_bits=6).attach(Small().eval(), AttachContext(data=[100 * images()]))
@@ -524,19 +524,19 @@ def test_strip_keeps_the_quantized_weights():
     assert {"conv1.weight", "linear.weight"} <= set(plain.state_dict())
 
 
-def test_a_channel_of_zeros_and_a_value_that_is_always_zero():
+def test_a_channel_of_zeros_and_a_constant_zero_activation_are_quantized():
     model = Small().eval()
     with torch.no_grad():
         model.conv2.weight[0] = 0
         model.bn1.weight.zero_()
-        model.bn1.bias.fill_(-1.0)  # everything behind the first ReLU is zero
+        model.bn1.bias.fill_(-1.0)  # everything after the first ReLU is zero
     graph = calibrated(model).model
     assert torch.isfinite(graph(images())).all()
     torch.testing.assert_close(graph.conv2.weight[0], torch.zeros(4, 3, 3))
     assert graph.get_submodule("quantizers.relu").scale == 1
 
 
-def test_quantizers_depend_on_the_runtime():
+def test_quantizers_are_placed_depending_on_the_runtime():
     onnxruntime = calibrated(target=Target(runtime="onnxruntime")).quantizers.activations
     openvino = calibrated(target=Target(runtime="openvino")).quantizers.activations
     assert set(openvino) < set(onnxruntime)
@@ -550,42 +550,42 @@ def test_gradients_pass_through_to_the_original_weights():
     assert all(parameter.grad.abs().sum() > 0 for parameter in originals)
 
 
-# what a user may get wrong
+# mistakes of users
 
 
-def test_no_data():
+def test_missing_data_raises():
     with pytest.raises(InputError, match=r"ptq needs images to calibrate with.*data="):
         PTQ().attach(Small(), AttachContext())
 
 
 @pytest.mark.parametrize("data", [[], [images()[:0]]], ids=["no batch", "no image"])
-def test_empty_data(data):
+def test_empty_data_raises(data):
     with pytest.raises(InputError, match="needs images, and the data contains none"):
         calibrated(data=data)
 
 
-def test_data_that_can_be_read_only_once():
-    calibrated(data=iter([images()]))  # one pass needs no more
+def test_data_that_can_be_read_only_once_raises_if_two_passes_are_needed():
+    calibrated(data=iter([images()]))  # enough for one pass
     with pytest.raises(InputError, match=r"reads the data twice, but the data cannot be read again. Pass a DataLoader"):
         calibrated(method=PTQ(activation_range="mse"), data=iter([images()]))
 
 
-def test_a_pattern_that_matches_nothing():
+def test_a_pattern_without_a_match_raises():
     with pytest.raises(InputError, match=r"'conv3' matches no layer\. Did you mean 'conv2'"):
         PTQ(exclude=("conv3",)).attach(Small(), AttachContext(data=[images()]))
 
 
-def test_everything_left_out():
+def test_excluding_all_layers_raises():
     with pytest.raises(InputError, match=r"^exclude leaves ptq no layer to quantize\. Shorten exclude\.$"):
         PTQ(exclude=("*",)).attach(Small(), AttachContext(data=[images()]))
 
 
-def test_nothing_to_quantize():
+def test_a_network_without_quantizable_layers_raises():
     with pytest.raises(InputError, match=r"fully connected layer to quantize\. Pass a network with such layers\."):
         PTQ().attach(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), AttachContext(data=[images()]))
 
 
-def test_quantized_already():
+def test_an_already_quantized_network_raises():
     graph = calibrated().model
     with pytest.raises(InputError, match="already quantized"):
         PTQ().attach(graph, AttachContext(data=[images()]))
@@ -608,12 +608,12 @@ def test_quantized_already():
     ],
     ids=["dict", "text", "one image", "empty list", "labels first", "numpy", "pixels"],
 )
-def test_batches_that_hold_no_images(batch, message):
+def test_batches_without_images_raise(batch, message):
     with pytest.raises(InputError, match=message):
         calibrated(data=[batch])
 
 
-def test_values_that_are_not_finite():
+def test_nonfinite_images_and_activations_raise():
     broken = images()
     broken[3, 0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="hold NaN"):
@@ -626,7 +626,7 @@ def test_values_that_are_not_finite():
 
 
 @pytest.mark.parametrize("name", ["conv1.weight", "linear.bias", "bn2.running_var"])
-def test_weights_that_are_not_finite(name):
+def test_nonfinite_weights_raise(name):
     model = Small().eval()
     model.state_dict()[name].view(-1)[1] = torch.nan if name == "linear.bias" else torch.inf
     with pytest.raises(InputError, match=f"^{name} has values that are not finite"):
@@ -653,12 +653,12 @@ def test_weights_that_are_not_finite(name):
     ],
     ids=lambda values: "-".join(f"{key}={value}" for key, value in values.items()),
 )
-def test_impossible_values_are_refused(values):
+def test_invalid_options_raise(values):
     with pytest.raises(InputError):
         PTQ(**values)
 
 
-def test_a_real_network_of_twenty_layers():
+def test_a_resnet_with_20_layers_is_quantized():
     torch.manual_seed(0)
     model = build("resnet20", 10).eval()
     x = torch.randn(8, 3, 32, 32)

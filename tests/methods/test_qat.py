@@ -94,7 +94,7 @@ def test_before_the_first_step_it_is_what_post_training_quantization_gives():
     assert torch.equal(ours(images), theirs.model(images))
 
 
-def test_the_gradient_passes_straight_through_inside_the_range_and_not_outside():
+def test_the_gradient_is_passed_through_inside_the_range_only():
     graph = attached(method=QAT(bits=3)).model.eval()
     edge = edges(graph)[0]
     values = torch.linspace(-3 * float(edge.observer.high), 3 * float(edge.observer.high), 101, requires_grad=True)
@@ -108,7 +108,7 @@ def test_the_gradient_passes_straight_through_inside_the_range_and_not_outside()
     assert torch.allclose(layer.parametrizations.weight.original.grad, 2 * layer.weight)
 
 
-def test_scales_follow_the_weights_after_every_step():
+def test_scales_are_recomputed_from_the_weights_after_every_step():
     graph = trained(QAT(bits=4, first_last_bits=4))
     for name in ("conv1", "conv2", "linear"):
         layer = graph.get_submodule(name)
@@ -127,13 +127,13 @@ def test_scales_follow_the_weights_after_every_step():
         pytest.param(AdaRound(bits=3), marks=pytest.mark.slow),
     ],
 )
-def test_clipping_grids_of_an_earlier_stage_keep_their_share(before):
+def test_clipping_of_an_earlier_stage_is_kept_relative_to_the_largest_weight(before):
     graph = attached(method=before).model
     images = Loader(1, seed=5).batches[0].images
     expected = graph.eval()(images)
     found = QAT().attach(graph, AttachContext(steps=8, target=VNNI))
     found.begin()
-    found.after_step(0, None)  # nothing has moved, so nothing changes
+    found.after_step(0, None)  # the weights have not moved, so nothing changes
     torch.testing.assert_close(found.model.eval()(images), expected, rtol=1e-4, atol=1e-5)
     layer = found.model.get_submodule("conv2")
     quantizer = layer.parametrizations.weight[0]
@@ -145,9 +145,9 @@ def test_clipping_grids_of_an_earlier_stage_keep_their_share(before):
     assert (share < 1).any() or isinstance(before, AdaRound), "whose weights end where its grid does"
 
 
-def test_a_channel_of_zeros_may_come_back_over_its_whole_range():
+def test_a_channel_of_zeros_can_recover_its_full_range():
     graph = attached(method=PTQ(bits=3, weight_range="mse")).model
-    parametrized(graph.get_submodule("conv2")).original.data[2] = 0  # as rounding leaves some
+    parametrized(graph.get_submodule("conv2")).original.data[2] = 0  # rounding can produce such channels
     found = QAT().attach(graph, AttachContext(steps=8, target=VNNI))
     found.begin()
     layer = found.model.get_submodule("conv2")
@@ -156,9 +156,9 @@ def test_a_channel_of_zeros_may_come_back_over_its_whole_range():
     assert torch.allclose(layer.weight[2], torch.full_like(layer.weight[2], 0.5))
 
 
-def test_ranges_are_running_means_of_what_each_batch_reaches():
+def test_ranges_are_moving_averages_of_the_batch_ranges():
     found = attached(method=QAT(averaging=0.25))
-    edge = edges(found.model)[0]  # on the images themselves: no step changes what it is shown
+    edge = edges(found.model)[0]  # quantizes the images: its input does not change in training
     low, high = float(edge.observer.low), float(edge.observer.high)
     fit(found, Loader(), Training(), steps=6)
     for step in range(6):
@@ -170,7 +170,7 @@ def test_ranges_are_running_means_of_what_each_batch_reaches():
     assert float(edge.scale) == pytest.approx((high - low) / 255, rel=1e-5)
 
 
-def test_a_range_is_updated_once_per_batch():
+def test_a_range_is_updated_only_once_per_batch():
     class Sliced(nn.Module):
         def __init__(self):
             super().__init__()
@@ -205,7 +205,7 @@ def rebuilt(model, fresh):
     return again.eval()
 
 
-def test_after_the_end_no_range_moves_even_while_it_trains():
+def test_ranges_are_fixed_after_the_end_even_in_training_mode():
     graph = trained()
     before = copy.deepcopy(graph.state_dict())
     graph.train()
@@ -215,14 +215,14 @@ def test_after_the_end_no_range_moves_even_while_it_trains():
             assert torch.equal(value, before[name])
 
 
-def test_ranges_do_not_move_in_eval_mode():
+def test_ranges_are_fixed_in_eval_mode():
     found = attached()
     before = [float(edge.observer.high) for edge in edges(found.model)]
     found.model.eval()(10 * Loader(1).batches[0].images)
     assert [float(edge.observer.high) for edge in edges(found.model)] == before
 
 
-def test_it_reuses_the_grids_of_an_earlier_stage():
+def test_qat_reuses_the_grids_of_an_earlier_stage():
     first = PTQ(bits=4).attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
     first.begin()
     images = Loader(1, seed=5).batches[0].images
@@ -235,13 +235,13 @@ def test_it_reuses_the_grids_of_an_earlier_stage():
     assert torch.isfinite(second.model(images)).all()
 
 
-def test_in_one_stage_with_ptq():
+def test_ptq_and_qat_can_be_combined_in_one_stage():
     found = chain([PTQ(bits=4), QAT(bits=4)], Small().eval(), AttachContext(data=Loader(), steps=4, target=VNNI))
     found.begin()
     assert all(edge.enabled and float(edge.observer.high) > 0 for edge in edges(found.model))
 
 
-def test_grids_of_other_bits_are_refused():
+def test_settings_that_differ_from_an_earlier_stage_raise():
     first = PTQ(bits=4).attach(Small().eval(), AttachContext(data=Loader(), target=VNNI))
     first.begin()
     with pytest.raises(InputError, match=r"bits: 6, but an earlier stage .* to 4 bits\. Leave out bits"):
@@ -282,7 +282,7 @@ def norms(graph):
     return [module for module in graph.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def test_frozen_statistics_stay_while_gamma_trains():
+def test_frozen_statistics_and_ranges_are_fixed_while_gamma_trains():
     found = attached(method=QAT(freeze_norm_at=0.5, freeze_ranges_at=0.75), steps=8)
     seen = []
 
@@ -299,21 +299,21 @@ def test_frozen_statistics_stay_while_gamma_trains():
     assert [first != second for first, second in itertools.pairwise(highs)] == [True] * 5 + [False] * 2
 
 
-def test_as_if_folded_from_the_first_step():
+def test_statistics_can_be_frozen_from_the_first_step():
     model = Small().eval()
     before = [norm.running_var.clone() for norm in norms(model)]
     graph = trained(QAT(freeze_norm_at=0), model=model)
     assert all(torch.equal(norm.running_var, was) for norm, was in zip(norms(graph), before, strict=True))
 
 
-def test_missing_images_are_an_error():
+def test_missing_images_raise():
     with pytest.raises(InputError, match="qat needs images to calibrate with"):
         QAT().attach(Small().eval(), AttachContext(steps=4))
     with pytest.raises(InputError, match="qat needs images, and the data contains none"):
         QAT().attach(Small().eval(), AttachContext(data=[], steps=4))
 
 
-def test_zeros_of_a_mask_stay_zeros_on_the_grid():
+def test_masked_weights_stay_zero_when_quantized():
     methods = [WeightPruning(sparsity=0.8, sparsity_schedule="cubic", every=1), QAT(bits=4, first_last_bits=4)]
     found = chain(methods, Small().eval(), AttachContext(data=Loader(), steps=8, target=VNNI))
     found.begin()
@@ -326,10 +326,12 @@ def test_zeros_of_a_mask_stay_zeros_on_the_grid():
         assert (layer.weight[masked] == 0).all()
         scale = next(each for each in layer.parametrizations.weight if isinstance(each, FakeQuantize)).scale
         kept = layer.parametrizations.weight.original.detach().masked_fill(masked, 0).abs().flatten(1).amax(1)
-        assert torch.allclose(scale, torch.where(kept > 0, kept / 7, 1.0))  # of what is shown, not of what is masked
+        assert torch.allclose(
+            scale, torch.where(kept > 0, kept / 7, 1.0)
+        )  # computed from the remaining weights, not the masked ones
 
 
-def test_running_mean_weights_get_their_own_grids():
+def test_the_moving_average_of_the_weights_gets_its_own_scales():
     found = attached(method=QAT(bits=4, first_last_bits=4))
     fit(found, Loader(), Training(optimizer=OptimizerOptions(learning_rate=0.1), ema=0.9), steps=8)
     found.finish()
@@ -338,7 +340,7 @@ def test_running_mean_weights_get_their_own_grids():
     assert torch.allclose(layer.parametrizations.weight[0].scale, expected)
 
 
-def test_training_lowers_the_loss_that_quantization_alone_gives():
+def test_training_reduces_the_loss_of_post_training_quantization():
     alone, learned = (
         attached(method=QAT(bits=4, activation_bits=4)).model.eval(),
         trained(QAT(bits=4, activation_bits=4), steps=120),
@@ -351,7 +353,7 @@ def test_training_lowers_the_loss_that_quantization_alone_gives():
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_what_was_trained_is_what_runs(tmp_path, runtime):
+def test_the_exported_file_agrees_with_the_trained_network(tmp_path, runtime):
     if runtime == "openvino":
         pytest.importorskip("openvino")
     found = QAT().attach(Small().eval(), AttachContext(data=Loader(), steps=20, target=Target(runtime=runtime)))
@@ -365,7 +367,7 @@ def test_what_was_trained_is_what_runs(tmp_path, runtime):
     assert (given.argmax(1) == found.model(images).argmax(1)).all()
 
 
-def test_under_bfloat16_every_level_stays():
+def test_under_bfloat16_autocast_all_levels_are_kept():
     edge = FakeQuantize(Grid.unsigned(8)).track_activations(0.01)
     edge.set_range(torch.tensor(0.0), torch.tensor(3.7))
     with torch.autocast("cpu", torch.bfloat16):

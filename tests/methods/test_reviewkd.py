@@ -1,4 +1,4 @@
-"""reviewkd's fused computation against the computation in the paper's order."""
+"""reviewkd's fused computation compared with the computation in the order of the paper."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def loss_slowly(term, student, teacher):
         ([(4, 7), (8, 7)], [(4, 9), (8, 3)]),
     ],
 )
-def test_loss_and_gradients_are_those_of_the_paper(ours, theirs, training):
+def test_loss_and_gradients_equal_those_of_the_paper(ours, theirs, training):
     torch.manual_seed(0)
     shapes = [[(3, channels, side, side) for channels, side in each] for each in (ours, theirs)]
     names = [f"layer{place}" for place in range(len(ours))]
@@ -93,7 +93,7 @@ def test_fused_features_have_the_channels_of_the_last_layer_but_at_most_512(chan
     assert fusion.inward(torch.zeros(2, channels, 4, 4)).shape == (2, width, 4, 4)
 
 
-def test_statistics_of_features_with_a_large_mean():
+def test_statistics_are_accurate_for_features_with_a_large_mean():
     torch.manual_seed(0)
     fusion = Fusion(4, 8, 5, 0, 1).train()
     slow = copy.deepcopy(fusion)

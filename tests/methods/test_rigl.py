@@ -1,4 +1,4 @@
-"""RigL: one change by hand, sizes that stay, and how they are shared out."""
+"""RigL: one update computed by hand, constant sparsity, and the distribution over layers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def memory(optimizer, weight):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_change_by_hand(name):
-    """The smallest go, those of the largest dense gradient come, from zero and without momentum."""
+    """The smallest weights are masked; those with the largest dense gradients grow from zero, without momentum."""
     model, attached = begun()
     optimizer = optimizers(model)[name]
     attached.bind(optimizer)
@@ -82,7 +82,7 @@ def test_a_change_by_hand(name):
         there = sorted((index for index, each in enumerate(was) if each), key=lambda index: -kept[index])
         comes = set(new.flatten().nonzero().flatten().tolist()) - set(there)
         assert len(there) == int(new.sum())
-        # a dropped one that has the larger gradient grows again, and keeps its value
+        # a dropped weight with a larger gradient grows again and keeps its value
         stays = set(there[: len(there) - count])
         free = sorted(set(range(len(was))) - stays, key=lambda index: -gradient[index])
         assert set(new.flatten().nonzero().flatten().tolist()) == stays | set(free[:count])
@@ -96,7 +96,7 @@ def test_a_change_by_hand(name):
     assert changed[1] == pytest.approx(2 * grown / 288, abs=1e-5)
 
 
-def test_sizes_stay_and_masks_stand_still_after_the_end():
+def test_the_sparsity_is_constant_and_masks_are_fixed_after_the_end():
     model, attached = begun(steps=40, end=0.5)
     optimizer = optimizers(model)["sgd"]
     handle = attached.bind(optimizer)
@@ -115,7 +115,7 @@ def test_sizes_stay_and_masks_stand_still_after_the_end():
     assert attached.metrics["masks"][0]["steps"] == [0, 4, 8, 12, 16]
 
 
-def test_it_begins_with_the_largest_of_each_layer():
+def test_the_initial_mask_keeps_the_largest_weights_of_each_layer():
     model, _ = begun(distribution="uniform")
     for place in (0, 2):
         size, mask = dense_weight(model[place]).detach().abs(), mask_of(model[place]).mask
@@ -128,7 +128,7 @@ SHAPES = {"a": torch.Size([16, 3, 3, 3]), "b": torch.Size([16, 16, 3, 3]), "c": 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9, 0.95, 0.98])
 @pytest.mark.parametrize("distribution", ["erk", "uniform"])
-def test_how_many_stay(distribution, sparsity):
+def test_layer_counts_follow_the_distribution(distribution, sparsity):
     found = layer_counts(SHAPES, sparsity, distribution)
     sizes = {name: shape.numel() for name, shape in SHAPES.items()}
     assert sum(found.values()) == sum(sizes.values()) - round(sparsity * sum(sizes.values()))
@@ -154,6 +154,6 @@ def test_few_weights_and_many_layers():
         assert set(layer_counts(shapes, 0.99, distribution).values()) == {1}, "as many as layers, not fewer"
 
 
-def test_no_steps_no_masks():
+def test_zero_steps_raise():
     with pytest.raises(InputError, match="rigl needs training, but there are 0 steps"):
         RigL().attach(network(), AttachContext())

@@ -52,7 +52,7 @@ def entropy(row):
 
 
 @given(logits, temperatures)
-def test_the_loss_against_a_slow_implementation(pair, temperature):
+def test_the_loss_equals_a_slow_implementation(pair, temperature):
     student, teacher = pair
     found = soft_target_loss(*(torch.tensor(values, dtype=torch.float64) for values in pair), temperature)
     assert found.item() == pytest.approx(slow_loss(student, teacher, temperature), rel=1e-5, abs=1e-10)
@@ -81,7 +81,7 @@ def test_kl_is_averaged_over_images_and_summed_over_classes():
     torch.testing.assert_close(soft_target_loss(student, teacher, 2.0), torch.stack(each).mean())
 
 
-def test_the_order_of_teacher_and_student_counts():
+def test_the_loss_is_not_symmetric_in_teacher_and_student():
     sharp, flat = torch.tensor([[4.0, 0.0, 0.0]]), torch.zeros(1, 3)
     forward, backward = (soft_target_loss(*pair, 1.0).item() for pair in ((sharp, flat), (flat, sharp)))
     assert forward == pytest.approx(slow_loss(sharp.tolist(), flat.tolist(), 1.0), rel=1e-5)
@@ -128,7 +128,7 @@ def test_t_squared_keeps_the_gradient_norm_at_high_temperatures():
     assert max(norms) < 1.1 * min(norms)
 
 
-def test_the_term_is_weighted_and_needs_no_labels():
+def test_the_term_is_weighted_and_does_not_need_labels():
     student, teacher = torch.randn(4, 3), torch.randn(4, 3)
     term = SoftTargetTerm(temperature=2.0, loss_weight=0.3)
     found = term(Batch(torch.zeros(4, 1)), Outputs(student), Outputs(teacher))
@@ -143,7 +143,7 @@ def losses(method, batch):
     return objective(batch), student, teacher
 
 
-def test_soft_targets_with_labels():
+def test_losses_of_soft_targets_and_labels_are_weighted():
     batch = Batch(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
     found, student, teacher = losses(SoftTargets(temperature=3, loss_weight=0.7, label_weight=0.2), batch)
     logits_now = student(batch.images)
@@ -151,7 +151,7 @@ def test_soft_targets_with_labels():
     torch.testing.assert_close(found["soft_targets"], 0.7 * soft_target_loss(logits_now, teacher(batch.images), 3))
 
 
-def test_label_weight_zero_ignores_labels_and_works_without():
+def test_with_label_weight_zero_labels_are_ignored_and_optional():
     images = torch.randn(6, 4)
     unlabelled, student, _ = losses(SoftTargets(label_weight=0), Batch(images))
     assert list(unlabelled) == ["soft_targets"]
@@ -161,7 +161,7 @@ def test_label_weight_zero_ignores_labels_and_works_without():
     assert torch.equal(labelled["soft_targets"], unlabelled["soft_targets"])
 
 
-def test_attaching_changes_nothing_in_the_model():
+def test_attach_does_not_change_the_model():
     student = nn.Linear(4, 3)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     attached = SoftTargets().attach(student, AttachContext(teacher=nn.Linear(4, 3)))
@@ -176,7 +176,7 @@ def test_loss_weight_zero_adds_no_term():
     assert attached.terms == ()
 
 
-def test_without_a_teacher_it_is_an_error():
+def test_a_missing_teacher_raises():
     with pytest.raises(InputError, match="needs a teacher"):
         SoftTargets().attach(nn.Linear(4, 3), AttachContext())
 
@@ -186,6 +186,6 @@ def test_without_a_teacher_it_is_an_error():
     [{"temperature": 0}, {"temperature": -1}, {"loss_weight": -0.1}, {"label_weight": -1}, {"T": 4}],
     ids=lambda values: next(iter(values)),
 )
-def test_impossible_values_are_refused(values):
+def test_invalid_values_raise(values):
     with pytest.raises(InputError):
         SoftTargets(**values)

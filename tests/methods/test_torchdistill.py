@@ -1,4 +1,4 @@
-"""The losses equal torchdistill's, where its formula is the paper's."""
+"""The losses equal those of torchdistill, where its formula is that of the paper."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_soft_targets(temperature):
     assert float(0.9 * soft_target_loss(student, teacher, temperature)) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_standardized_soft_targets():
+def test_standardized_soft_targets_equal_torchdistill():
     student, teacher = drawn((8, 10), (8, 10))
     loss = theirs.LogitStdKDLoss(**PATHS, temperature=2.0, alpha=0.1, beta=9.0)
     labels = torch.arange(8)
@@ -51,7 +51,7 @@ def test_standardized_soft_targets():
     assert float(ours) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_attention():
+def test_attention_loss_equals_torchdistill():
     student, teacher = drawn((4, 6, 5, 5), (4, 9, 5, 5))
     pairs = {"pair": {"student": {"path": "s", "io": "o"}, "teacher": {"path": "t", "io": "o"}}}
     code, paper = (theirs.ATLoss(pairs, mode=mode)(*given(student, teacher)) for mode in ("code", "paper"))
@@ -61,14 +61,14 @@ def test_attention():
     assert float(ours) == pytest.approx(float(paper), rel=1e-5)
 
 
-def test_factors():
+def test_factor_loss_equals_torchdistill():
     student, teacher = drawn((4, 32, 8, 8), (4, 32, 8, 8))
     expected = theirs.FTLoss(p=1)({"translator": {"output": student}}, {"paraphraser": {"output": teacher}})
     ours = factor_loss(student, teacher, 1) * 2048**0.5 / 2048  # their mean over all elements
     assert float(ours) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_correlation():
+def test_correlation_loss_equals_torchdistill():
     student, teacher = drawn((8, 10), (8, 10))
     expected = theirs.DISTLoss(**PATHS, beta=0.5, gamma=2.0, tau=4.0)(*given(student, teacher))
     term = CorrelationTerm(DIST(beta=0.5, gamma=2.0, temperature=4.0))
@@ -77,13 +77,13 @@ def test_correlation():
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 7, 8, 12, 14, 32])
-def test_hierarchy(side):
+def test_hierarchical_loss_equals_torchdistill(side):
     student, teacher = drawn((4, 6, side, side), (4, 6, side, side))
     expected = theirs.HierarchicalContextLoss(**PATHS)(*given((student, None), teacher))
     assert float(hierarchical_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_contrast():
+def test_contrastive_loss_equals_torchdistill():
     (values,) = drawn((4, 9))
     similar = values.exp()
     loss = theirs.CRDLoss("n", "e", "n", input_size=16, output_size=50, num_negative_samples=8, num_samples=50)

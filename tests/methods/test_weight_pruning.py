@@ -41,7 +41,7 @@ def test_one_shot_masks_the_smallest_weights_of_each_layer(model):
     assert torch.equal(model.linear.weight, before.linear.weight)
 
 
-def test_global_scope_is_exact_over_the_network_and_uneven_over_layers(model):
+def test_global_scope_reaches_the_exact_sparsity_with_different_sparsities_per_layer(model):
     pruned(model, sparsity=0.9, scope="global")
     found = costs(model, IMAGES[:1])
     convolutions = [layer for layer in found.layers if layer.kind == "Conv2d"]
@@ -50,7 +50,7 @@ def test_global_scope_is_exact_over_the_network_and_uneven_over_layers(model):
     assert max(layer.sparsity for layer in convolutions) - min(layer.sparsity for layer in convolutions) > 0.1
 
 
-def test_random_is_reproducible_and_not_magnitude(model):
+def test_random_importance_is_reproducible_and_depends_on_the_seed(model):
     first, again, other = (copy.deepcopy(model) for _ in range(3))
     pruned(first, importance="random")
     pruned(again, importance="random")
@@ -61,7 +61,7 @@ def test_random_is_reproducible_and_not_magnitude(model):
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
 @pytest.mark.parametrize("shape", ["linear", "cubic"])
-def test_a_schedule_rises_and_ends_exactly_however_few_the_steps(model, steps, shape):
+def test_a_schedule_is_monotonic_and_exact_at_the_end_for_any_number_of_steps(model, steps, shape):
     attached = pruned(model, steps=steps, sparsity=0.8, sparsity_schedule=shape, every=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     handle = attached.bind(optimizer)
@@ -97,7 +97,7 @@ def test_a_masked_weight_gets_no_gradient_and_stays_masked(model):
     assert torch.equal(~weight_mask(model.conv1).mask, masked)
 
 
-def test_repeated_at_a_rising_sparsity_masks_are_nested_and_one(model):
+def test_pruning_again_at_a_higher_sparsity_nests_the_masks(model):
     pruned(model, sparsity=0.5)
     first = weight_mask(model.conv1).mask.clone()
     pruned(model, sparsity=0.75)
@@ -130,7 +130,7 @@ def test_nothing_comes_back_whatever_is_masked_later(model, before, behind):
         assert attached.sparsity == pytest.approx(behind["sparsity"], abs=1e-3), "a floor takes no place of others"
 
 
-def test_zeros_stay_zeros_under_a_grid(model):
+def test_masked_weights_stay_zero_when_quantized(model):
     attached = chain([WeightPruning(sparsity=0.6), PTQ(bits=4)], model, AttachContext(data=[IMAGES]))
     attached.begin()
     quantized = attached.model.get_submodule("layer2.0.conv1").weight.detach()
@@ -138,13 +138,13 @@ def test_zeros_stay_zeros_under_a_grid(model):
     assert torch.equal(strip(attached.model)(IMAGES), attached.model(IMAGES))
 
 
-def test_layers_may_be_named(model):
+def test_layers_can_be_selected_by_name(model):
     pruned(model, sparsity=0.5, layers=("linear", "layer3.*.conv2"))
     masked = [name for name, layer in model.named_modules() if weight_mask(layer) is not None]
     assert masked == ["layer3.0.conv2", "layer3.1.conv2", "layer3.2.conv2", "linear"]
 
 
-def test_mistakes_are_told(model):
+def test_invalid_settings_raise(model):
     with pytest.raises(InputError, match="matches no layer"):
         WeightPruning(layers=("nothing",)).attach(model, AttachContext())
     with pytest.raises(InputError, match="raises the sparsity during training, but the stage has 0 steps"):
@@ -209,7 +209,7 @@ def test_every_importance_masks_as_much_and_others(model, importance, granularit
         assert any(not torch.equal(masks_of(plain)[name], mask) for name, mask in masks.items())
 
 
-def test_two_of_four(model):
+def test_n_of_m_masks_keep_n_of_every_m_input_channels(model):
     attached = pruned(model, granularity="2:4")
     (note,) = attached.notes
     assert note == "these layers are not masked, because their number of input channels is not a multiple of 4: conv1"
@@ -221,7 +221,7 @@ def test_two_of_four(model):
     assert all((mask.movedim(1, -1).reshape(-1, 4).sum(1) == 1).all() for mask in masks_of(model).values())
 
 
-def test_n_of_m_rises_weight_by_weight(model):
+def test_with_a_schedule_n_of_m_masks_keep_fewer_weights_step_by_step(model):
     attached = pruned(model, steps=8, granularity="2:8", sparsity_schedule="linear", every=1, end=1.0)
     optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.0), []
     for step in range(8):
@@ -232,7 +232,7 @@ def test_n_of_m_rises_weight_by_weight(model):
     assert seen == sorted(seen, reverse=True)
 
 
-def test_a_floor_keeps_layers_alive_under_a_global_threshold(model):
+def test_a_floor_keeps_weights_in_every_layer_under_a_global_threshold(model):
     with torch.no_grad():
         model.layer2[1].conv1.weight.mul_(1e-3)
     one, some = copy.deepcopy(model), copy.deepcopy(model)
@@ -244,15 +244,15 @@ def test_a_floor_keeps_layers_alive_under_a_global_threshold(model):
     assert count[0] == count[1]
 
 
-def test_a_schedule_of_the_users(model):
+def test_a_users_schedule_is_followed(model):
     attached = pruned(model, steps=10, sparsity=0.8, sparsity_schedule=f"{__name__}:third_power", every=1, end=1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for step in range(10):
         attached.after_step(step, optimizer)
         assert attached.sparsity == pytest.approx(0.8 * ((step + 1) / 10) ** 3, abs=1e-3)
-    [told] = attached.metrics["masks"]
-    assert told["steps"] == list(range(1, 11))
-    assert sum(told["changed"]) == pytest.approx(0.8, abs=1e-3), "nested masks change once"
+    [masks] = attached.metrics["masks"]
+    assert masks["steps"] == list(range(1, 11))
+    assert sum(masks["changed"]) == pytest.approx(0.8, abs=1e-3), "nested masks change once"
     with pytest.raises(InputError, match=r"returned 1\.5 at progress 0\.75\. Return a number from 0 to 1"):
         WeightPruning(sparsity_schedule=f"{__name__}:too_far").attach(build("resnet20", 10), AttachContext(steps=16))
 
@@ -265,12 +265,12 @@ def test_a_schedule_of_the_users(model):
         {"sparsity": 1 / 3, "granularity": "2:3", "layers": ("conv1",)},
     ],
 )
-def test_what_just_fits_is_not_refused(model, options):
+def test_a_sparsity_at_the_limit_of_the_floor_is_accepted(model, options):
     assert pruned(model, **options).sparsity == pytest.approx(options["sparsity"], abs=0.02)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "words"),
     [
         ({"granularity": "1:4", "sparsity": 0.5}, "fixes the sparsity at 0.75, but sparsity is 0.5. Leave out"),
         ({"granularity": "2:4", "scope": "global"}, "Leave out scope: global"),
@@ -283,13 +283,13 @@ def test_what_just_fits_is_not_refused(model, options):
         ({"importance": "batchnorm", "granularity": "filter"}, "batchnorm needs images to run the network on"),
     ],
 )
-def test_options_that_contradict_or_do_nothing(model, options, told):
-    with pytest.raises(InputError, match=told):
+def test_contradictory_options_and_options_without_effect_raise(model, options, words):
+    with pytest.raises(InputError, match=words):
         WeightPruning(**options).attach(model, AttachContext(steps=10))
     assert not masks_of(model), "no masks were inserted"
 
 
-def test_a_layer_without_batchnorm_behind_it_is_refused(model):
+def test_a_layer_without_a_batchnorm_after_it_raises(model):
     method = WeightPruning(importance="batchnorm", granularity="filter", layers=("linear",))
     with pytest.raises(InputError, match="with a scale after linear"):
         method.attach(model, AttachContext(data=[IMAGES]))
@@ -297,13 +297,13 @@ def test_a_layer_without_batchnorm_behind_it_is_refused(model):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "words"),
     [
         ({"importance": "magnitudes"}, "unknown importance 'magnitudes'. Did you mean 'magnitude'"),
         ({"sparsity_schedule": "cubik"}, "Did you mean 'cubic'"),
         ({"granularity": "4:2"}, "N:M such as 2:4"),
     ],
 )
-def test_names_that_are_none(options, told):
-    with pytest.raises(InputError, match=told):
+def test_unknown_names_raise(options, words):
+    with pytest.raises(InputError, match=words):
         WeightPruning(**options)

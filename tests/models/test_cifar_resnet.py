@@ -11,14 +11,14 @@ from tersor.models.cifar_resnet import DEPTHS, Block, CifarResNet
 @pytest.mark.parametrize(
     ("depth", "parameters"), zip(DEPTHS, (269_722, 464_154, 658_586, 853_018, 1_727_962), strict=True)
 )
-def test_parameters_as_published(depth, parameters):
+def test_parameter_counts_are_the_published_ones(depth, parameters):
     with torch.device("meta"):
         model = CifarResNet(depth)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (8, 8)])
-def test_a_halving_block_against_a_slow_second_writing(size):
+def test_a_downsampling_block_equals_a_slow_implementation(size):
     torch.manual_seed(0)
     block = Block(4, 10, stride=2).eval()
     x = torch.randn(2, 4, *size)
@@ -38,12 +38,12 @@ def test_a_block_that_keeps_its_shape_adds_its_input():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (1, 1), (45, 64)])
-def test_images_of_any_size(size):
+def test_images_can_have_any_size(size):
     model = CifarResNet(20, num_classes=7)
     assert model(torch.randn(2, 3, *size)).shape == (2, 7)
 
 
-def test_it_can_be_captured_and_keeps_its_keys():
+def test_the_network_can_be_captured_and_keeps_its_keys():
     model = CifarResNet(20).eval()
     x = torch.randn(1, 3, 24, 24)
     captured = capture(model, x)

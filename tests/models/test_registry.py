@@ -26,7 +26,7 @@ def no_network() -> str:
     return "a word"
 
 
-def test_cifar_names_are_ours_and_others_torchvision_s():
+def test_cifar_names_build_our_networks_and_others_those_of_torchvision():
     assert isinstance(build("resnet20"), CifarResNet)
     assert isinstance(build("resnet110", 100), CifarResNet)
     resnet18 = build("resnet18", 7)
@@ -35,7 +35,7 @@ def test_cifar_names_are_ours_and_others_torchvision_s():
     assert build("squeezenet1_1").classifier[1].out_channels == 1000
 
 
-def test_names_can_be_built():
+def test_listed_names_can_be_built():
     known = names()
     assert {"resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet18", "mobilenet_v2"} <= set(known)
     assert len(known) == len(set(known))
@@ -44,19 +44,19 @@ def test_names_can_be_built():
         assert all(isinstance(build(name), nn.Module) for name in ("resnet44", "vit_b_16", "swin_t", "maxvit_t"))
 
 
-def test_auxiliary_heads_are_left_out():
+def test_auxiliary_heads_are_removed():
     model = build("inception_v3", 4).train()
     assert model(torch.randn(2, 3, 96, 96)).shape == (2, 4)
 
 
-def test_a_function_gets_num_classes_if_it_accepts_it():
+def test_a_function_gets_num_classes_if_it_accepts_the_argument():
     assert build(f"{__name__}:network", 9).out_features == 9
     assert build(f"{__name__}:network").out_features == 3
     assert build(f"{__name__}:fixed", 9).out_features == 5
 
 
 @pytest.mark.parametrize(
-    ("name", "num_classes", "said"),
+    ("name", "num_classes", "words"),
     [
         ("resnt20", None, r"unknown model 'resnt20'. Did you mean 'resnet20'\?"),
         ("mobilnet_v2", 10, r"Did you mean 'mobilenet_v2'\?"),
@@ -66,12 +66,12 @@ def test_a_function_gets_num_classes_if_it_accepts_it():
         ("torch.nn:Linear", 10, "in_features"),
     ],
 )
-def test_messages_for_invalid_names(name, num_classes, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_names_raise(name, num_classes, words):
+    with pytest.raises(InputError, match=words):
         build(name, num_classes)
 
 
-def test_networks_of_torchvision_and_timm_have_random_weights_and_as_many_classes_as_asked_for(monkeypatch):
+def test_networks_of_torchvision_and_timm_have_random_weights_and_the_requested_classes(monkeypatch):
     pytest.importorskip("timm")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_args, **_options: pytest.fail("a download"))
     assert from_library("timm:resnet10t", 7).fc.out_features == 7
@@ -86,7 +86,7 @@ def test_networks_of_torchvision_and_timm_have_random_weights_and_as_many_classe
 
 
 class Configured(nn.Linear):
-    """A network of a library like transformers."""
+    """A network from a library like transformers."""
 
     config_class = SimpleNamespace(from_dict=lambda given: SimpleNamespace(**given))
 
@@ -113,7 +113,7 @@ def test_a_network_of_transformers_is_built_from_its_configuration(library):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "words"),
     [
         ("Configurd:{}", r"no network class 'Configurd'. Did you mean 'Configured'\?"),
         ("configure:{}", "no network class 'configure'"),
@@ -122,12 +122,12 @@ def test_a_network_of_transformers_is_built_from_its_configuration(library):
         ("Configured:{}/other.json", r"Configured cannot be built from .*other.json: width must be positive\.$"),
     ],
 )
-def test_what_is_no_network_of_transformers_is_explained(library, name, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_transformers_networks_raise(library, name, words):
+    with pytest.raises(InputError, match=words):
         from_library("hf:" + name.format(library))
 
 
-def test_a_library_that_is_not_installed_is_named(monkeypatch):
+def test_a_missing_library_is_named_in_the_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="is for networks of timm, which is not installed"):
         from_library("timm:resnet10t")

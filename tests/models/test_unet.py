@@ -11,7 +11,7 @@ def test_logits_have_the_size_of_the_image():
     assert build("unet").eval()(torch.rand(1, 3, 8, 8)).shape[1] == 11
 
 
-def test_a_logit_depends_on_pixels_far_away_and_on_its_own():
+def test_a_logit_depends_on_its_own_pixel_and_on_distant_pixels():
     model = build("unet", 2).eval()
     images = torch.rand(1, 3, 64, 64, requires_grad=True)
     model(images)[0, 0, 32, 32].backward()
@@ -20,7 +20,7 @@ def test_a_logit_depends_on_pixels_far_away_and_on_its_own():
     assert reached.float().mean() > 0.5
 
 
-def test_it_can_be_captured():
+def test_the_network_can_be_captured():
     model, images = build("unet", 3).eval(), torch.rand(2, 3, 16, 16)
     captured = capture(model, images)
     torch.testing.assert_close(captured(images), model(images))

@@ -49,7 +49,7 @@ def test_saved_weights_are_loaded(tmp_path):
     assert os.listdir(path.parent) == ["weights.safetensors"]  # noqa: PTH208
 
 
-def test_equal_weights_give_equal_bytes_that_safetensors_reads(tmp_path):
+def test_saving_is_deterministic_and_compatible_with_safetensors(tmp_path):
     model, metadata = small(), {name: name for name in "fbadce"}
     files = [tmp_path / f"{number}.safetensors" for number in range(6)]
     for file in files:
@@ -73,7 +73,7 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path):
     assert same(before, model.state_dict())
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_existing_file(tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
     save_weights(small(), path)
     before = path.read_bytes()
@@ -84,7 +84,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["w.safetensors"]  # noqa: PTH208
 
 
-def test_only_safetensors_are_written(tmp_path):
+def test_weights_are_saved_as_safetensors_only(tmp_path):
     with pytest.raises(InputError, match=r"Write '.*w\.safetensors'"):
         save_weights(small(), tmp_path / "w.pt")
 
@@ -92,7 +92,7 @@ def test_only_safetensors_are_written(tmp_path):
 @pytest.mark.parametrize("holder", [None, "state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_checkpoints_of_torch(tmp_path, holder, prefix, zipped):
+def test_torch_checkpoints_are_loaded(tmp_path, holder, prefix, zipped):
     model, other = small(), small()
     state = {prefix + key: value for key, value in model.state_dict().items()}
     content = state if holder is None else {"epoch": 3, "best": 0.5, holder: state}
@@ -101,7 +101,7 @@ def test_checkpoints_of_torch(tmp_path, holder, prefix, zipped):
     assert same(model.state_dict(), other.state_dict())
 
 
-def test_half_precision_files_load_into_float32_and_old_ones_lack_counters(tmp_path):
+def test_half_precision_weights_and_weights_without_batch_counters_are_loaded(tmp_path):
     model, other = small(), small()
     other[1].num_batches_tracked += 7
     state = {key: value.half() for key, value in model.state_dict().items() if "tracked" not in key}
@@ -150,7 +150,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "words"),
     [
         ("network.pt", "a Python object (torch.nn.modules.container.Sequential)"),
         ("args.pt", "a Python object (argparse.Namespace)"),
@@ -172,9 +172,9 @@ def files(tmp_path_factory):
         ("folder.pt", "cannot be read"),
     ],
 )
-def test_invalid_files(files, name, said):
+def test_invalid_files_raise(files, name, words):
     message = refused(small(), files[name])
-    assert said in message
+    assert words in message
     assert str(files[name]) in message
 
 
@@ -198,7 +198,7 @@ def test_damaged_files_raise_input_error_or_load(files, data, name):
         assert str(damaged) in str(error)  # noqa: PT017
 
 
-def test_wrong_keys_and_shapes_are_counted_and_shown(tmp_path):
+def test_the_error_lists_missing_unexpected_and_wrongly_shaped_weights(tmp_path):
     save_weights(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Linear(4, 10)), tmp_path / "w.safetensors")
     message = refused(small(), tmp_path / "w.safetensors")
     assert "6 missing: 1.weight, 1.bias, 1.running_mean, 1.running_var, ...." in message
@@ -209,19 +209,19 @@ def test_wrong_keys_and_shapes_are_counted_and_shown(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "in_file", "here"), [("resnet20", 10, 100), ("squeezenet1_1", 3, 10)])
-def test_a_wrong_number_of_classes_is_recognised(tmp_path, name, in_file, here):
+def test_a_wrong_number_of_classes_is_recognized(tmp_path, name, in_file, here):
     save_weights(build(name, in_file), tmp_path / "w.safetensors")
     message = refused(build(name, here), tmp_path / "w.safetensors")
     assert f"has weights for {in_file} classes, but the network was built for {here} (num_classes, or the" in message
     assert message.endswith(f"In Python, build the network with num_classes={in_file}.")
 
 
-def test_another_width_of_the_last_layer_is_not_reported_as_classes(tmp_path):
+def test_a_different_input_width_of_the_last_layer_is_not_reported_as_classes(tmp_path):
     save_weights(nn.Sequential(nn.Linear(3, 4)), tmp_path / "w.safetensors")
     assert "of another shape" in refused(nn.Sequential(nn.Linear(5, 4)), tmp_path / "w.safetensors")
 
 
-def test_another_cifar_resnet_is_named(tmp_path):
+def test_the_error_names_the_cifar_resnet_that_the_file_fits(tmp_path):
     save_weights(build("resnet56", 100), tmp_path / "w.safetensors")
     message = refused(build("resnet20", 10), tmp_path / "w.safetensors")
     assert "216 unexpected: layer1.3." in message
@@ -231,18 +231,18 @@ def test_another_cifar_resnet_is_named(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared weights are not beside the checkout")
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
-def test_the_shared_weights_load(name):
+def test_the_shared_weights_are_loaded(name):
     metadata = load_weights(build(name, 10), SHARED / f"{name}-cifar10-jpeg.safetensors")
     assert normalization(metadata) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_normalization():
+def test_normalization_is_read_from_the_metadata():
     assert normalization({"architecture": "resnet20"}) is None
     assert normalization({"normalize_mean": "0, 0.5,1", "normalize_std": "1,1,2"}) == ((0, 0.5, 1), (1, 1, 2))
 
 
 @pytest.mark.parametrize(
-    ("mean", "std", "said"),
+    ("mean", "std", "words"),
     [
         ("0.5,0.5", "1,1,1", "normalize_mean"),
         ("0.5,0.5,x", "1,1,1", "normalize_mean"),
@@ -251,14 +251,14 @@ def test_normalization():
         ("0,0,0", None, "normalize_std"),
     ],
 )
-def test_normalization_needs_a_number_for_each_channel(mean, std, said):
+def test_a_normalization_without_a_number_per_channel_raises(mean, std, words):
     metadata = {"normalize_mean": mean} | ({} if std is None else {"normalize_std": std})
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=words):
         normalization(metadata)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
-def test_weights_of_another_data_type_are_refused(tmp_path, dtype):
+def test_weights_of_an_unsupported_dtype_raise(tmp_path, dtype):
     network = torch.nn.Linear(3, 2)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     torch.save({**before, "weight": torch.ones(2, 3).to(dtype)}, tmp_path / "w.pt")
@@ -269,13 +269,13 @@ def test_weights_of_another_data_type_are_refused(tmp_path, dtype):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-def test_sparse_weights_are_refused(tmp_path):
+def test_sparse_weights_raise(tmp_path):
     torch.save({"weight": torch.eye(2).to_sparse(), "bias": torch.zeros(2)}, tmp_path / "w.pt")
     with pytest.raises(InputError, match="weight is a sparse tensor"):
         load_weights(torch.nn.Linear(2, 2), tmp_path / "w.pt")
 
 
-def test_complex_weights_are_loaded(tmp_path):
+def test_complex_weights_are_loaded_into_complex_parameters(tmp_path):
     def filtered(values):
         network = torch.nn.Module()
         network.filter = torch.nn.Parameter(values)

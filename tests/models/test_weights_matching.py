@@ -49,12 +49,12 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_the_weights_in_a_checkpoint_are_located(kind, tmp_path):
+def test_the_weights_are_found_in_the_checkpoint(kind, tmp_path):
     content, taken = CHECKPOINTS[kind]
     torch.save(content, tmp_path / "w.pt")
     network = small()
-    said = load_weights(network, tmp_path / "w.pt").get("taken", "")
-    assert (taken in said) if taken else not said
+    loaded_part = load_weights(network, tmp_path / "w.pt").get("taken", "")
+    assert (taken in loaded_part) if taken else not loaded_part
     assert all(torch.equal(value, STATE[key]) for key, value in network.state_dict().items())
 
 
@@ -76,7 +76,7 @@ def orthogonal():
         (orthogonal().state_dict(), "remove_parametrizations"),
     ],
 )
-def test_ambiguous_checkpoints_are_refused_with_advice(content, words, tmp_path):
+def test_ambiguous_checkpoints_raise(content, words, tmp_path):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(InputError, match=words):
         load_weights(small(), tmp_path / "w.pt")

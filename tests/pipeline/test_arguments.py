@@ -1,4 +1,4 @@
-"""Arguments of the Python functions before any work starts."""
+"""The arguments of the Python functions are checked before any work starts."""
 
 import copy
 from pathlib import Path
@@ -29,7 +29,7 @@ def network():
     return nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 5))
 
 
-def test_a_copy_is_compressed_and_enough_images_are_kept():
+def test_a_copy_is_compressed_and_enough_batches_are_kept():
     given = network()
     made, batches = to_compress(given, iter([IMAGES] * 5), 3)
     assert made is not given
@@ -40,7 +40,7 @@ def test_a_copy_is_compressed_and_enough_images_are_kept():
         to_compress(nn.Flatten(), [IMAGES], 3)
 
 
-def test_outputs_of_an_exported_network_are_tensors():
+def test_an_exported_network_has_to_return_tensors():
     given = network()
     assert to_export(given, IMAGES, "it") is not given
     text = network()
@@ -49,7 +49,7 @@ def test_outputs_of_an_exported_network_are_tensors():
         to_export(text, IMAGES, "it")
 
 
-def test_students_train_in_float32_and_teachers_are_converted():
+def test_students_have_to_be_float32_and_teachers_are_converted():
     student = network()
     assert student_of(nn.DataParallel(student)) is student
     with pytest.raises(InputError, match=r"every parameter of the student is frozen"):
@@ -72,7 +72,7 @@ def test_students_train_in_float32_and_teachers_are_converted():
         teacher_of(nn.Flatten())
 
 
-def test_student_and_teacher_share_nothing():
+def test_student_and_teacher_cannot_share_weights():
     student = network()
     refuse_shared_weights(student, copy.deepcopy(student))
     with pytest.raises(InputError, match="the same network"):
@@ -88,7 +88,7 @@ def test_student_and_teacher_share_nothing():
             refuse_shared_weights(student, teacher)
 
 
-def test_paths_of_files(tmp_path):
+def test_invalid_file_paths_raise(tmp_path):
     assert onnx_path(str(tmp_path / "a.onnx")) == onnx_path(tmp_path / "a.onnx") == tmp_path / "a.onnx"
     for wrong in (tmp_path / "a.xml", tmp_path / "missing" / "a.onnx", f"{tmp_path}/a\0.onnx"):
         with pytest.raises(InputError, match=r"Possible: an \.onnx file in an existing folder"):
@@ -98,7 +98,7 @@ def test_paths_of_files(tmp_path):
     assert onnx_path(Path("a.onnx")) == Path("a.onnx")
 
 
-def test_examples_are_images_or_several_inputs():
+def test_examples_are_a_batch_of_images_or_several_inputs():
     assert torch.equal(example_of(IMAGES), IMAGES)
     assert isinstance(example_of((IMAGES, IMAGES)), TensorInputs)
     assert isinstance(example_of({"a": IMAGES}), TensorInputs)
@@ -112,7 +112,7 @@ def test_examples_are_images_or_several_inputs():
             example_of(wrong)
 
 
-def test_class_names_and_normalization():
+def test_class_names_and_normalization_are_checked():
     check_metadata(["a", "b"], ([0.5] * 3, [0.2] * 3), IMAGES)
     check_metadata((), None, IMAGES)
     check_metadata([], ([-2.0] * 3, [2.0] * 3), IMAGES)
@@ -140,7 +140,7 @@ def test_class_names_and_normalization():
 
 
 class Session:
-    """A file with three logits for images of any size."""
+    """A session with three logits for images of any size."""
 
     def __init__(self, logits=(1, 3)):
         self.inputs = [type("Input", (), {"name": "x", "shape": (None, 3, None, 8), "dtype": np.float32})]
@@ -152,7 +152,7 @@ class Session:
         return self.logits
 
 
-def test_there_is_a_name_for_each_logit():
+def test_the_number_of_class_names_has_to_equal_the_number_of_logits():
     session = Session()
     check_classes(session, ["a", "b", "c"])
     assert session.given == (1, 3, 1, 8)

@@ -1,4 +1,4 @@
-"""What an existing artifact says of its task, data, classes and normalization."""
+"""Task, data, classes and normalization of an existing artifact."""
 
 import onnx
 import pytest
@@ -30,7 +30,7 @@ def artifact(folder, *, recipe=None, numbers=None, original=False, **metadata):
     return Artifact(folder, files["model.onnx"], files)
 
 
-def test_the_task_is_the_one_given_else_that_of_the_recipe_else_classification(tmp_path):
+def test_the_task_is_the_argument_or_that_of_the_recipe_or_classification(tmp_path):
     bare = artifact(tmp_path)
     assert task_of_artifact(bare, None).metric == "accuracy"
     assert isinstance(task_of_artifact(bare, "distance"), Distance)
@@ -45,13 +45,13 @@ def test_the_task_is_the_one_given_else_that_of_the_recipe_else_classification(t
     assert isinstance(task_of_artifact(own, "distance"), Distance)
 
 
-def test_the_original_is_a_file_of_a_run(tmp_path):
+def test_the_original_is_a_file_in_the_folder_of_the_run(tmp_path):
     assert original_file(artifact(tmp_path, original=True)) == tmp_path / "original.onnx"
     with pytest.raises(InputError, match=r"has no original\.onnx to compare with"):
         original_file(artifact(tmp_path))
 
 
-def test_class_names_are_in_the_file(tmp_path):
+def test_class_names_are_read_from_the_file(tmp_path):
     assert class_names(file_with(tmp_path / "a.onnx", classes='["cat", "dog"]')) == ["cat", "dog"]
     assert class_names(file_with(tmp_path / "b.onnx")) is None
     assert class_names(tmp_path / "model.xml") is None
@@ -60,22 +60,22 @@ def test_class_names_are_in_the_file(tmp_path):
             class_names(file_with(tmp_path / "c.onnx", classes=text))
 
 
-def test_the_normalization_is_in_the_numbers_else_in_the_file(tmp_path):
-    told = '{"mean": [0.5, 0.25], "std": [1.0, 2.0]}'
+def test_the_normalization_is_read_from_numbers_json_or_from_the_file(tmp_path):
+    settings = '{"mean": [0.5, 0.25], "std": [1.0, 2.0]}'
     expected = {"mean": (0.5, 0.25), "std": (1.0, 2.0)}
     assert numbers_of(artifact(tmp_path)) == {}
-    assert numbers_of(artifact(tmp_path, normalization=told)) == expected
+    assert numbers_of(artifact(tmp_path, normalization=settings)) == expected
     written = '{"runtime": "openvino", "mean": [0.5], "std": [1.0], "score": 3}'
-    assert numbers_of(artifact(tmp_path, numbers=written, normalization=told)) == {
+    assert numbers_of(artifact(tmp_path, numbers=written, normalization=settings)) == {
         "runtime": "openvino", "mean": (0.5,), "std": (1.0,)
     }  # fmt: skip
-    assert numbers_of(artifact(tmp_path, numbers="{}", normalization=told)) == expected, "as of a point"
+    assert numbers_of(artifact(tmp_path, numbers="{}", normalization=settings)) == expected, "as of a point"
     with pytest.raises(InputError, match="the normalization in the metadata of"):
         numbers_of(artifact(tmp_path, normalization='{"mean": "x"}'))
 
 
 @pytest.mark.parametrize("text", ["{", '{"mean": 1}'])
-def test_a_damaged_file_of_a_search_is_not_repaired_by_a_recipe(tmp_path, text):
+def test_the_error_for_a_damaged_search_does_not_suggest_running_a_recipe(tmp_path, text):
     run = artifact(tmp_path, numbers=text)
     with pytest.raises(InputError, match=r"numbers\.json .* Run its recipe\.yaml again\.$"):
         numbers_of(run)
@@ -85,14 +85,14 @@ def test_a_damaged_file_of_a_search_is_not_repaired_by_a_recipe(tmp_path, text):
         numbers_of(search)
 
 
-def test_the_data_is_the_one_given_else_that_of_the_recipe(tmp_path):
+def test_the_data_is_the_argument_or_that_of_the_recipe(tmp_path):
     folder = artifact(tmp_path, recipe=RECIPE.replace("TASK", "classification"))
     assert data_source(folder, str(tmp_path)) == {"folder": str(tmp_path)}
     assert data_source(folder, str(tmp_path / "recipe.yaml")) == {"csv": str(tmp_path / "recipe.yaml")}
     assert data_source(folder, "scenes") == {"name": "scenes"}
-    told = data_source(folder, None)
-    assert (told["name"], told["limit"]) == ("digits", 9)
-    assert not {"augment", "mean", "std"} & told.keys()
+    settings = data_source(folder, None)
+    assert (settings["name"], settings["limit"]) == ("digits", 9)
+    assert not {"augment", "mean", "std"} & settings.keys()
     with pytest.raises(InputError, match="does not name its data"):
         data_source(artifact(tmp_path), None)
     own = artifact(tmp_path, recipe=RECIPE.replace("TASK", "classification").replace("digits", "'strange:data'"))

@@ -1,4 +1,4 @@
-"""Files that are timed again: their names, what they hold, and what they are compared with."""
+"""Benchmarking of existing files: the names in the table, the precision, and the reference of each comparison."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def equal_times(monkeypatch):
     )
 
 
-def test_files_are_timed_against_the_first_of_them_under_their_own_names(tmp_path, monkeypatch):
+def test_files_are_compared_with_the_first_file_under_their_own_names(tmp_path, monkeypatch):
     for name in ("one", "two"):
         export(network(2), torch.rand(1, 3, 8, 8), tmp_path / f"{name}.onnx")
     one, two = (str(tmp_path / f"{name}.onnx") for name in ("one", "two"))
@@ -84,7 +84,7 @@ def test_files_are_timed_against_the_first_of_them_under_their_own_names(tmp_pat
     assert "baseline" not in text
 
 
-def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
+def test_files_with_different_input_sizes_are_timed_separately(tmp_path, monkeypatch):
     for size in (8, 16):
         export(network(2), torch.rand(1, 3, size, size), tmp_path / f"{size}.onnx")
     shapes = []
@@ -102,7 +102,7 @@ def test_files_for_other_images_are_timed_apart(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("equal_times")
-def test_the_precision_is_what_the_file_holds(tmp_path):
+def test_the_precision_is_read_from_the_weights_in_the_file(tmp_path):
     images = torch.rand(8, 3, 8, 8)
     export(network(2), images, tmp_path / "float.onnx")
     for bits in (8, 4):
@@ -117,7 +117,7 @@ def test_the_precision_is_what_the_file_holds(tmp_path):
 
 
 def wide() -> nn.Module:
-    """A network with a layer between the first and the last, which 4 bits leave in 8 bits."""
+    """A network with a layer that is quantized to 4 bits: the first and the last layer have 8 bits."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), *network(2)[1:]).eval()
 
 
@@ -138,7 +138,7 @@ def test_the_files_of_a_folder_are_compared_with_its_original(tmp_path):
 
 
 @pytest.mark.usefixtures("equal_times")
-def test_files_beside_a_folder_are_compared_with_its_files(tmp_path):
+def test_files_are_compared_with_the_files_of_a_folder(tmp_path):
     def fill(folder):
         for name in ("original", "model"):
             export(network(2), torch.rand(1, 3, 8, 8), folder / f"{name}.onnx")
@@ -172,7 +172,7 @@ def test_files_beside_a_folder_are_compared_with_its_files(tmp_path):
 
 
 @pytest.mark.usefixtures("equal_times")
-def test_the_artifact_that_files_are_compared_with_runs_in_the_runtime_of_its_recipe(tmp_path, monkeypatch):
+def test_the_reference_artifact_is_timed_in_the_runtime_of_its_recipe(tmp_path, monkeypatch):
     def fill(folder):
         for name in ("original", "model"):
             export(network(2), torch.rand(1, 3, 8, 8), folder / f"{name}.onnx")
@@ -190,7 +190,7 @@ def test_the_artifact_that_files_are_compared_with_runs_in_the_runtime_of_its_re
 
 
 def of_one_original(path, runtime="onnxruntime"):
-    """The folder of a run; all of them have the same original."""
+    """The folder of a run; all these folders have the same original."""
 
     def fill(folder):
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ def of_one_original(path, runtime="onnxruntime"):
     return write_folder(path, fill)
 
 
-def test_folders_are_compared_with_the_artifact_of_the_first_and_one_original_is_timed_once(tmp_path, monkeypatch):
+def test_folders_are_compared_with_the_first_artifact_and_a_shared_original_is_timed_once(tmp_path, monkeypatch):
     opened = []
 
     def latency(contenders, _example, *, ratios, seconds):
@@ -237,7 +237,7 @@ def test_folders_are_compared_with_the_artifact_of_the_first_and_one_original_is
 
 
 @pytest.mark.usefixtures("equal_times")
-def test_one_original_has_the_role_that_each_folder_gives_it(tmp_path, monkeypatch):
+def test_a_shared_original_has_a_role_in_each_runtime(tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     monkeypatch.setattr(module, "installed_runtimes", lambda: ["onnxruntime", "openvino"])
     folders = [of_one_original(tmp_path / runtime, runtime) for runtime in ("onnxruntime", "openvino")]
@@ -249,7 +249,7 @@ def test_one_original_has_the_role_that_each_folder_gives_it(tmp_path, monkeypat
     assert not [each for each in table.files if each.file == str(folders[1] / "original.onnx")]
 
 
-def test_names_of_files_are_not_broken_within_80_columns():
+def test_file_names_are_not_broken_within_80_columns():
     ratio, spread = Ratio(0.97, 0.9, 1.01, 80, 8), Spread(112.345, 101.111, 123.222, 80)
     speedup = {"original": ratio, "baseline": Ratio(1.05, 1.02, 1.08, 80, 8)}
     names = ["runs/mine/original.onnx", "runs/mine/model.onnx", "runs/resnet56-8bit-from-teacher/model.onnx"]
@@ -269,13 +269,13 @@ def test_names_of_files_are_not_broken_within_80_columns():
 
 
 @pytest.mark.usefixtures("equal_times")
-def test_a_file_of_any_name_is_timed_alone(tmp_path):
+def test_a_single_file_can_have_any_name(tmp_path):
     export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "original.onnx")
     (file,) = next(module.timed([tmp_path / "original.onnx"], 1.0)).files
     assert (file.file, file.roles) == (str(tmp_path / "original.onnx"), ["first", "first_fastest"])
 
 
-def test_each_column_names_the_row_that_it_compares_with():
+def test_each_column_names_its_reference_row():
     spread = Spread.of([1.0])
     files = [
         module.TimedFile("a.onnx", 1, "onnxruntime", "float32", spread, [role], {})

@@ -1,4 +1,4 @@
-"""An artifact that is there already, on images of the user's."""
+"""Evaluation of an existing artifact on the user's images."""
 
 import dataclasses
 import shutil
@@ -49,13 +49,13 @@ def images(tmp_path):
         (("dog", "cat"), "only their order differs"),
     ],
 )
-def test_other_classes_are_refused(images, tmp_path, classes, words):
+def test_different_classes_raise(images, tmp_path, classes, words):
     export(network(len(classes)), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=classes)
     with pytest.raises(InputError, match=words):
         evaluate(tmp_path / "model.onnx", str(images), None, progress=NullProgress())
 
 
-def test_the_same_classes_are_not(images, tmp_path):
+def test_equal_classes_are_evaluated(images, tmp_path):
     always_cats = network(2)
     nn.init.zeros_(always_cats[3].weight)
     always_cats[3].bias.data = torch.tensor([1.0, 0.0])
@@ -68,7 +68,7 @@ def test_the_same_classes_are_not(images, tmp_path):
 
 
 @pytest.mark.parametrize(("logits", "warned"), [(5, True), (2, False)])
-def test_more_logits_than_classes_are_a_warning(images, tmp_path, logits, warned):
+def test_more_logits_than_classes_cause_a_warning(images, tmp_path, logits, warned):
     export(network(logits), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx")
     progress = RecordedProgress()
     evaluate(tmp_path / "model.onnx", str(images), None, progress=progress)
@@ -77,7 +77,7 @@ def test_more_logits_than_classes_are_a_warning(images, tmp_path, logits, warned
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_have_the_channels_of_the_file_and_their_normalization_is_said(images, tmp_path, channels):
+def test_images_have_the_channels_of_the_file_and_the_computed_normalization_is_reported(images, tmp_path, channels):
     progress = RecordedProgress()
     model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
     file = export(model, torch.rand(1, channels, 8, 8), tmp_path / "model.onnx")
@@ -91,8 +91,8 @@ def test_images_have_the_channels_of_the_file_and_their_normalization_is_said(im
 RGB = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
-def test_a_given_normalization_is_used_and_named(images, tmp_path):
-    """A network whose logits are the mean of the red channel and 0: positive where red is above its given mean."""
+def test_a_given_normalization_is_used_and_reported(images, tmp_path):
+    """The logits are the mean of the red channel and 0: positive where red is above its given mean."""
     model = network(2)
     model[0] = nn.Conv2d(3, 4, 1)
     model[0].weight.data = torch.eye(4, 3)[:, :, None, None]
@@ -124,13 +124,13 @@ def test_a_given_normalization_is_used_and_named(images, tmp_path):
         ({"image_size": [8, 16]}, r"--image-size is 8 x 16, but the file takes 8 x 8"),
     ],
 )
-def test_what_contradicts_the_file_is_one_message(images, tmp_path, options, words):
+def test_options_that_contradict_the_file_raise(images, tmp_path, options, words):
     file = export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", normalization=RGB)
     with pytest.raises(InputError, match=words):
         evaluate(file, str(images), None, options=ImageOptions(**options), progress=NullProgress())
 
 
-def test_the_same_numbers_with_fewer_digits_do_not_contradict_the_file(images, tmp_path):
+def test_rounded_normalization_values_do_not_contradict_the_file(images, tmp_path):
     mean = (0.4914, 0.4822, 0.4465)
     file = export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", normalization=(mean, RGB[1]))
     options, progress = ImageOptions(3, [0.491, 0.482, 0.447], RGB[1], 8), RecordedProgress()
@@ -138,14 +138,14 @@ def test_the_same_numbers_with_fewer_digits_do_not_contradict_the_file(images, t
     assert "normalization: mean 0.491 0.482 0.447, std 0.2 0.25 0.3 (from the artifact)" in progress.lines
 
 
-def test_a_file_for_pixels_takes_no_normalization(images, tmp_path):
+def test_a_file_that_takes_pixels_accepts_no_normalization(images, tmp_path):
     file = export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", pixels=RGB)
     assert evaluate(file, str(images), None, progress=NullProgress()).images == 6
     with pytest.raises(InputError, match="takes uint8 pixels and normalizes them itself"):
         evaluate(file, str(images), None, options=ImageOptions(mean=RGB[0], std=RGB[1]), progress=NullProgress())
 
 
-def test_images_have_the_size_of_the_file(images, tmp_path):
+def test_images_are_resized_to_the_input_size_of_the_file(images, tmp_path):
     for part in ("train", "test"):
         Image.new("RGB", (11, 20)).save(images / part / "cat" / "tall.png")
     file, progress = export(network(2), torch.rand(1, 3, 8, 6), tmp_path / "model.onnx"), RecordedProgress()
@@ -153,7 +153,7 @@ def test_images_have_the_size_of_the_file(images, tmp_path):
     assert "images of another size are resized to 8 x 6, the input size of the file" in progress.lines
 
 
-def test_digits_and_the_images_of_a_function_have_the_size_of_the_file_too(tmp_path, monkeypatch):
+def test_digits_and_images_from_a_function_are_loaded_in_the_input_size_of_the_file(tmp_path, monkeypatch):
     file = export(network(10), torch.rand(1, 3, 12, 12), tmp_path / "model.onnx")
     assert evaluate(file, "digits", None, progress=NullProgress()).images == 359
     monkeypatch.chdir(tmp_path)
@@ -167,20 +167,22 @@ def test_digits_and_the_images_of_a_function_have_the_size_of_the_file_too(tmp_p
         evaluate(file, "my_sets.py:read", None, progress=NullProgress())
 
 
-def test_a_file_that_was_quantized_for_another_runtime_is_told(images, tmp_path):
+def test_a_file_quantized_for_another_runtime_causes_a_warning(images, tmp_path):
     quantized = tersor.quantize(network(2), torch.rand(8, 3, 8, 8), runtime="openvino")
     file, progress = export(quantized, torch.rand(1, 3, 8, 8), tmp_path / "model.onnx"), RecordedProgress()
     assert evaluate(file, str(images), None, progress=RecordedProgress()).runtime == "openvino"
     evaluate(file, str(images), "onnxruntime", progress=progress)
-    (told,) = (line for line in progress.lines if "openvino" in line)
-    assert told.startswith("warning: the file was made for openvino and runs in onnxruntime, where fewer operators may")
-    assert told.endswith("Write --runtime openvino.")
+    (warning,) = (line for line in progress.lines if "openvino" in line)
+    assert warning.startswith(
+        "warning: the file was made for openvino and runs in onnxruntime, where fewer operators may"
+    )
+    assert warning.endswith("Write --runtime openvino.")
     quiet = RecordedProgress()
     evaluate(export(network(2), torch.rand(1, 3, 8, 8), file, normalization=RGB), str(images), None, progress=quiet)
     assert not any("warning" in line for line in quiet.lines)
 
 
-def test_the_images_of_a_search_in_python_must_be_named(tmp_path):
+def test_the_data_of_a_search_started_in_python_has_to_be_given(tmp_path):
     recipe = f"{{model: {{name: resnet20}}, data: {{name: '{YOUR_DATA}'}}, stages: [{{name: a}}]}}"
     with pytest.raises(InputError, match=r"were passed in Python, so .* Write --data FOLDER, or"):
         evaluate(folder_saying(tmp_path, recipe=recipe, numbers="{}"), None, None, progress=NullProgress())
@@ -188,8 +190,8 @@ def test_the_images_of_a_search_in_python_must_be_named(tmp_path):
         prepare(parse(recipe, "recipe.yaml"), model=None, data=None, progress=NullProgress())
 
 
-def test_the_folders_of_a_search_and_of_its_points(images, tmp_path):
-    """They have no manifest; the points hold the normalization in their files, the search in `front.json`."""
+def test_folders_of_a_search_and_of_its_points_are_evaluated(images, tmp_path):
+    """They have no manifest; the normalization of a point is in its file, that of the search in `front.json`."""
     search, point = tmp_path / "search", tmp_path / "search" / "points" / "small"
     point.mkdir(parents=True)
     (search / "baselines").mkdir()
@@ -210,7 +212,7 @@ def test_the_folders_of_a_search_and_of_its_points(images, tmp_path):
 
 
 @pytest.mark.parametrize("made", ["model.onnx", "points/small", "points/small/model.onnx", "baselines/model.onnx"])
-def test_a_search_that_chose_on_half_of_the_test_images_is_named(images, tmp_path, made):
+def test_evaluating_a_search_that_used_test_images_for_its_choice_causes_a_warning(images, tmp_path, made):
     for folder in (tmp_path, tmp_path / "points" / "small", tmp_path / "baselines"):
         folder.mkdir(parents=True, exist_ok=True)
         export(network(2), torch.rand(1, 3, 8, 8), folder / "model.onnx", normalization=RGB)
@@ -223,7 +225,7 @@ def test_a_search_that_chose_on_half_of_the_test_images_is_named(images, tmp_pat
     )
 
 
-def test_a_file_is_compared_with_the_original_of_its_folder(images, tmp_path):
+def test_a_file_is_compared_with_the_original_in_its_folder(images, tmp_path):
     def fill(folder):
         for name, factor in (("original", 2.0), ("model", 3.0)):
             scaling_file(folder / f"{name}.onnx", factor)
@@ -248,7 +250,7 @@ def test_the_precision_of_a_quantized_file_is_that_of_its_weights(images, tmp_pa
     assert str(found).endswith(" on 15 test images, onnxruntime in int8, rest float32")
 
 
-def test_a_truncated_file_is_told(images, tmp_path):
+def test_a_truncated_file_raises(images, tmp_path):
     proto, _ = tiny_proto(np.random.default_rng(0))
     whole = proto.SerializeToString()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
@@ -265,7 +267,7 @@ def folder_saying(tmp_path, *, recipe, numbers):
     return write_folder(tmp_path / "out", fill)
 
 
-def test_code_that_a_folder_names_is_not_run(tmp_path, monkeypatch):
+def test_code_named_in_a_folder_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "strange.py").write_text("import os\nos.mkdir('executed')\ndef data(): ...\n")
@@ -276,14 +278,14 @@ def test_code_that_a_folder_names_is_not_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("numbers", ["[]", "{", '{"mean": 1}', '{"std": [1, 2, NaN]}', '{"runtime": {}}', "[" * 99_999])
-def test_numbers_of_another_shape_are_told(images, tmp_path, numbers):
+def test_numbers_json_with_a_wrong_structure_raises(images, tmp_path, numbers):
     folder = folder_saying(tmp_path, recipe="", numbers=numbers)
     with pytest.raises(InputError, match=r"numbers\.json (is damaged|was not written by this version)"):
         evaluate(folder, str(images), None, progress=NullProgress())
 
 
 @pytest.mark.parametrize("memory", [2**31, 0])
-def test_all_images_of_a_folder_without_a_test_set_are_used(images, tmp_path, monkeypatch, memory):
+def test_without_a_test_set_all_images_of_the_folder_are_used(images, tmp_path, monkeypatch, memory):
     export(network(2), torch.rand(1, 3, 8, 8), tmp_path / "model.onnx", classes=("cat", "dog"))
     progress = RecordedProgress()
     monkeypatch.setattr(loading, "MEMORY", memory)
@@ -303,6 +305,6 @@ def test_a_float_run_is_evaluated_in_another_runtime_without_a_warning(images, t
     folder = folder_saying(tmp_path, recipe=recipe, numbers='{"runtime": "openvino"}')
     progress = RecordedProgress()
     evaluate(folder, str(images), "onnxruntime", progress=progress)
-    (told,) = [line for line in progress.lines if "warning" in line]
-    assert told.startswith("warning: normalization: mean ")
-    assert "(computed from the training images, since the file has none; " in told
+    (warning,) = [line for line in progress.lines if "warning" in line]
+    assert warning.startswith("warning: normalization: mean ")
+    assert "(computed from the training images, since the file has none; " in warning

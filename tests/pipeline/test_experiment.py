@@ -1,4 +1,4 @@
-"""What an experiment knows: batches, steps, the original, teachers; what other processes leave to the first one."""
+"""Batches, steps, original and teacher of an experiment, and the tasks of the first process."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def experiment(task="classification", *, teacher=None, trained=True, **recipe):
     return Experiment(Recipe(**(given | recipe)), tasks.build(task), network(), teacher, data, trained, False)
 
 
-def test_the_original_is_the_model_or_the_teacher_of_one_without_weights():
+def test_the_original_is_the_model_or_the_teacher_of_an_untrained_model():
     teacher = network()
     for trained, given, which in (
         (True, teacher, "model"),
@@ -51,7 +51,7 @@ def test_the_original_is_the_model_or_the_teacher_of_one_without_weights():
         assert made.original is getattr(made, which)
 
 
-def test_steps_and_training_batches_of_a_stage():
+def test_steps_and_training_batches_of_a_stage_follow_the_recipe():
     made = experiment()
     first, second = made.recipe.stages
     assert (made.steps_of(first), made.steps_of(second)) == (10, 5)
@@ -70,7 +70,7 @@ def test_steps_and_training_batches_of_a_stage():
     assert ((augmented.images == kept) | (augmented.images == kept.flip(3))).flatten(1).all(1).all()
 
 
-def test_a_stage_starts_trained_after_a_file_or_a_stage_with_steps():
+def test_a_stage_starts_trained_if_weights_are_loaded_or_an_earlier_stage_trains():
     for trained, stages_, expected in (
         (True, (Stage(name="a"), Stage(name="b")), [True, True]),
         (False, (Stage(name="a"), Stage(name="b"), Stage(name="c")), [False, False, False]),
@@ -84,7 +84,7 @@ class Term(LossTerm):
     name = "term"
 
 
-def test_a_task_that_compares_with_the_original_has_it_as_teacher():
+def test_in_a_task_that_compares_with_the_original_the_original_is_the_teacher():
     made = experiment("distance")
     stage = made.recipe.stages[0]
     batch = next(iter(made.batches(made.data.train, 4))).images
@@ -99,7 +99,7 @@ def test_a_task_that_compares_with_the_original_has_it_as_teacher():
     assert stages._fast_teacher(taught, stage, Attachment(taught.model, [Term()])) is not taught.teacher
 
 
-def test_the_metric_on_the_validation_images(monkeypatch):
+def test_the_metric_is_computed_on_the_validation_images(monkeypatch):
     made, progress = experiment(), RecordedProgress()
     score = stages._validate(made, made.model, "a", progress)
     batch = next(iter(made.batches(made.data.validation, 10)))
@@ -114,7 +114,7 @@ def test_the_metric_on_the_validation_images(monkeypatch):
     assert stages._validate(made, made.model, "a", progress) is None
 
 
-def test_a_curve_is_measured_after_so_many_epochs():
+def test_the_validation_curve_is_measured_every_given_number_of_epochs():
     made = experiment()
     every = Stage(name="a", epochs=6, batch_size=8, validate_every=3)
     assert stages._validation_curve(made, made.recipe.stages[0]) is None
@@ -125,7 +125,7 @@ def test_a_curve_is_measured_after_so_many_epochs():
     assert curve.values == [stages._validate(made, made.model, "a", RecordedProgress())]
 
 
-def test_the_end_of_a_stage_is_saved_by_the_first_process(tmp_path, monkeypatch):
+def test_the_first_process_saves_the_end_of_a_stage(tmp_path, monkeypatch):
     checkpoints, made = Checkpoints(tmp_path / "c"), network()
     stages._save_end(checkpoints, 2, "b", 7, made, {"stages": [{"name": "b"}]}, {"extra": torch.ones(1)})
     end = checkpoints.end_of(2)

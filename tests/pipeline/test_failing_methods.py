@@ -1,4 +1,4 @@
-"""Exceptions in a user's own method: one message with the file and the line, before the training where possible."""
+"""Exceptions in a user's method: one error message with file and line, before the training if possible."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class InHook:
 
 
 def line(code: str) -> int:
-    """The number of the line of this file that is `code`."""
+    """The number of the line in this file that equals `code`."""
     return [each.strip() for each in Path(__file__).read_text().splitlines()].index(code) + 1
 
 
@@ -243,7 +243,7 @@ def test_a_missing_teacher_in_attach_is_named():
         chain([TeacherInAttach()], network(), AttachContext())
 
 
-def test_a_missing_teacher_in_an_own_loop_is_named():
+def test_a_missing_teacher_in_a_users_training_loop_is_named():
     attached = WithoutTeacher().attach(network(), AttachContext())
     with pytest.raises(
         InputError, match=r"the loss hint failed .* no attribute 'logits'. There is no teacher. Pass teacher="
@@ -252,12 +252,12 @@ def test_a_missing_teacher_in_an_own_loop_is_named():
 
 
 @pytest.mark.parametrize("method", [QAT(), LSQ(), DPF(), RigL(), DCIL()], ids=lambda each: type(each).__name__)
-def test_a_method_without_its_steps_is_refused_in_an_own_loop(method):
+def test_a_method_without_steps_raises_in_a_users_training_loop(method):
     with pytest.raises(InputError, match=r"needs training, but there are 0 steps.*AttachContext\(steps=\.\.\.\)"):
         method.attach(network(), AttachContext(data=[torch.randn(4, 3, 8, 8)]))
 
 
-def test_chain_refuses_what_a_method_declares_to_need():
+def test_chain_raises_if_a_requirement_of_a_method_is_not_met():
     with pytest.raises(InputError, match=r"method 'test_failing_methods:NeedsTwenty' needs training, but .* 0 steps"):
         chain([NeedsTwenty()], network(), AttachContext())
     with pytest.raises(InputError, match=r"SoftTargets' needs a teacher"):
@@ -272,7 +272,7 @@ def explained(method: str):
     return explain_text(RECIPE.replace("METHOD", method))
 
 
-def test_explain_finds_a_loss_that_fails():
+def test_explain_finds_a_failing_loss():
     with pytest.raises(InputError, match="the loss hint of method"):
         explained("WithoutTeacher")
 
@@ -281,7 +281,7 @@ def test_explain_accepts_a_loss_that_needs_many_images():
     assert any("losses: labels, many_images" in each for each in explained("NeedsTwenty"))
 
 
-def test_explain_computes_a_loss_with_a_memory_of_all_images():
+def test_explain_computes_a_loss_that_stores_all_images():
     text = RECIPE.replace("test_failing_methods:METHOD", "crd").replace("limit: 64", "limit: 200")
     text += f'teacher: {{name: "{HERE}:network", epochs: 1}}\n'
     assert any("losses: labels, crd" in each for each in explain_text(text))
@@ -294,11 +294,11 @@ def test_explain_finds_a_batch_that_is_too_small_for_batchnorm():
         explain_text(text)
 
 
-def test_a_loss_that_needs_what_begin_prepares_is_not_computed_before():
+def test_a_loss_that_is_prepared_in_begin_is_not_computed_before_begin():
     assert any("losses: labels, centered" in each for each in explained("PreparedByBegin"))
 
 
-def test_batchnorm_of_several_processes_can_be_explained():
+def test_explain_works_with_synchronized_batchnorm():
     text = RECIPE.replace("METHOD", "NeedsTwenty").replace(":network", ":synchronized")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -314,7 +314,7 @@ def test_batchnorm_of_several_processes_can_be_explained():
         ("NoGradient", f"the loss of_logits of method '{HERE}:NoGradient' has no gradient with respect to the network"),
     ],
 )
-def test_explain_finds_a_loss_that_cannot_train(method, message):
+def test_explain_finds_a_loss_that_is_not_finite_or_has_no_gradient(method, message):
     with pytest.raises(InputError, match=message):
         explained(method)
 
@@ -326,6 +326,6 @@ def test_explain_finds_a_loss_that_cannot_train(method, message):
         ([InStep], "the class InStep in the list. Pass instances"),
     ],
 )
-def test_chain_takes_a_list_of_instances(methods, message):
+def test_chain_requires_a_list_of_instances(methods, message):
     with pytest.raises(InputError, match=message):
         chain(methods, network(), AttachContext())

@@ -1,4 +1,4 @@
-"""A run that decides by what it measures decides the same when it goes on."""
+"""A resumed run reuses its latency measurements, so that its decisions are the same."""
 
 import json
 import random
@@ -34,7 +34,7 @@ stages:
 
 
 class Noisy:
-    """A machine on which nothing is ever as it was; it counts how often it was asked."""
+    """A machine with random latencies that counts the measurements."""
 
     def __init__(self, seed=0):
         self.draw = random.Random(seed)
@@ -49,7 +49,7 @@ class Noisy:
 
 
 def build(num_classes):
-    """A network whose inner channels can go in 15 steps."""
+    """A network whose inner channels can be removed in 15 steps."""
     inner = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
 
@@ -58,30 +58,30 @@ def net(width):
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(36 * width, 2))
 
 
-def test_the_same_shapes_get_the_same_answer_in_another_process_too(tmp_path):
+def test_networks_with_the_same_shapes_get_the_cached_ratio_even_in_another_process(tmp_path):
     file, noisy = tmp_path / FILE, Noisy()
     first = CachedLatencyRatio(noisy, file)
-    answers = [first(net(8), IMAGE, Target())(net(width)) for width in (4, 4, 5)]
-    assert answers[0] == answers[1] != answers[2]
+    ratios = [first(net(8), IMAGE, Target())(net(width)) for width in (4, 4, 5)]
+    assert ratios[0] == ratios[1] != ratios[2]
     assert noisy.asked == 2
     again = CachedLatencyRatio(Noisy(seed=1), file)
-    assert [again(net(8), IMAGE, Target())(net(width)) for width in (4, 5)] == answers[1:]
+    assert [again(net(8), IMAGE, Target())(net(width)) for width in (4, 5)] == ratios[1:]
     others = {
         first(net(9), IMAGE, Target())(net(4)),
         first(net(8), torch.rand(1, 3, 9, 8), Target())(net(4)),
         first(net(8), IMAGE, Target(runtime="openvino"))(net(4)),
     }
-    assert not others & set(answers)
+    assert not others & set(ratios)
     assert noisy.asked == 5
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_a_rehearsal_goes_by_the_macs():
+def test_the_rehearsal_uses_the_ratio_of_the_macs():
     assert macs_ratio(net(8), IMAGE, Target())(net(4)) == pytest.approx(0.5)
 
 
 class Stops(NullProgress):
-    """Ends the process between the first checkpoint and the second."""
+    """Interrupts the run between the first checkpoint and the second."""
 
     steps = 0
 
@@ -99,19 +99,19 @@ def run_recipe(folder, machine, progress=None):
     return model.state_dict(), record.notes
 
 
-def test_a_stage_that_goes_on_keeps_the_channels_that_it_had(tmp_path):
+def test_a_resumed_stage_keeps_the_same_channels(tmp_path):
     whole, notes = run_recipe(tmp_path / "whole", Noisy(seed=1))
     with pytest.raises(KeyboardInterrupt):
         run_recipe(tmp_path / "stopped", Noisy(seed=1), Stops())
     changed = Noisy(seed=2)
-    resumed, said = run_recipe(tmp_path / "stopped", changed)
+    resumed, notes_resumed = run_recipe(tmp_path / "stopped", changed)
     assert changed.asked == 0
-    assert said == notes
+    assert notes_resumed == notes
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
-def test_without_its_memory_it_would_not(tmp_path):
+def test_without_the_cache_the_channels_differ(tmp_path):
     widths = {
         tuple(value.shape[0] for value in run_recipe(tmp_path / str(seed), Noisy(seed))[0].values() if value.ndim)
         for seed in (1, 2)
@@ -120,12 +120,12 @@ def test_without_its_memory_it_would_not(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_measures_once_and_tells(tmp_path, monkeypatch):
+def test_a_run_measures_latency_once_and_reports_it(tmp_path, monkeypatch):
     noisy = Noisy(seed=1)
     monkeypatch.setattr(sys.modules["tersor.pipeline.run"], "latency_ratio", noisy)
     folder = run(parse(RECIPE, "latency.yaml"), out=tmp_path / "out")
-    (told,) = json.loads((folder / "numbers.json").read_text())["stages"]
+    (stage,) = json.loads((folder / "numbers.json").read_text())["stages"]
     assert 0 < noisy.asked <= 8
-    assert any("of the measured latency at batch size 1" in note for note in told["notes"])
+    assert any("of the measured latency at batch size 1" in note for note in stage["notes"])
     again = load(build(10), folder)
     assert again(IMAGE.repeat(1, 1, 2, 2)).shape == (1, 10)

@@ -32,7 +32,7 @@ def network(scale):
     return nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
 
 
-def said(function, *arguments, **options):
+def warnings_of(function, *arguments, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function(*arguments, **options)
@@ -50,9 +50,9 @@ def said(function, *arguments, **options):
         (1.0, LABELS[torch.randperm(60, generator=torch.Generator().manual_seed(1))], ["% of 60 labeled images"]),
     ],
 )
-def test_quantize_warns_of_chance_level(scale, labels, words):
+def test_quantize_warns_at_chance_level(scale, labels, words):
     batch = (IMAGES,) if labels is None else (IMAGES, labels)
-    found = said(tersor.quantize, network(scale), [batch])
+    found = warnings_of(tersor.quantize, network(scale), [batch])
     if labels is not None and torch.equal(labels, LABELS.roll(1)):
         assert "order of its classes" in found[0]
         return
@@ -61,23 +61,25 @@ def test_quantize_warns_of_chance_level(scale, labels, words):
     assert all(" Measure the original network. If it is accurate, use more bits" in sentence for sentence in found)
 
 
-def test_compare_warns_of_the_first_file_at_chance_level():
+def test_the_warning_names_the_first_file_at_chance_level():
     constant, right, logits = torch.zeros(60, dtype=torch.int64), LABELS, torch.zeros(2, 3)
     warn = outcome_warnings.warn_of_chance
-    (found,) = said(warn, CLASSIFICATION, {"original": constant, "artifact": constant}, LABELS, logits)
+    (found,) = warnings_of(warn, CLASSIFICATION, {"original": constant, "artifact": constant}, LABELS, logits)
     assert found.startswith("original: 33.3 % of 60 labeled images are classified correctly: class 0 is predicted for")
     assert found.endswith("image size are those it was trained with.")
-    (found,) = said(warn, CLASSIFICATION, {"original": right, "artifact": constant}, LABELS, logits)
+    (found,) = warnings_of(warn, CLASSIFICATION, {"original": right, "artifact": constant}, LABELS, logits)
     assert found.startswith("artifact: 33.3 %")
     assert found.endswith("Compress less, train longer, or fine-tune with a smaller learning rate.")
-    assert not said(warn, CLASSIFICATION, {"original": right, "artifact": right}, LABELS, logits)
-    assert not said(warn, CLASSIFICATION, {"original": constant}, None, logits)
+    assert not warnings_of(warn, CLASSIFICATION, {"original": right, "artifact": right}, LABELS, logits)
+    assert not warnings_of(warn, CLASSIFICATION, {"original": constant}, None, logits)
 
 
-def test_compare_calls_it(tmp_path, monkeypatch):
+def test_compare_warns_at_chance_level(tmp_path, monkeypatch):
     path = tmp_path / "dead.onnx"
     tersor.export(network(0.0), IMAGES[:1], path)
-    assert said(tersor.compare, network(0.0), path, [(IMAGES, LABELS)], seconds=0.01)[0].startswith("original: 33.3 %")
+    assert warnings_of(tersor.compare, network(0.0), path, [(IMAGES, LABELS)], seconds=0.01)[0].startswith(
+        "original: 33.3 %"
+    )
 
 
 class Lines:
@@ -98,7 +100,7 @@ def dead(num_classes):
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 
 
-def test_a_run_warns_of_a_model_at_chance_level_before_it_trains(tmp_path):
+def test_a_run_warns_about_a_model_at_chance_level_before_training(tmp_path):
     torch.manual_seed(0)
     models.save_weights(dead(10), tmp_path / "dead.safetensors")
     recipe = parse(

@@ -1,4 +1,4 @@
-"""User-defined methods: the example of the documentation, zeros without a mask, and methods that tersor refuses."""
+"""User-defined methods: the documented examples, zeros without a mask, and methods that raise errors."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def run(method, tmp_path, teacher=False):
     return run_stages(experiment, Checkpoints(tmp_path / "checkpoints"), NullProgress())
 
 
-def test_the_zeros_of_the_documented_method_last(tmp_path, monkeypatch):
+def test_the_mask_of_the_documented_method_is_kept(tmp_path, monkeypatch):
     page = "how-to/own-method.md"
     (tmp_path / "my_methods.py").write_text(blocks.blocks(page, "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
@@ -112,7 +112,7 @@ def test_the_zeros_of_the_documented_method_last(tmp_path, monkeypatch):
     assert not any("zero" in note for record in records for note in record.notes)
 
 
-def test_the_documented_loss_trains(tmp_path, monkeypatch):
+def test_the_documented_loss_can_be_trained(tmp_path, monkeypatch):
     page = "how-to/own-method.md"
     (tmp_path / "my_losses.py").write_text(blocks.blocks(page, "python")[1])
     monkeypatch.syspath_prepend(tmp_path)
@@ -144,7 +144,7 @@ def test_the_scales_of_the_documented_quantizer_are_powers_of_two(tmp_path, monk
         (2, "PowerOfTwo", {"bits": 9}, "bits is 9. It must be from 2 to 8."),
     ],
 )
-def test_a_wrong_parameter_of_a_documented_method_is_one_message(block, name, values, message, tmp_path):
+def test_a_wrong_parameter_of_a_documented_method_raises_one_error(block, name, values, message, tmp_path):
     file = tmp_path / "documented.py"
     file.write_text(blocks.blocks("how-to/own-method.md", "python")[block])
     namespace = runpy.run_path(str(file))
@@ -182,12 +182,12 @@ def test_the_documented_loss_is_the_mean_squared_difference_of_cosines():
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_layer_that_does_not_exist_is_one_message():
+def test_a_layer_that_does_not_exist_raises_one_error():
     with pytest.raises(InputError, match=r"OtherLayer' compares layers, but the teacher has no layer 'layer9'"):
         chain([OtherLayer()], network(), AttachContext(teacher=network()))
 
 
-def test_the_names_that_the_page_imports_are_in_the_reference():
+def test_the_names_imported_on_the_page_are_in_the_api_reference():
     page, reference = "how-to/own-method.md", (blocks.DOCS / "reference" / "api.md").read_text()
     imports = [
         node
@@ -203,7 +203,7 @@ def test_the_names_that_the_page_imports_are_in_the_reference():
     exec(named, {})
 
 
-def test_zeros_that_a_later_stage_changes_are_noted(tmp_path):
+def test_lost_zeros_of_an_earlier_stage_are_noted(tmp_path):
     pruned, records = run("test_own_method:WithoutMask", tmp_path)
     assert pruned[0].weight.ne(0).all()
     assert not any("zero" in note for note in records[0].notes)
@@ -211,7 +211,7 @@ def test_zeros_that_a_later_stage_changes_are_noted(tmp_path):
     assert "insert_masks" in records[1].notes[-1]
 
 
-def test_masked_zeros_are_not_lost():
+def test_masked_zeros_are_not_reported_as_lost():
     model = network()
     with torch.no_grad():
         model[0].weight[:6] = 0
@@ -224,7 +224,7 @@ def test_masked_zeros_are_not_lost():
     assert not unmasked_zeros(model)["0"].any()
 
 
-def test_explain_refuses_a_parametrization_that_cannot_be_saved():
+def test_explain_raises_for_a_parametrization_that_cannot_be_saved():
     recipe = parse(RECIPE.replace("METHOD", "test_own_method:OwnParametrization"), "recipe.yaml")
     with pytest.raises(InputError, match=r"Halved, which tersor cannot save.*insert_masks"):
         list(explain(recipe, progress=NullProgress()))
@@ -241,6 +241,6 @@ def test_explain_refuses_a_parametrization_that_cannot_be_saved():
         ),
     ],
 )
-def test_attach_of_the_wrong_form_is_one_message(method, message):
+def test_an_attach_method_with_a_wrong_signature_raises_one_error(method, message):
     with pytest.raises(InputError, match=message):
         chain([method], network(), AttachContext())

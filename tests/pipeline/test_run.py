@@ -1,4 +1,4 @@
-"""The phases of a run, and what it says of an artifact that answers otherwise than torch."""
+"""The phases of a run, and its warning if the artifact and torch predict differently."""
 
 import importlib
 from pathlib import Path
@@ -28,23 +28,25 @@ module = importlib.import_module("tersor.pipeline.run")
 
 
 @pytest.mark.parametrize(("bits", "activation_bits", "harmless"), [(8, 8, False), (8, 4, True), (4, 8, True)])
-def test_with_few_bits_the_file_may_differ_from_torch_and_with_eight_not(bits, activation_bits, harmless):
+def test_a_difference_between_file_and_torch_is_harmless_only_for_few_bits(bits, activation_bits, harmless):
     attached = PTQ(bits=bits, activation_bits=activation_bits).attach(
         build("resnet20", 10).eval(), AttachContext(data=[torch.randn(4, 3, 16, 16)])
     )
     attached.begin()
     results = Results.model_construct(agreement_with_torch=96.0, metric=ACCURACY)
-    told = _disagreement(results, attached.model)
-    assert told.startswith("only 96.00 % of the predictions of model.onnx agree with those of the network in torch. ")
-    assert ("Do not deploy model.onnx" in told) != harmless
+    warning = _disagreement(results, attached.model)
+    assert warning.startswith(
+        "only 96.00 % of the predictions of model.onnx agree with those of the network in torch. "
+    )
+    assert ("Do not deploy model.onnx" in warning) != harmless
     assert "Do not deploy model.onnx" in _disagreement(results, build("resnet20", 10))
     assert not _disagreement(results.model_copy(update={"agreement_with_torch": 99.0}), attached.model)
 
 
 @pytest.mark.parametrize(
-    ("validation", "trained", "said"), [(74.6, True, True), (74.6, False, False), (71.0, True, False)]
+    ("validation", "trained", "warns"), [(74.6, True, True), (74.6, False, False), (71.0, True, False)]
 )
-def test_a_network_that_was_trained_on_the_validation_images_is_said(validation, trained, said):
+def test_a_validation_score_far_above_the_test_score_causes_a_warning(validation, trained, warns):
     experiment = SimpleNamespace(
         task=Classification(), model_is_trained=trained, data=SimpleNamespace(validation=[0] * 1200)
     )
@@ -52,8 +54,8 @@ def test_a_network_that_was_trained_on_the_validation_images_is_said(validation,
     artifact = FileResults.model_construct(score=68.7)
     results = Results.model_construct(artifact=artifact, stages=[record], test_images=2400)
     line = _seen_validation(experiment, results)
-    assert bool(line) == said
-    if said:
+    assert bool(line) == warns
+    if warns:
         assert "is 74.60 %, more than three standard errors above the 68.70 % on the test images" in line
 
 
@@ -62,7 +64,7 @@ RECIPE = "{model: {name: resnet20}, data: {name: digits}, stages: [{name: a}]}"
 
 @pytest.fixture
 def faked(monkeypatch):
-    """A run without networks; the log of its phases."""
+    """A run without networks. Returns the log of its phases."""
     log = []
     text = recipes.write(parse(RECIPE, "recipe.yaml"))
 
@@ -87,7 +89,7 @@ def faked(monkeypatch):
     return log
 
 
-def test_the_phases_of_a_run(tmp_path, faked):
+def test_a_run_executes_its_phases_in_order(tmp_path, faked):
     progress = RecordedProgress()
     out = module.run(parse(RECIPE, "r"), out=tmp_path / "out", progress=progress)
     assert out == tmp_path / "out"
@@ -113,7 +115,7 @@ def test_a_complete_run_is_not_repeated_and_its_checkpoints_are_removed(tmp_path
         module.run(other, out=out, resume=True)
 
 
-def test_a_complete_run_without_latency_says_how_to_measure_it(tmp_path, faked, monkeypatch):
+def test_a_complete_run_without_latency_suggests_how_to_measure_it(tmp_path, faked, monkeypatch):
     out, options = tmp_path / "out", {"out": tmp_path / "out", "resume": True}
     module.run(parse(RECIPE, "r"), latency=False, **options)
     assert faked[-1] == "fill without latency"
@@ -125,7 +127,7 @@ def test_a_complete_run_without_latency_says_how_to_measure_it(tmp_path, faked, 
     assert progress.lines[2:] == [f"the run in {out} did not measure latency. To measure it: tersor bench {out}"]
 
 
-def test_latencies_of_a_run_that_was_killed_are_kept_only_where_it_is_resumed(tmp_path, faked, monkeypatch):
+def test_cached_latencies_are_kept_only_if_the_run_is_resumed(tmp_path, faked, monkeypatch):
     def teacher(experiment, *_):
         faked.append(experiment.latency.file.exists())
 
@@ -160,12 +162,12 @@ def test_only_the_first_process_writes(tmp_path, faked, monkeypatch):
         ({"out": "/"}, "out is '/', which exists"),
     ],
 )
-def test_arguments_of_another_type_are_refused(tmp_path, given, message):
+def test_arguments_of_a_wrong_type_raise(tmp_path, given, message):
     with pytest.raises(InputError, match=message):
         module.run(**({"recipe": parse(RECIPE, "r"), "out": tmp_path / "out"} | given))
 
 
-def test_the_folder_is_named_after_the_recipe(tmp_path, faked, monkeypatch):
+def test_the_default_folder_is_named_after_the_recipe(tmp_path, faked, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(RECIPE)
     assert module.run("mine.yaml") == Path("runs/mine")

@@ -1,4 +1,4 @@
-"""`tersor sensitivity`: what it measures, and that it can be stopped anywhere."""
+"""`tersor sensitivity`: what it measures, and that it can be interrupted at any time."""
 
 import json
 
@@ -56,11 +56,11 @@ def recipe(weights):
     return parse(RECIPE.replace("WEIGHTS", str(weights)), "recipe.yaml")
 
 
-def test_the_widths():
+def test_the_default_widths():
     assert WIDTHS == (2, 3, 4, 5, 6, 8)
 
 
-def test_every_layer_on_every_width(recipe, tmp_path):
+def test_every_layer_is_measured_at_every_width(recipe, tmp_path):
     progress = Watched()
     found, figure = measure(recipe, out=tmp_path / "a.json", images=50, progress=progress)
     assert progress.done == progress.total == 16
@@ -70,15 +70,20 @@ def test_every_layer_on_every_width(recipe, tmp_path):
     assert [(cost.layer, cost.bits) for cost in found.costs] == [(name, bits) for name in layers for bits in (2, 8)]
     assert all(0 < cost.error < 10 for cost in found.costs)
     assert all(cost.drop is not None and round(cost.drop * 50 / 100, 6).is_integer() for cost in found.costs)
-    told = json.loads((tmp_path / "a.json").read_text())
-    assert told["costs"][0] == {"layer": "conv1", "bits": 2, "error": found.costs[0].error, "drop": found.costs[0].drop}
-    assert told["measured_with"]["images"] == 50
+    saved = json.loads((tmp_path / "a.json").read_text())
+    assert saved["costs"][0] == {
+        "layer": "conv1",
+        "bits": 2,
+        "error": found.costs[0].error,
+        "drop": found.costs[0].drop,
+    }
+    assert saved["measured_with"]["images"] == 50
     assert figure.read_text().startswith("<svg")
     assert "toy_networks:resnet8" in figure.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.svg"]
 
 
-def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
+def test_an_interrupted_analysis_is_resumed(recipe, tmp_path, monkeypatch):
     whole, _ = measure(recipe, out=tmp_path / "whole.json", images=30, progress=NullProgress())
     out = tmp_path / "stopped.json"
     with pytest.raises(KeyboardInterrupt):
@@ -96,7 +101,7 @@ def test_stopped_it_goes_on_where_it_was(recipe, tmp_path, monkeypatch):
     assert measure(recipe, out=out, images=30, progress=NullProgress())[0] == whole, "nothing is measured again"
 
 
-def test_a_file_is_whole_whenever_it_is_stopped(recipe, tmp_path, monkeypatch):
+def test_an_interrupted_write_keeps_a_complete_file(recipe, tmp_path, monkeypatch):
     out = tmp_path / "a.json"
 
     def interrupted(self, content):
@@ -116,7 +121,7 @@ def test_a_file_is_whole_whenever_it_is_stopped(recipe, tmp_path, monkeypatch):
 
 @pytest.fixture
 def begun(recipe, tmp_path, monkeypatch):
-    """A file with one measurement in it; nothing more is measured."""
+    """A file with one measurement; no further measurements are made."""
     only = Cost("conv1", 2, 0.5, 1.0)
     monkeypatch.setattr(sensitivity_analysis, "sensitivity", lambda *_, **__: iter([only]))
     measure(recipe, out=tmp_path / "a.json", images=50, progress=NullProgress())
@@ -133,7 +138,7 @@ def begun(recipe, tmp_path, monkeypatch):
         (("", ""), 60, "was measured with images: 50, but now it is 60"),
     ],
 )
-def test_a_file_of_something_else_is_refused(begun, weights, change, images, message):
+def test_a_file_measured_with_other_settings_raises(begun, weights, change, images, message):
     other = weights.with_name("other.safetensors")
     models.save_weights(resnet8(), other)
     before = begun.read_bytes()
@@ -144,14 +149,14 @@ def test_a_file_of_something_else_is_refused(begun, weights, change, images, mes
     assert begun.read_bytes() == before
 
 
-def test_what_does_not_matter_is_not_compared(begun, weights):
+def test_settings_without_influence_are_not_compared(begun, weights):
     text = RECIPE.replace("WEIGHTS", str(weights)).replace("average_bits: 4", "average_bits: 3")
     text = text.replace("name: digits", "name: digits, augment: flip")
     assert measure(parse(text, "recipe.yaml"), out=begun, images=50, progress=NullProgress())[0].costs
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2]", b'{"costs": 3}', b"\xff\x00"])
-def test_a_file_that_is_none_of_ours(content, recipe, tmp_path):
+def test_a_file_not_written_by_tersor_raises(content, recipe, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json was not written by `tersor sensitivity`, or is damaged"):
         measure(recipe, out=tmp_path / "a.json", progress=NullProgress())
@@ -167,21 +172,21 @@ def test_a_file_that_is_none_of_ours(content, recipe, tmp_path):
         ("error", -0.5, "or is damaged"),
     ],
 )
-def test_a_file_whose_costs_were_changed(key, value, message, recipe, tmp_path):
+def test_a_file_with_changed_costs_raises(key, value, message, recipe, tmp_path):
     cost = {"layer": "conv1", "bits": 2, "error": 0.5, "drop": None} | {key: value}
     (tmp_path / "a.json").write_text(json.dumps({"measured_with": {}, "weights": {"conv1": 432}, "costs": [cost]}))
     with pytest.raises(InputError, match=message):
         measure(recipe, out=tmp_path / "a.json", progress=NullProgress())
 
 
-def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeypatch):
+def test_images_are_sampled_in_proportion_to_the_classes(recipe, tmp_path, monkeypatch):
     seen = []
 
-    def looked(_quantizers, data, _asked, **_):
+    def fake_costs(_quantizers, data, _asked, **_):
         seen.append(torch.cat([batch.targets for batch in data]))
         return iter([Cost("conv1", 2, 0.5, 1.0)])
 
-    monkeypatch.setattr(sensitivity_analysis, "sensitivity", looked)
+    monkeypatch.setattr(sensitivity_analysis, "sensitivity", fake_costs)
     for place, count in enumerate((50, 50, None, 10_000)):
         measure(recipe, out=tmp_path / f"{place}.json", images=count, progress=NullProgress())
     assert torch.bincount(seen[0]).tolist() == [5] * 10
@@ -199,7 +204,7 @@ def test_images_are_drawn_in_proportion_to_the_classes(recipe, tmp_path, monkeyp
         (("", ""), "absent/a.json", "an existing folder"),
     ],
 )
-def test_what_cannot_be_measured(change, out, message, weights, tmp_path):
+def test_recipes_and_paths_that_cannot_be_used_raise(change, out, message, weights, tmp_path):
     recipe = parse(RECIPE.replace(*change).replace("WEIGHTS", str(weights)), "recipe.yaml")
     with pytest.raises(InputError, match=message):
         measure(recipe, out=tmp_path / out, progress=NullProgress())

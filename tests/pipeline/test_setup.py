@@ -1,4 +1,4 @@
-"""What a recipe needs before any training: networks, data, normalization, and what does not match."""
+"""Preparation before training: networks, data, normalization, and errors for settings that do not match."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def prepared(given=None, data=None, **changed):
     return prepare(recipe(**changed), model=given, data=data or splits(), progress=progress), progress.lines
 
 
-def test_a_network_that_is_given_is_trained_and_copied():
+def test_a_given_network_counts_as_trained_and_is_copied():
     given = network()
     made, lines = prepared(given, teacher="original")
     assert made.model is not given
@@ -72,7 +72,7 @@ def test_a_network_that_is_given_is_trained_and_copied():
     assert made.data.mean == (0.5,) * 3
 
 
-def test_a_teacher_that_is_passed_replaces_that_of_the_recipe():
+def test_a_given_teacher_replaces_that_of_the_recipe():
     given, better = network(), network()
     with torch.no_grad():
         next(better.parameters()).add_(1.0)
@@ -85,7 +85,7 @@ def test_a_teacher_that_is_passed_replaces_that_of_the_recipe():
         prepare(recipe(), model=given, teacher=better, data=splits(), progress=RecordedProgress())
 
 
-def test_the_augmentation_is_named_where_something_is_trained():
+def test_the_augmentation_is_reported_only_if_a_stage_trains():
     data = DataSource(name="digits", augment="crop_flip")
     progress = RecordedProgress()
     prepare(recipe(data=data), model=network(), data=splits(), progress=progress)
@@ -97,7 +97,7 @@ def test_the_augmentation_is_named_where_something_is_trained():
     assert not any("augmentation" in each for each in prepared(network(), stages=without)[1])
 
 
-def test_a_network_without_weights_is_not_trained_and_its_teacher_is_trained_first(tmp_path):
+def test_a_network_without_weights_is_untrained_and_its_teacher_is_trained_first(tmp_path):
     made, _ = prepared(teacher=Teacher(name=OWN, epochs=1))
     assert not made.model_is_trained
     assert not made.teacher_is_trained
@@ -110,7 +110,7 @@ def test_a_network_without_weights_is_not_trained_and_its_teacher_is_trained_fir
     assert (made.data.mean, made.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), "those of the weights file"
 
 
-def test_the_normalization_is_that_of_the_recipe_else_that_of_both_files():
+def test_the_normalization_is_that_of_the_recipe_or_of_the_weights_files():
     two = [{"a": "1"}, {"a": "2"}]
     source = DataSource(name="digits", mean=(0.9,) * 3, std=(0.8,) * 3)
     given, progress = splits(), RecordedProgress()
@@ -139,11 +139,11 @@ def test_the_normalization_is_that_of_the_recipe_else_that_of_both_files():
     ]
 
 
-def test_a_normalization_that_is_not_that_of_the_training_is_refused_if_computed_and_else_a_warning(monkeypatch):
-    asked = []
+def test_a_doubtful_normalization_raises_if_it_was_computed_and_warns_otherwise(monkeypatch):
+    checked = []
 
     def doubt(name, model, batches, task, mean, std):
-        asked.append((mean, std))
+        checked.append((mean, std))
         return f"{name} is better with other values."
 
     monkeypatch.setattr(network_checks, "normalization_warning", doubt)
@@ -153,10 +153,10 @@ def test_a_normalization_that_is_not_that_of_the_training_is_refused_if_computed
     progress = RecordedProgress()
     made = prepare(recipe(data=data), model=network(), data=splits(), progress=progress)
     assert "warning: own is better with other values." in [line.replace(OWN, "own") for line in progress.lines]
-    assert asked == [(made.data.mean, made.data.std)] * 2
-    asked.clear()
+    assert checked == [(made.data.mean, made.data.std)] * 2
+    checked.clear()
     prepared()
-    assert not asked, "a network without weights"
+    assert not checked, "a network without weights"
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ def test_a_normalization_that_is_not_that_of_the_training_is_refused_if_computed
         ({"task": "segmentation"}, "does not fit task segmentation: a segmentation network returns"),
     ],
 )
-def test_what_does_not_fit_is_refused(changed, message):
+def test_settings_that_do_not_match_raise(changed, message):
     with pytest.raises(InputError, match=message):
         prepared(data=splits(validation=()), **changed)
 
 
-def test_a_teacher_that_is_trained_has_no_weights(tmp_path):
+def test_a_teacher_with_both_weights_and_epochs_raises(tmp_path):
     file = tmp_path / "w.safetensors"
     models.save_weights(network(), file)
     with pytest.raises(InputError, match="both weights and epochs"):
@@ -187,7 +187,7 @@ def test_a_teacher_that_is_trained_has_no_weights(tmp_path):
     prepared(teacher=Teacher(name=OWN, epochs=4, training=warm))
 
 
-def test_the_logits_fit_the_classes():
+def test_the_number_of_logits_has_to_match_the_number_of_classes():
     for data, message in (
         (splits(classes=3, train=(0, 1, 2) * 9), r"shape \(2, 2\), but the data has 3 classes, so logits \(2, 3\)"),
         (splits(classes=3, train=(1, 2) * 9, test=(1, 2)), r"range from 1 to 2; class 0 has no image\. .* 3 classes"),
@@ -200,7 +200,7 @@ def test_the_logits_fit_the_classes():
         network_checks._check_logits(SimpleNamespace(data=splits()), several(torch.zeros(2)), "the model")
 
 
-def test_the_data_fits_the_task():
+def test_the_data_has_to_match_the_task():
     for task, targets, message in (
         ("classification", None, "the images have no targets"),
         ("classification", torch.rand(8), "not class indices"),
@@ -215,7 +215,7 @@ def test_the_data_fits_the_task():
         prepared(network(), splits(dtype=torch.uint16), target={"input": "uint8"})
 
 
-def test_classes_without_training_images_are_named():
+def test_classes_without_training_images_are_listed_in_a_warning():
     progress = RecordedProgress()
     for train, classes in (((0, 1), 2), ((1, 3), 4), ((0,), 7), ((0,), 6)):
         setup._say_what_the_data_lacks(splits(train, classes=classes), progress)
@@ -226,7 +226,7 @@ def test_classes_without_training_images_are_named():
     ]
 
 
-def test_a_test_set_that_is_drawn_is_told():
+def test_a_test_set_that_was_split_off_is_reported():
     data = splits()
     line = "the data has no test set of its own: 8 images, a fifth of each class, are used as the test set"
     assert line not in prepared(data=data)[1]
@@ -236,7 +236,7 @@ def test_a_test_set_that_is_drawn_is_told():
     assert "8 images, a fifth of the data, are used" in drawn_test_set(drawn)
 
 
-def test_few_images_are_a_random_choice_of_the_seed():
+def test_the_images_for_checks_are_a_random_sample_by_seed():
     experiment = Experiment(recipe(seed=5), tasks.build("classification"), network(), None, splits(), True, False)
     few = network_checks.few_of(experiment, 64)
     assert isinstance(few, View)
@@ -247,7 +247,7 @@ def test_few_images_are_a_random_choice_of_the_seed():
     assert network_checks.few_of(other, 64)._index.tolist() != few._index.tolist()
 
 
-def test_random_weights_follow_from_the_seed_alone():
+def test_random_weights_depend_on_the_seed_only():
     name = Network(name="resnet20", num_classes=3)
     first, same, other = (setup._build(name, None, seed, 3, NO_PROGRESS)[0].state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[key], same[key]) for key in first)
@@ -258,7 +258,7 @@ def test_random_weights_follow_from_the_seed_alone():
     assert setup._build(Network(name="resnet20"), splits(), 0, 3, NO_PROGRESS)[0].linear.out_features == 2
 
 
-def test_labels_from_one_and_weights_of_as_many_classes_as_labels_are_explained(tmp_path):
+def test_labels_from_1_and_weights_with_other_classes_are_explained_in_the_error(tmp_path):
     file = tmp_path / "w.safetensors"
     models.save_weights(models.build("resnet20", 2), file)
     given = Network(name="resnet20", weights=file)
@@ -274,9 +274,9 @@ def of_any_number(num_classes=2):
 
 
 @pytest.mark.parametrize(
-    ("function", "classes", "told"), [("of_two", 2, True), ("of_two", None, False), ("of_any_number", 2, False)]
+    ("function", "classes", "warned"), [("of_two", 2, True), ("of_two", None, False), ("of_any_number", 2, False)]
 )
-def test_a_number_of_classes_that_the_function_does_not_take_is_told(function, classes, told):
+def test_num_classes_that_a_function_does_not_accept_causes_a_warning(function, classes, warned):
     name = f"{__name__}:{function}"
     given = {"name": name, "num_classes": classes}
     _, lines = prepared(model=Network(**given), teacher=Teacher(**given, epochs=1))
@@ -285,10 +285,10 @@ def test_a_number_of_classes_that_the_function_does_not_take_is_told(function, c
         "argument, or remove num_classes."
         for whose in ("the model", "the teacher")
     ]
-    assert [line for line in lines if "num_classes" in line] == (expected if told else [])
+    assert [line for line in lines if "num_classes" in line] == (expected if warned else [])
 
 
-def test_random_weights_are_said():
+def test_random_weights_are_reported():
     name = f"{__name__}:of_any_number"
     stages = {0: "quantize", 1: "train"}
     for steps, ends in ((0, "no stage trains it. All results are those of random weights. Write model.weights."),
@@ -300,7 +300,7 @@ def test_random_weights_are_said():
     assert not any("random weights" in line for line in prepared(network())[1])
 
 
-def test_a_doubtful_teacher_is_named(tmp_path):
+def test_a_doubtful_teacher_causes_a_warning(tmp_path):
     file = tmp_path / "w.safetensors"
     broken = network()
     nn.init.zeros_(broken[3].weight)

@@ -1,4 +1,4 @@
-"""How networks and images go through a recipe."""
+"""Networks and images in the stages of a recipe."""
 
 import copy
 from dataclasses import replace
@@ -33,7 +33,7 @@ stages:
 
 
 def run_recipe(folder, seed: int, noise: int) -> dict[str, torch.Tensor]:
-    """What the recipe ends with in a process that has drawn `noise` numbers before."""
+    """The final state of the recipe in a process that has drawn `noise` random numbers before."""
     torch.rand(noise)
     recipe = parse(RECIPE.replace("SEED", str(seed)), "recipe.yaml")
     experiment = prepare(recipe, model=None, data=None, progress=NullProgress())
@@ -42,7 +42,7 @@ def run_recipe(folder, seed: int, noise: int) -> dict[str, torch.Tensor]:
     return run_stages(experiment, checkpoints, NullProgress())[0].state_dict()
 
 
-def test_same_seed_same_bits_and_another_seed_others(tmp_path):
+def test_the_same_seed_is_bit_identical_and_another_seed_is_not(tmp_path):
     first = run_recipe(tmp_path / "a", seed=3, noise=1)
     second = run_recipe(tmp_path / "b", seed=3, noise=7)
     other = run_recipe(tmp_path / "c", seed=4, noise=1)
@@ -53,7 +53,7 @@ def test_same_seed_same_bits_and_another_seed_others(tmp_path):
     )
 
 
-def test_a_run_leaves_the_callers_random_numbers_alone(tmp_path):
+def test_preparing_a_run_does_not_change_the_random_state_of_the_caller(tmp_path):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_networks_that_fail_in_bfloat16_are_trained_in_float32(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("seconds", "advised"), [(None, True), (60.0, False)])
-def test_a_search_whose_training_diverges_names_no_keys_of_a_recipe(seconds, advised, tmp_path):
+def test_the_error_of_a_diverged_training_in_a_search_has_no_keys_of_a_recipe(seconds, advised, tmp_path):
     text = RECIPE.replace("SEED", "1").replace("steps: 3,", "steps: 3, optimizer: {learning_rate: 1.0e+30},")
     experiment = prepare(parse(text, "recipe.yaml"), model=None, data=None, progress=NullProgress())
     experiment = replace(experiment, teacher=copy.deepcopy(experiment.model))
@@ -114,7 +114,7 @@ stages:
 
 
 class Bars(NullProgress):
-    """Every bar, as it was drawn: its task, its total, how far it came."""
+    """Records every progress bar: task, total, progress."""
 
     def __init__(self):
         self.drawn = []
@@ -128,7 +128,7 @@ class Bars(NullProgress):
 
 
 class Counted:
-    """Images that know how many of them were looked at."""
+    """Images that count how many of them were read."""
 
     def __init__(self, images):
         self.images, self.targets, self.looked_at = images, images.targets, set()
@@ -145,7 +145,7 @@ class Counted:
         return self.images.take(index)
 
 
-def test_attaching_shows_how_far_it_is_and_its_rehearsal_looks_at_few_images(tmp_path):
+def test_attach_reports_progress_and_its_rehearsal_reads_few_images(tmp_path):
     data = load(name="digits", limit=200)
     counted, bars = Counted(data.train), Bars()
     experiment = prepare(parse(PRUNED, "recipe.yaml"), model=None, data=replace(data, train=counted), progress=bars)
@@ -207,7 +207,7 @@ class Projects(Method):
         return Attachment(model, [Projection()])
 
 
-def test_layers_that_a_term_creates_have_the_seed_of_the_recipe(tmp_path):
+def test_layers_created_by_a_term_are_initialized_from_the_seed_of_the_recipe(tmp_path):
     text = RECIPE.replace("SEED", "1").replace("soft_targets", f'"{__name__}:Projects"')
     experiment = prepare(parse(text, "recipe.yaml"), model=None, data=None, progress=NullProgress())
     weights = []

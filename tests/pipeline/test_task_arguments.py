@@ -25,7 +25,7 @@ IMAGES = torch.zeros(2, 3, 4, 4)
 
 
 class Outputs(nn.Module):
-    """Returns what it was given."""
+    """Returns the given outputs."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -40,7 +40,7 @@ def logits(*shape):
     return Outputs(torch.zeros(2, *shape))
 
 
-def test_the_task_of_the_arguments():
+def test_the_task_is_built_from_the_arguments():
     assert task_of(None) is None
     assert isinstance(task_of("multilabel"), Multilabel)
     own = task_of(None, loss=max)
@@ -53,7 +53,7 @@ def test_the_task_of_the_arguments():
         task_of(None, metric=3)
 
 
-def test_two_networks_with_logits_are_classifiers():
+def test_two_networks_that_return_logits_are_classifiers():
     task, classes = task_of_both(None, logits(3), logits(3), IMAGES)
     assert isinstance(task, Classification)
     assert classes == 3
@@ -73,14 +73,14 @@ def test_two_networks_with_logits_are_classifiers():
         task_of_both(tasks.build("multilabel"), logits(2), logits(3), IMAGES)
 
 
-def test_labels_are_given_where_they_are_class_numbers():
+def test_targets_are_kept_only_if_they_are_class_indices():
     batches = [(IMAGES, torch.tensor([0, 2])), (IMAGES, torch.tensor([0, 3])), IMAGES, (IMAGES, torch.tensor([1, 1]))]
     found = [None if each.targets is None else each.targets.tolist() for each in labelled(batches, 3, 9)]
     assert found == [[0, 2], None, None, [1, 1]]
     assert len(list(labelled(batches, 3, 2))) == 2
 
 
-def test_all_labels_of_a_loader():
+def test_all_labels_of_a_loader_are_concatenated_and_checked():
     both = [(IMAGES, torch.tensor([0, 2])), (IMAGES[:1], torch.tensor([1]))]
     assert all_labels(both, 3).tolist() == [0, 2, 1]
     assert all_labels([], 3).tolist() == []
@@ -95,7 +95,7 @@ def test_all_labels_of_a_loader():
         all_labels(with_zero, 3)
 
 
-def test_the_targets_of_the_first_images_are_checked():
+def test_the_targets_of_the_first_batches_are_checked():
     task = Classification()
     right, wrong = (IMAGES, torch.tensor([0, 1])), (IMAGES, torch.tensor([0, 9]))
     check_targets(task, logits(2), [right, right, wrong], 4)
@@ -132,7 +132,7 @@ def test_files_with_logits_are_classifiers_and_others_are_compared_by_distance(m
         of_files(monkeypatch, Distance(), a=two, b=maps)
 
 
-def test_the_targets_of_all_batches_as_one():
+def test_the_targets_of_all_batches_are_concatenated():
     batches = [(IMAGES, torch.tensor([0, 1])), (IMAGES[:1], torch.tensor([1]))]
     assert targets_for(Classification(), batches, torch.zeros(3, 2)).tolist() == [0, 1, 1]
     assert targets_for(Classification(), batches, torch.zeros(3, 1)).tolist() == [0, 1, 1], "one logit, two classes"

@@ -1,4 +1,4 @@
-"""How many blocks go for a budget."""
+"""The number of blocks removed for a budget."""
 
 from itertools import accumulate
 
@@ -33,21 +33,21 @@ def test_the_network_is_measured_if_the_predicted_cost_is_wrong():
     assert met(lambda _: -0.002) == [2, pytest.approx(0.598)]
 
 
-def test_a_block_far_larger_than_the_rest_of_the_target_is_postponed():
+def test_a_block_much_larger_than_the_remaining_target_is_postponed():
     order = order_of((0, 1), (1, 1), (0, 2), (1, 2), (2, 1), (0, 3))
     found, blocks, fraction = meet_cost(order, remaining([0.1, 0.6, 0.31]), None, 0.5)
     assert found.blocks == [(0, 1), (0, 2), (2, 1), (0, 3), (1, 1), (1, 2)]
     assert (blocks, fraction) == (3, pytest.approx(0.49))
 
 
-def test_a_block_stays_where_postponing_it_comes_no_closer():
+def test_a_block_is_not_postponed_if_that_comes_no_closer_to_the_target():
     order = order_of((0, 1), (1, 1), (0, 2))
     assert meet_cost(order, remaining([0.1, 0.6]), None, 0.5) == (order, 2, pytest.approx(0.3))
     near = order_of((0, 1), (1, 1), (2, 1))
     assert meet_cost(near, remaining([0.1, 0.415, 0.4]), None, 0.5) == (near, 2, pytest.approx(0.485)), "near enough"
 
 
-def test_a_latency_is_met_with_nearly_the_fewest_blocks():
+def test_a_latency_target_is_met_with_nearly_the_fewest_blocks():
     stays = [1 - block / 100 for block in range(101)]
     blocks, found = meet_latency(stays, lambda blocks: 0.2 + 0.8 * stays[blocks], 0.5)
     assert 0.48 < found <= 0.5
@@ -56,7 +56,7 @@ def test_a_latency_is_met_with_nearly_the_fewest_blocks():
 
 
 @pytest.mark.parametrize("needed", [1, 37, 64, 99, 100])
-def test_a_latency_that_falls_at_one_block_is_met_with_exactly_as_many(needed):
+def test_a_latency_target_reached_at_one_block_is_met_with_exactly_that_many_blocks(needed):
     measured = []
 
     def ratio(blocks):
@@ -69,7 +69,7 @@ def test_a_latency_that_falls_at_one_block_is_met_with_exactly_as_many(needed):
     assert 0 not in measured
 
 
-def test_a_latency_is_bisected_by_the_macs_that_remain_and_not_by_blocks():
+def test_latency_is_bisected_by_the_remaining_macs_and_not_by_blocks():
     measured = []
 
     def ratio(blocks):

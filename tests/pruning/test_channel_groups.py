@@ -1,4 +1,4 @@
-"""Removal equals masking: what is cut gives the answers of the network whose channels are zero."""
+"""Removal equals masking: the pruned network has the outputs of the network with these channels set to zero."""
 
 import copy
 import json
@@ -28,12 +28,12 @@ from toy_networks import short
 
 
 class OverSome(nn.Module):
-    """A layer norm that looks at some of its channels only, written slowly; the others are zero."""
+    """A slow layer norm over some of its channels only; the others are zero."""
 
-    def __init__(self, norm, gone):
+    def __init__(self, norm, removed):
         super().__init__()
         self.norm = norm
-        self.kept = [place for place in range(len(norm.weight)) if place not in gone]
+        self.kept = [place for place in range(len(norm.weight)) if place not in removed]
 
     def forward(self, x):
         some = x[..., self.kept]
@@ -46,7 +46,7 @@ class OverSome(nn.Module):
 
 
 def masked(graph, cuts):
-    """The same network whose channels are zero: filters, biases and norms at 0, shapes as they were."""
+    """The same network with channels set to zero: filters, biases and norms are 0, shapes are unchanged."""
     network = copy.deepcopy(graph)
     tensors = dict(network.named_parameters())
     for cut in cuts:
@@ -65,10 +65,10 @@ def masked(graph, cuts):
             network.set_submodule(cut.layer, OverSome(module, set(places)))
     for node in network.graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default):
         given = arguments(node)
-        gone = {place for cut in cuts if cut.layer == given["weight"].target for place in cut.channels}
+        removed = {place for cut in cuts if cut.layer == given["weight"].target for place in cut.channels}
         norm = nn.LayerNorm(given["normalized_shape"], given["eps"])
         norm.weight, norm.bias = (tensors[given[name].target] for name in ("weight", "bias"))
-        network.add_module(f"some_of_{node.name}", OverSome(norm, gone))
+        network.add_module(f"some_of_{node.name}", OverSome(norm, removed))
         with network.graph.inserting_before(node):
             node.replace_all_uses_with(network.graph.call_module(f"some_of_{node.name}", (given["input"],)))
     network.recompile()
@@ -76,7 +76,7 @@ def masked(graph, cuts):
 
 
 def drawn(model):
-    """As it might have been trained: nothing is zero, nothing is one."""
+    """Draw random weights and statistics, as if the network were trained: no value is zero or one."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -88,7 +88,7 @@ def drawn(model):
 
 
 def check(model, images):
-    """Half of every group is removed, drawn at random; gives the graph and what stayed whole."""
+    """Remove a random half of every group; return the graph and the layers that cannot be pruned."""
     graph = capture(drawn(model).eval(), images)
     with torch.no_grad():
         before = graph(images)
@@ -106,8 +106,8 @@ def check(model, images):
     with torch.no_grad():
         found = graph(images)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    [told] = json.loads(json.dumps(graph.meta["cuts"]))
-    remove(fresh, [Cut(layer, axis, tuple(at)) for layer, axis, at in told])
+    [cuts_saved] = json.loads(json.dumps(graph.meta["cuts"]))
+    remove(fresh, [Cut(layer, axis, tuple(at)) for layer, axis, at in cuts_saved])
     fresh.load_state_dict(graph.state_dict())
     assert torch.equal(fresh(images), found)
     graph.train()(images).square().mean().backward()
@@ -115,7 +115,7 @@ def check(model, images):
     return graph, whole
 
 
-def test_a_network_without_channels_is_compared_with_one_whose_channels_are_zero(monkeypatch):
+def test_removal_difference_compares_the_pruned_with_the_masked_network(monkeypatch):
     torch.manual_seed(0)
     images = torch.randn(2, 3, 16, 16)
     graph = capture(drawn(short("resnet8")).eval(), images)
@@ -126,7 +126,7 @@ def test_a_network_without_channels_is_compared_with_one_whose_channels_are_zero
 
 
 class Dense(nn.Module):
-    """Concatenations, and a convolution by groups behind them."""
+    """Concatenations, followed by a grouped convolution."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ class Dense(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention in timm's way: one layer for query, key and value, heads by reshape."""
+    """Attention as in timm: one layer for query, key and value, and heads by reshape."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -229,7 +229,7 @@ def test_removed_channels_equal_masked_channels(name):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("Swin", "Swin V2")),
     ],
 )
-def test_every_group_can_be_removed_alone(name):
+def test_every_group_can_be_removed_separately(name):
     torch.manual_seed(0)
     make, size = TINY[name]
     images = torch.randn(2, 3, size, size)
@@ -253,7 +253,7 @@ def test_every_group_can_be_removed_alone(name):
         *("googlenet", "inception_v3"),
     ],
 )
-def test_the_smallest_network_of_every_torchvision_family(name):
+def test_the_smallest_network_of_every_torchvision_family_is_pruned(name):
     torch.manual_seed(0)
     options = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
     check(torchvision.models.get_model(name, num_classes=10, **options), torch.randn(2, 3, 224, 224))
@@ -273,7 +273,7 @@ def test_the_smallest_network_of_every_torchvision_family(name):
         *("coat_lite_tiny", "pvt_v2_b0", "xcit_nano_12_p16_224", "mixer_s32_224", "poolformer_s12", "hrnet_w18_small"),
     ],
 )
-def test_timm_families(name):
+def test_networks_of_timm_families_are_pruned_and_trained(name):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     images = torch.randn(2, 3, 224, 224)
@@ -296,7 +296,7 @@ def test_zero_padded_channels_are_removed_with_their_group():
 
 
 class Recurrent(nn.Module):
-    """A convolution whose columns a recurrent layer reads."""
+    """A convolution, followed by a recurrent layer over the columns."""
 
     def __init__(self, layer):
         super().__init__()
@@ -309,7 +309,7 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2, "bias": False}], ids=str)
-def test_features_that_go_into_a_recurrent_layer_can_be_removed(kind, options):
+def test_input_features_of_a_recurrent_layer_can_be_removed(kind, options):
     torch.manual_seed(0)
     images = torch.randn(2, 3, 6, 6)
     model = Recurrent(kind(32, 7, batch_first=True, **options))
@@ -338,7 +338,7 @@ def test_attention_heads_and_channels_within_heads_are_groups():
 
 
 class Odd(nn.Module):
-    """One place of its channels is taken by number; others are summed by a maximum over all of them."""
+    """Selects one channel by its index, and reduces other channels by a maximum or sorts them."""
 
     def __init__(self):
         super().__init__()
@@ -364,7 +364,7 @@ def test_unprunable_channels_are_reported_with_a_reason():
     }
 
 
-def test_the_trial_removal_excludes_what_no_rule_covers():
+def test_channels_that_no_rule_covers_are_excluded_by_the_trial_removal():
     class Smallest(nn.Module):
         """The smallest absolute value of all channels, which is written as a norm: only some norms are sums."""
 
@@ -381,7 +381,7 @@ def test_the_trial_removal_excludes_what_no_rule_covers():
     assert "the same effect on the output of linalg_vector_norm as setting them to zero" in whole["conv"]
 
 
-def test_a_number_of_channels_that_scales_values_stays_as_it_was():
+def test_values_scaled_by_the_number_of_channels_are_not_changed_by_removal():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -394,14 +394,14 @@ def test_a_number_of_channels_that_scales_values_stays_as_it_was():
     check(Scaled(), torch.randn(2, 3, 8, 8))
 
 
-def test_images_of_a_wrong_shape_are_an_error():
+def test_images_of_a_wrong_shape_raise():
     graph = capture(vit().eval(), torch.randn(1, 3, 16, 16))
     with pytest.raises(InputError, match=r"does not run on images \(3, 20, 20\)"):
         coupled_channels(graph, torch.randn(1, 3, 20, 20))
 
 
 class Bare(nn.Module):
-    """Has no module in it, and counts its channels."""
+    """Has no submodules, and reads its number of channels."""
 
     def __init__(self):
         super().__init__()
@@ -421,7 +421,7 @@ def test_the_trial_removal_does_not_change_a_network_without_modules():
 
 
 @pytest.mark.parametrize(("frozen", "expected"), [(0, ["freeze", "unfreeze"]), (5, [])])
-def test_objects_that_the_caller_froze_stay_frozen(monkeypatch, frozen, expected):
+def test_objects_frozen_by_the_caller_stay_frozen(monkeypatch, frozen, expected):
     calls = []
     monkeypatch.setattr(channel_groups.gc, "get_freeze_count", lambda: frozen)
     for name in ("freeze", "unfreeze"):
@@ -432,7 +432,7 @@ def test_objects_that_the_caller_froze_stay_frozen(monkeypatch, frozen, expected
 
 
 class Gained(nn.Module):
-    """Has a scalar parameter of its own, and a split that a norm with weights reads."""
+    """Has a scalar parameter, and a split followed by a norm with weights."""
 
     def __init__(self):
         super().__init__()
@@ -446,7 +446,7 @@ class Gained(nn.Module):
         return self.classifier(self.norm(features.view(-1, 4, 8)).flatten(1))
 
 
-def test_scalar_parameters_and_norms_with_weights_after_a_split():
+def test_networks_with_scalar_parameters_and_norms_after_a_split_are_pruned():
     images = torch.randn(2, 3, 8, 8)
     pruned = tersor.prune(nn.Sequential(Gained()).eval(), [images], keep_macs=0.6)
     assert pruned.get_submodule("0.layers.0").out_channels < 32
@@ -475,7 +475,7 @@ def test_every_part_of_a_split_keeps_a_channel(cut):
     assert pruned(images).shape == (2, 5)
 
 
-def test_a_channel_that_is_unlike_all_others_stays():
+def test_channels_used_differently_from_all_others_cannot_be_removed():
     class One(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Where torch-pruning can follow a network, its groups are ours."""
+"""For networks that torch-pruning supports, its groups equal ours."""
 
 import warnings
 from collections import defaultdict
@@ -21,7 +21,7 @@ def hands_on(module):
 
 
 def theirs(model, images):
-    """For every channel of every group, the set of (layer, axis, place) that goes with it."""
+    """For every channel of every group, the set of (layer, axis, index) removed with it."""
     names = {module: name for name, module in model.named_modules()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,11 +57,11 @@ def ours(model, images):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("densenet121", "mobilenet_v2", "vgg11_bn")),
     ],
 )
-def test_the_groups_are_those_of_torch_pruning(name):
+def test_the_groups_equal_those_of_torch_pruning(name):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, num_classes=10).eval()
     images = torch.randn(1, 3, 64, 64)
     found = ours(model, images)
-    answers = {each for each in theirs(model, images) if each not in found}
-    assert len(answers) == 10
+    of_the_output = {each for each in theirs(model, images) if each not in found}
+    assert len(of_the_output) == 10
     assert len(found) > 1000

@@ -1,4 +1,4 @@
-"""Importance of coupled channels: against a slow second writing, and against torch-pruning where the formula is one."""
+"""Importance of coupled channels, compared with slow implementations and, for equal formulas, with torch-pruning."""
 
 import copy
 import re
@@ -23,7 +23,7 @@ DATA = [(IMAGES[:8], LABELS[:8]), (IMAGES[8:], LABELS[8:])]
 
 
 class Net(nn.Module):
-    """Two convolutions that one sum couples, and a layer that reads them pixel by pixel."""
+    """Two convolutions coupled by a sum, and a linear layer over the flattened pixels."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def scores(graph, kind, **options):
 
 
 def owned_slowly(graph, of, group, channel):
-    """Layer and axis -> what the channel owns of the tensors `of`, a vector for each place."""
+    """Layer and axis -> the part of the tensors `of` that belongs to the channel, as a vector."""
     found = {}
     for cut in group.slices[channel]:
         if isinstance(graph.get_submodule(cut.layer), nn.Conv2d | nn.Linear):
@@ -90,7 +90,7 @@ def test_weight_scores_are_relative_to_the_mean_of_each_layer(graph, kind):
     assert float(found.mean()) == pytest.approx(1, abs=1e-5)
 
 
-def test_taylor_sums_gradient_times_weight_over_a_channel(graph):
+def test_taylor_importance_sums_gradient_times_weight_over_a_channel(graph):
     group, found = scores(graph, "taylor")
     reference = copy.deepcopy(graph)
     F.cross_entropy(reference(IMAGES), LABELS).backward()
@@ -106,7 +106,7 @@ def test_taylor_sums_gradient_times_weight_over_a_channel(graph):
     assert torch.allclose(found, torch.tensor(expected), rtol=1e-4)
 
 
-def test_taylor_does_not_change_the_network(graph):
+def test_taylor_importance_does_not_change_the_network(graph):
     graph.train()
     graph.get_submodule("first").weight.grad = torch.ones(6, 3, 3, 3)
     graph.get_submodule("second").requires_grad_(False)
@@ -138,7 +138,7 @@ def test_batchnorm_importance_is_none_without_batchnorm():
     assert importances("batchnorm", graph, groups, data=DATA, images=1, seed=0) == [None] * len(groups)
 
 
-def test_random_is_drawn_from_the_seed(graph):
+def test_random_importance_depends_on_the_seed_only(graph):
     before = torch.get_rng_state()
     (group,), _ = coupled_channels(graph, IMAGES)
     first, second = importances("random", graph, [group, group], data=DATA, images=1, seed=3)
@@ -158,7 +158,7 @@ def endless(group): return torch.full((len(group.slices),), torch.inf)
 """
 
 
-def test_a_function_of_the_user(graph, tmp_path, monkeypatch):
+def test_a_users_importance_function_is_used_and_checked(graph, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -176,14 +176,14 @@ def test_a_function_of_the_user(graph, tmp_path, monkeypatch):
     assert scores(graph, "example:random")[1].shape == (6,), "the example of the message works"
 
 
-def test_taylor_without_labels_is_an_error(graph):
+def test_taylor_without_labels_raises(graph):
     (group,), _ = coupled_channels(graph, IMAGES)
     with pytest.raises(InputError, match="no labels"):
         importances("taylor", graph, [group], data=[IMAGES], images=4, seed=0)
 
 
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
-def test_taylor_takes_the_loss_of_the_task(graph, task):
+def test_taylor_uses_the_loss_of_the_task(graph, task):
     goal, targets = tasks.build(task), (IMAGES.mean((2, 3)) @ torch.ones(3, 4) > 1.5).long()
     found = gradients(graph, [(IMAGES[:8], targets[:8]), (IMAGES[8:], targets[8:])], 10, goal)
     weight = graph.get_submodule("head").weight
@@ -191,14 +191,14 @@ def test_taylor_takes_the_loss_of_the_task(graph, task):
     torch.testing.assert_close(found[weight], expected)
 
 
-def test_taylor_of_cross_entropy_is_the_gradient_of_its_sum_bit_by_bit(graph):
+def test_gradients_of_the_cross_entropy_are_bit_identical_to_those_of_its_sum(graph):
     found = gradients(graph, [(IMAGES[:7], LABELS[:7])], 7)
     weight = graph.get_submodule("head").weight
     (expected,) = torch.autograd.grad(F.cross_entropy(graph(IMAGES[:7]), LABELS[:7], reduction="sum"), [weight])
     assert torch.equal(found[weight], expected / 7)
 
 
-def test_a_loss_that_cannot_be_used_is_an_error(graph):
+def test_a_loss_that_cannot_be_used_raises(graph):
     (group,), _ = coupled_channels(graph, IMAGES)
     options = {"data": DATA, "images": 4, "seed": 0}
     with pytest.raises(InputError, match=r"the task distance the loss is the distance .* Write importance: magnitude"):
@@ -216,7 +216,7 @@ def test_distances_are_summed_over_all_other_rows(rows, numbers, seed):
 
 
 def peers(net, importance):
-    """torch-pruning's scores of `net.first`'s channels, layer by layer where it does not reduce them."""
+    """The scores of torch-pruning for the channels of `net.first`, per layer if it does not reduce them."""
     group = (
         tp.DependencyGraph()
         .build_dependency(net, IMAGES[:1])
@@ -283,7 +283,7 @@ def of_the_first(net, kind):
     return importances(kind, graph, [group], data=DATA, images=12, seed=0)[0]
 
 
-def test_a_channel_may_cover_several_columns_of_a_layer():
+def test_a_channel_can_cover_several_columns_of_a_layer():
     graph = capture(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(8, 1)), torch.rand(1, 1, 2, 2))
     cut = [tuple(range(4)), tuple(range(4, 8))]
     group = Group("0", tuple((Cut("0", "out", (c,)), Cut("2", "in", cut[c])) for c in range(2)))
@@ -294,7 +294,7 @@ def test_a_channel_may_cover_several_columns_of_a_layer():
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "magnitude_l1", "fpgm", "taylor"])
-def test_a_transposed_convolution_is_scored_as_the_convolution_of_the_other_direction(kind):
+def test_a_transposed_convolution_has_the_scores_of_the_equivalent_convolution(kind):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     transposed = nn.Sequential(nn.ConvTranspose2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 1), *plain[2:])

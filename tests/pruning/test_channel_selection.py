@@ -1,4 +1,4 @@
-"""The order in which channels go, and what is left: counted step by step against the network itself."""
+"""The order in which channels are removed, and the remaining cost, compared with the costs of the pruned network."""
 
 import copy
 
@@ -56,7 +56,7 @@ TRACKED = {
 
 
 @pytest.mark.parametrize("case", TRACKED)
-def test_the_method_that_came_too_early_is_named(case):
+def test_the_error_names_the_method_that_was_applied_too_early(case):
     make, message = TRACKED[case]
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
     parametrize.register_parametrization(network[0], "weight", make(network[0].weight.shape))
@@ -71,7 +71,7 @@ def test_the_method_that_came_too_early_is_named(case):
         ("group_lasso", r"such as ptq or qat\.$"),
     ],
 )
-def test_only_channel_pruning_has_a_function_of_python(method, end):
+def test_only_the_error_for_channel_pruning_suggests_a_python_function(method, end):
     quantized = PTQ().attach(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), AttachContext(data=[IMAGES])).model
     with pytest.raises(InputError, match=rf"is already quantized; {method} must come before that\. .*{end}"):
         refuse_parametrized(quantized, method)
@@ -86,7 +86,7 @@ def test_importances_are_divided_by_cost():
 
 
 @pytest.mark.parametrize("kind", ["macs", "parameters", "channels"])
-def test_the_cost_of_a_channel_is_what_its_removal_saves(kind):
+def test_the_cost_of_a_channel_is_the_cost_saved_by_its_removal(kind):
     graph = capture(build("resnet20", 10).eval(), IMAGES)
     groups, _ = removable_groups(graph, IMAGES, (), "channel_pruning")
     found = channel_costs(kind, graph, groups, {layer.name: layer.macs for layer in costs(graph, IMAGES).layers})
@@ -108,13 +108,13 @@ def test_widths_are_rounded_and_respect_the_floor(size, round_to, floor, kept):
     assert [size - end for _, end in order.blocks] == kept
 
 
-def test_rounding_counts_all_positions_of_a_channel():
+def test_rounding_includes_all_positions_of_a_channel():
     assert [end for _, end in order_of([6], [[*map(float, range(6))]], places=64, round_to=8).blocks] == [1, 2, 3, 4, 5]
     assert [end for _, end in order_of([6], [[*map(float, range(6))]], places=4, round_to=8).blocks] == [2, 4]
 
 
 class Mixed(nn.Module):
-    """A sum that couples, a depthwise convolution, columns for every pixel."""
+    """A sum that couples layers, a depthwise convolution, and a linear layer over the flattened pixels."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def transposed():
 
 @pytest.mark.parametrize("kind", ["macs", "parameters"])
 @pytest.mark.parametrize(("build", "blocks"), [(Mixed, 5), (transposed, 5)])
-def test_predicted_remaining_costs_equal_those_of_the_pruned_network(build, blocks, kind):
+def test_predicted_remaining_costs_equal_the_costs_of_the_pruned_network(build, blocks, kind):
     torch.manual_seed(0)
     image = torch.rand(1, 3, 8, 8)
     graph = capture(build().eval(), image)
@@ -153,7 +153,7 @@ def test_predicted_remaining_costs_equal_those_of_the_pruned_network(build, bloc
         assert fraction == pytest.approx(getattr(costs(network, image), kind) / getattr(spent, kind), abs=1e-9)
 
 
-def test_remaining_fraction_of_channels():
+def test_remaining_fractions_of_channels():
     order = order_of([2, 4], [[9.0, 8.0], [1.0, 4.0, 2.0, 3.0]])
     assert remaining_costs("channels", capture(nn.Sequential(), IMAGES), order, {}) == pytest.approx(
         [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6]
@@ -161,14 +161,14 @@ def test_remaining_fraction_of_channels():
 
 
 class Sum(nn.Sequential):
-    """The sum of what all its layers compute from the pixels."""
+    """The sum of the outputs of all layers, each computed from the pixels."""
 
     def forward(self, images):
         return sum(layer(images.flatten(1)) for layer in self)
 
 
 def test_costs_of_thousands_of_blocks_need_one_pass_over_the_network(monkeypatch):
-    """2,500 blocks of 4 channels in 6 layers: a walk over the network for each would take minutes."""
+    """2,500 blocks of 4 channels in 6 layers: one pass over the network per block would take minutes."""
     graph = capture(Sum(*[nn.Linear(10_000, 1, bias=False) for _ in range(6)]), torch.rand(1, 1, 100, 100))
     slices = tuple(tuple(Cut(str(layer), "in", (c,)) for layer in range(6)) for c in range(10_000))
     order = removal_order([Group("0", slices)], [torch.rand(10_000)], scope="global", round_to=4, floor=0.0)
@@ -182,7 +182,7 @@ def test_costs_of_thousands_of_blocks_need_one_pass_over_the_network(monkeypatch
     assert found[-1] == pytest.approx(4 / 10_000)
 
 
-def test_unremovable_groups_are_reported():
+def test_groups_that_cannot_be_removed_are_reported():
     graph = capture(build("resnet20", 10).eval(), IMAGES)
     groups, whole = removable_groups(graph, IMAGES, ["layer1"], "channel_pruning")
     assert {group.root.split(".")[0] for group in groups} == {"layer2", "layer3"}

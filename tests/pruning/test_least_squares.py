@@ -1,4 +1,4 @@
-"""What removed channels gave is given by those that stay, as far as they can tell it."""
+"""The remaining channels reconstruct the outputs of removed channels as well as possible."""
 
 import copy
 
@@ -13,7 +13,7 @@ from tersor.pruning.channel_groups import coupled_channels, merge_cuts, remove
 from tersor.pruning.least_squares import apply_fits, fit_layers
 
 IMAGES = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-"""So small that a layer behind a 3x3 convolution has at most 16 positions, and all of them are looked at."""
+"""So small that a layer after a 3x3 convolution has at most 16 positions, all of which are used."""
 
 
 def net(*behind, width=6):
@@ -25,19 +25,19 @@ def pooled(width):
     return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
 
 
-def cut(model, channels, *, made_up=True, images=IMAGES):
-    """Channels of the first convolution removed, and made up for or not."""
+def cut(model, channels, *, compensated=True, images=IMAGES):
+    """Remove channels of the first convolution, with or without compensation."""
     graph = capture(copy.deepcopy(model), IMAGES)
     (group,) = [group for group in coupled_channels(graph, images)[0] if group.root == "0"]
     cuts = merge_cuts(group.cuts(channels))
-    found = fit_layers(graph, cuts, [images[:6], images[6:]], 16) if made_up else {}
+    found = fit_layers(graph, cuts, [images[:6], images[6:]], 16) if compensated else {}
     remove(graph, cuts)
     apply_fits(graph, found)
     return graph
 
 
 def kill(model, channels):
-    """Factor 0, so that what is sent on is the constant max(beta, 0)."""
+    """Set gamma to 0, so that the output of the channel is the constant max(beta, 0)."""
     model[1].weight.data[list(channels)] = 0
     model[1].bias.data[list(channels)] = torch.tensor([0.7, 1.3])
     return model
@@ -56,13 +56,13 @@ def kill(model, channels):
 def test_removing_a_dead_channel_changes_no_output(behind):
     model = kill(net(*behind), (1, 4))
     assert torch.allclose(cut(model, [1, 4])(IMAGES), model(IMAGES), atol=1e-5)
-    assert not torch.allclose(cut(model, [1, 4], made_up=False)(IMAGES), model(IMAGES), atol=1e-2)
+    assert not torch.allclose(cut(model, [1, 4], compensated=False)(IMAGES), model(IMAGES), atol=1e-2)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(6, 5, 3, padding="same", bias=False)])
 def test_the_fit_is_the_least_squares_solution(layer):
     model = net(layer, *(() if layer.bias is not None else (nn.BatchNorm2d(5),)))
-    wanted, bare = model(IMAGES), cut(model, [0, 2], made_up=False)(IMAGES)
+    wanted, bare = model(IMAGES), cut(model, [0, 2], compensated=False)(IMAGES)
     features = nn.functional.unfold(model[:3](IMAGES)[:, [1, 3, 4, 5]], 3, padding=1).movedim(1, -1).flatten(0, 1)
     features = torch.cat([features, torch.ones(len(features), 1)], 1)
     target = wanted.movedim(1, -1).flatten(0, -2)
@@ -88,12 +88,12 @@ def test_with_too_few_positions_only_the_mean_is_corrected(layer):
     if isinstance(layer, nn.Linear):
         layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
     model = net(*layer) if isinstance(layer, nn.Sequential) else net(layer)
-    images, gone = IMAGES[:2], [1, 4]
+    images, removed = IMAGES[:2], [1, 4]
     given = model[:3](images)
     kept = given.clone()
-    kept[:, gone] = 0
+    kept[:, removed] = 0
     lost = (model[3:](given) - model[3:](kept)).movedim(1, -1).flatten(0, -2).mean(0)
-    pruned, bare = cut(model, gone, images=images), cut(model, gone, made_up=False, images=images)
+    pruned, bare = cut(model, removed, images=images), cut(model, removed, compensated=False, images=images)
     offset = (pruned(images) - bare(images)).movedim(1, -1).flatten(0, -2)
     assert torch.allclose(offset, lost.expand_as(offset), atol=1e-5)
 
@@ -124,7 +124,7 @@ def test_fitting_does_not_change_the_network():
 
 
 class Shared(nn.Module):
-    """The same convolution at two resolutions."""
+    """The same convolution is called at two resolutions."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Shared(nn.Module):
         return self.shared(x).mean((2, 3)) + self.shared(nn.functional.avg_pool2d(x, 2)).mean((2, 3))
 
 
-def test_a_layer_called_at_several_resolutions_is_fitted_to_all_of_them():
+def test_a_layer_called_at_several_resolutions_is_fitted_to_all_of_them_at_once():
     torch.manual_seed(0)
     graph = capture(Shared().eval(), IMAGES)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "first"]
@@ -144,16 +144,16 @@ def test_a_layer_called_at_several_resolutions_is_fitted_to_all_of_them():
     x = torch.relu(graph.first(IMAGES))
     read = torch.cat([each.movedim(1, -1).flatten(0, -2) for each in (x, nn.functional.avg_pool2d(x, 2))])
     given = read @ graph.shared.weight.flatten(1).T
-    made_up = read[:, [0, 2, 3, 5]] @ fit.weight.flatten(1).T + fit.bias
-    assert torch.allclose(made_up.mean(0), given.mean(0), atol=1e-5)
+    compensated = read[:, [0, 2, 3, 5]] @ fit.weight.flatten(1).T + fit.bias
+    assert torch.allclose(compensated.mean(0), given.mean(0), atol=1e-5)
     one = torch.ones(len(read), 1)
     stays = torch.cat([read[:, [0, 2, 3, 5]], one], 1)
     least = (stays @ torch.linalg.lstsq(stays, given).solution - given).square().sum()
-    assert (made_up - given).square().sum() < 1.01 * least
+    assert (compensated - given).square().sum() < 1.01 * least
 
 
 class SharedBias(nn.Module):
-    """Two convolutions whose sum is read, with one bias, or with equal ones of their own."""
+    """The sum of two convolutions, with a shared bias or with equal separate biases."""
 
     def __init__(self, shared):
         super().__init__()
@@ -168,7 +168,7 @@ class SharedBias(nn.Module):
         return self.classifier((self.first(features) + self.second(features)).relu().mean((2, 3)))
 
 
-def test_a_shared_bias_takes_the_mean_of_the_fits():
+def test_a_shared_bias_is_set_to_the_mean_of_the_fits():
     images = torch.randn(64, 3, 8, 8)
     errors = []
     for shared in (True, False):

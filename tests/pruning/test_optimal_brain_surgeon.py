@@ -1,4 +1,4 @@
-"""What the answers lose without a channel: against what they really lose, on networks where the formula is exact."""
+"""The predicted loss of removing channels, compared with the measured loss on networks where the formula is exact."""
 
 import copy
 
@@ -15,18 +15,18 @@ from tersor.pruning.optimal_brain_surgeon import loss_increases
 
 IMAGES = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 DATA = IMAGES.split(16)
-"""What is looked at is all of them."""
+"""All images are used."""
 
 
 def net(width=6):
-    """The logits are what reads the channels, so that they are linear in it."""
+    """The logits read the channels directly, so that they are linear in them."""
     torch.manual_seed(0)
     layers = nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
     return nn.Sequential(*layers).eval()
 
 
 def lost(model, data=DATA, images=64, **options):
-    """The group of the first layer, and what is lost by its channels."""
+    """The group of the first layer, and the loss of removing each of its channels."""
     graph = capture(copy.deepcopy(model), IMAGES)
     (group,) = [group for group in coupled_channels(graph, IMAGES)[0] if group.root == "0"]
     (found,) = loss_increases(graph, [group], data, images, **options)
@@ -35,7 +35,7 @@ def lost(model, data=DATA, images=64, **options):
 
 @torch.no_grad()
 def measured(model, group, channels):
-    """Half of the mean squared change of the centred logits, the layer behind fitted."""
+    """Half of the mean squared change of the centered logits, with the next layer fitted."""
     graph = capture(copy.deepcopy(model), IMAGES)
     cuts, before = merge_cuts(group.cuts(channels)), graph(IMAGES)
     fits = fit_layers(graph, cuts, DATA, len(IMAGES))
@@ -47,28 +47,28 @@ def measured(model, group, channels):
 
 @pytest.fixture
 def even_signs(monkeypatch):
-    """Random signs whose mean product is the identity to the digit: images ask for one logit each, in turns."""
+    """Random signs whose mean product is exactly the identity: each image selects one logit, in turn."""
 
     def drawn(_low, _high, shape, generator):
-        asked = nn.functional.one_hot(torch.arange(shape[0]) % shape[1], shape[1]) * shape[1] ** 0.5
-        return (asked + 1) / 2  # from 0 and 1 signs are made
+        one_hot = nn.functional.one_hot(torch.arange(shape[0]) % shape[1], shape[1]) * shape[1] ** 0.5
+        return (one_hot + 1) / 2  # 0 and 1 are converted to signs
 
     monkeypatch.setattr(torch, "randint", drawn)
 
 
 @pytest.mark.usefixtures("even_signs")
-def test_predicted_loss_equals_measured_loss_for_one_and_for_several_channels():
+def test_predicted_loss_equals_measured_loss_for_one_and_several_channels():
     model = net()
     group, found = lost(model)
     order = found.argsort().tolist()
     alone = [measured(model, group, [channel]) for channel in range(6)]
     assert order[0] == min(range(6), key=alone.__getitem__)
-    for gone in range(1, 6):
-        together = float(found[order[:gone]].sum())
-        assert together == pytest.approx(measured(model, group, order[:gone]), rel=0.01), gone
+    for count in range(1, 6):
+        together = float(found[order[:count]].sum())
+        assert together == pytest.approx(measured(model, group, order[:count]), rel=0.01), count
 
 
-def test_of_two_proportional_channels_only_the_second_removal_costs():
+def test_of_two_proportional_channels_only_the_second_removal_is_expensive():
     model = net()
     for tensor in (model[0].weight, model[0].bias):
         tensor.data[4] = 2 * tensor.data[1]
@@ -78,8 +78,8 @@ def test_of_two_proportional_channels_only_the_second_removal_costs():
 
 
 @pytest.mark.usefixtures("even_signs")
-def test_a_channel_that_is_cheap_only_after_another_does_not_come_first():
-    """Two that nearly cancel each other: without the one, hardly anything is left of the other's weight."""
+def test_channels_that_cancel_each_other_are_removed_together():
+    """Two channels nearly cancel each other: without one of them, the other has hardly any weight left."""
     model = net()
     model[0].weight.data[4] = model[0].weight.data[1] + 0.5 * model[0].weight.data[0]
     model[0].bias.data[4] = model[0].bias.data[1]
@@ -91,7 +91,7 @@ def test_a_channel_that_is_cheap_only_after_another_does_not_come_first():
 
 
 def test_with_too_few_positions_equal_channels_do_not_replace_each_other():
-    """Neither twin stands in for the other then."""
+    """With few positions, neither of two equal channels can replace the other."""
     model = net()
     for tensor in (model[0].weight, model[0].bias):
         tensor.data[4] = tensor.data[1]
@@ -129,7 +129,7 @@ def test_a_group_read_only_by_a_grouped_convolution_has_no_score():
     assert loss_increases(graph, groups, DATA, 64) == [None] * len(groups)
 
 
-def test_the_network_is_not_changed():
+def test_scoring_does_not_change_the_network():
     model = net().train()
     model.requires_grad_(requires_grad=False)
     graph = capture(model, IMAGES)
@@ -144,8 +144,8 @@ def test_the_network_is_not_changed():
 
 
 @pytest.mark.parametrize("width", [6, 256])
-def test_one_of_two_equal_channels_costs_nothing(width):
-    """In a group so wide that several go at once, too."""
+def test_removing_one_of_two_equal_channels_costs_nothing(width):
+    """Also in a group so wide that several channels are removed at once."""
     model = net(width)
     for tensor in (model[0].weight, model[0].bias):
         tensor.data[4] = tensor.data[1]
@@ -155,7 +155,7 @@ def test_one_of_two_equal_channels_costs_nothing(width):
     assert float(found[[1, 4]].max()) > 50 * float(found[[1, 4]].min())
 
 
-def test_a_mean_much_larger_than_the_spread_does_not_change_the_scores():
+def test_a_mean_much_larger_than_the_deviation_does_not_change_the_scores():
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     model = nn.Sequential(*layers).eval()
@@ -175,7 +175,7 @@ def test_a_network_with_one_logit_has_nonzero_scores():
 
 
 class Wrapped(nn.Module):
-    """Around a network: what is given goes through `before`, what it gives through `behind`."""
+    """Wraps a network: `before` is applied to the input, `behind` to the output."""
 
     def __init__(self, inner, before=lambda x: x, behind=lambda x: x):
         super().__init__()
@@ -191,7 +191,7 @@ def lost_by(model, data=DATA):
     return loss_increases(graph, groups, data, 64)
 
 
-def test_networks_that_change_their_input_in_place_and_inference_tensors():
+def test_networks_that_change_their_input_in_place_and_inference_tensors_are_supported():
     expected = lost_by(Wrapped(net(), before=lambda x: x - 0.5))
     with torch.inference_mode():
         data = [images.clone() for images in DATA]
@@ -210,20 +210,20 @@ def test_gradients_are_computed_under_inference_mode():
 
 
 @pytest.mark.parametrize(("width", "batches"), [(6, 1), (20, 3)])
-def test_more_images_are_read_only_if_a_layer_needs_more_positions(width, batches):
-    """One position an image: 16 tell 6 numbers apart, and 40 are asked for 20."""
-    looked_at = []
+def test_more_images_are_read_if_a_layer_needs_more_positions(width, batches):
+    """With one position per image: 16 are enough for 6 channels, and 40 are needed for 20."""
+    read_batches = []
 
     def data():
         for batch in DATA:
-            looked_at.append(batch)
+            read_batches.append(batch)
             yield batch
 
     lost(net(width), data(), 16)
-    assert len(looked_at) == batches
+    assert len(read_batches) == batches
 
 
-def test_a_group_that_the_images_do_not_reach_has_no_score():
+def test_a_group_that_does_not_depend_on_the_images_has_no_score():
     class Apart(nn.Module):
         def __init__(self):
             super().__init__()
@@ -254,7 +254,7 @@ class Detached(nn.Module):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradients_start_behind_what_the_network_detaches(frozen):
+def test_gradients_start_after_detached_values(frozen):
     expected = lost(net())[1]
     network = Detached().requires_grad_(not frozen)
     (found,) = lost_by(network, DATA)
@@ -262,7 +262,7 @@ def test_gradients_start_behind_what_the_network_detaches(frozen):
     assert all(each.requires_grad != frozen for each in network.parameters())
 
 
-def test_attention_whose_last_layer_is_never_called():
+def test_attention_with_an_output_projection_that_is_not_called_has_scores():
     from torchvision.models import VisionTransformer
 
     torch.manual_seed(0)
@@ -281,7 +281,7 @@ def test_the_logits_are_found_among_several_outputs():
 
 
 @pytest.mark.usefixtures("even_signs")
-def test_without_logits_it_is_the_relative_error_of_all_outputs():
+def test_without_logits_the_loss_is_the_relative_error_of_all_outputs():
     """With one output it is half of the squared change, relative to the squared outputs and not centered."""
     group, found = lost(net(), task=tasks.build("distance"))
     for channel in range(6):
@@ -302,18 +302,18 @@ def test_without_logits_it_is_the_relative_error_of_all_outputs():
 
 
 @pytest.mark.parametrize(
-    ("model", "data", "told"),
+    ("model", "data", "words"),
     [
         (Wrapped(net(), behind=lambda x: (x.argmax(1), x.argmin(1))), DATA, "no floating-point tensor"),
         (Wrapped(net(), behind=lambda x: x.detach()), DATA, "do not depend on the images"),
         (net(), [torch.full_like(IMAGES, torch.nan)], "not finite"),
     ],
 )
-def test_outputs_without_usable_gradients_are_errors(model, data, told):
-    with pytest.raises(InputError, match=told):
+def test_outputs_without_usable_gradients_raise(model, data, words):
+    with pytest.raises(InputError, match=words):
         lost_by(model, data)
 
 
-def test_missing_images_are_an_error():
+def test_missing_images_raise():
     with pytest.raises(InputError, match="needs images"):
         lost(net(), [])

@@ -1,4 +1,4 @@
-"""Residual branches that go whole: what is left computes what the network computes without adding them."""
+"""Removal of whole residual branches: the pruned network computes the same as the network without these additions."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from toy_networks import short
 IMAGES = torch.rand(4, 3, 32, 32)
 
 
-class Otherwise(fx.Interpreter):
-    """Runs a network; some sums give something else."""
+class ReplacedSums(fx.Interpreter):
+    """Runs a network in which some additions are replaced."""
 
     def __init__(self, graph, gives):
         super().__init__(graph)
@@ -63,7 +63,7 @@ def test_removing_a_branch_equals_skipping_its_addition(name):
     assert len(found) == count
     some = found[::2]
     with torch.no_grad():
-        expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.keep] for each in some}).run(
+        expected = ReplacedSums(graph, {each.total: lambda *sides, each=each: sides[each.keep] for each in some}).run(
             IMAGES
         )
         assert not torch.equal(expected, graph(IMAGES))
@@ -104,12 +104,12 @@ class Shared(nn.Module):
         return self.head((x * inner).mean((2, 3)))
 
 
-def test_branches_that_are_read_elsewhere_or_broadcast_are_not_removable():
+def test_branches_that_are_used_elsewhere_or_broadcast_cannot_be_removed():
     assert find_branches(captured(Shared()), IMAGES[:1]) == []
 
 
 class Nested(nn.Module):
-    """A sum within a side of a sum; both change what they are given, in place."""
+    """An addition inside a branch of another addition; both work in place."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ def test_of_two_nested_branches_the_inner_one_is_found():
 
 
 class Later(nn.Module):
-    """What stays is changed in place after the sums."""
+    """The kept side is changed in place after the additions."""
 
     def __init__(self):
         super().__init__()
@@ -149,19 +149,19 @@ class Later(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "with_mean"), [(lambda: short("resnet8"), True), (Nested, False), (Later, False)])
-def test_the_cost_is_half_the_squared_change_of_centred_logits(make, with_mean):
+def test_the_cost_is_half_the_squared_change_of_the_centered_logits(make, with_mean):
     torch.manual_seed(0)
     graph = captured(make())
     found = find_branches(graph, IMAGES[:1])
     before = {key: value.clone() for key, value in graph.state_dict().items()}
-    told = removal_cost(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
+    measured_costs = removal_cost(graph, found, [IMAGES[:3], IMAGES[3:]], 4)
     assert all(torch.equal(before[key], value) for key, value in graph.state_dict().items())
     with torch.no_grad():
-        for branch, change in zip(found, told, strict=True):
+        for branch, change in zip(found, measured_costs, strict=True):
             sides = {
                 branch.total: lambda *sides, each=branch: sides[each.keep] + with_mean * sides[1 - each.keep].mean(0)
             }
-            other = Otherwise(graph, sides).run(IMAGES.clone()) - graph(IMAGES.clone())
+            other = ReplacedSums(graph, sides).run(IMAGES.clone()) - graph(IMAGES.clone())
             expected = (other - other.mean(1, keepdim=True)).square().sum(1).mean() / 2
             assert change == pytest.approx(float(expected), rel=1e-3)
 
@@ -179,11 +179,11 @@ class Several(nn.Module):
         return {"maps": x * 100, "others": (x.mean((2, 3)), x.argmax(1))}
 
 
-def test_the_cost_of_several_outputs_is_half_their_relative_squared_error():
+def test_the_cost_for_several_outputs_is_half_their_relative_squared_error():
     torch.manual_seed(0)
     graph = captured(Several())
     (branch,) = find_branches(graph, IMAGES[:1])
-    (told,) = removal_cost(graph, [branch], [IMAGES], 4, task=tasks.build("distance"))
+    (measured_costs,) = removal_cost(graph, [branch], [IMAGES], 4, task=tasks.build("distance"))
     with torch.no_grad():
         stem = graph.get_submodule("stem")(IMAGES)
         whole = stem + graph.get_submodule("inner")(stem).relu()
@@ -191,10 +191,10 @@ def test_the_cost_of_several_outputs_is_half_their_relative_squared_error():
         float((without - with_it).square().sum() / with_it.square().sum())
         for without, with_it in ((stem, whole), (stem.mean((2, 3)), whole.mean((2, 3))))
     ]
-    assert told == pytest.approx(sum(errors) / 2 / 2, rel=1e-4)
+    assert measured_costs == pytest.approx(sum(errors) / 2 / 2, rel=1e-4)
 
 
-def test_too_few_images_and_nonfinite_costs_are_errors():
+def test_too_few_images_and_nonfinite_costs_raise():
     graph = captured(short("resnet8"))
     found = find_branches(graph, IMAGES[:1])
     with pytest.raises(InputError, match="measures how the outputs change on at least 2 images; given: 0"):
@@ -206,7 +206,7 @@ def test_too_few_images_and_nonfinite_costs_are_errors():
 @pytest.mark.parametrize(
     "make", [lambda: torchvision("resnet18"), lambda: short("regnet_y"), lambda: short("mobilenet2")]
 )
-def test_networks_with_in_place_layers_train_after_removal(make):
+def test_networks_with_in_place_layers_can_be_trained_after_removal(make):
     graph = captured(make())
     remove(graph, [each.cut for each in find_branches(graph, IMAGES[:1])])
     graph.train()(IMAGES).square().mean().backward()
@@ -214,7 +214,7 @@ def test_networks_with_in_place_layers_train_after_removal(make):
 
 
 class InPlace(nn.Module):
-    """An activation that changes both sides of the next sum, and a sum that is read and then changed."""
+    """An activation that changes both sides of the next addition, and an addition that is used and then changed."""
 
     def __init__(self):
         super().__init__()
@@ -243,7 +243,7 @@ def test_in_place_layers_after_a_removed_addition_do_not_change_other_values(lay
 
 
 class Tied(nn.Module):
-    """Weights that others read, too."""
+    """Weights that are also used elsewhere."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,9 @@ def test_weights_shared_with_a_removed_branch_are_kept():
     graph = captured(Tied())
     found = find_branches(graph, IMAGES[:1])
     assert len(found) == 2
-    expected = Otherwise(graph, {each.total: lambda *sides, each=each: sides[each.keep] for each in found}).run(IMAGES)
+    expected = ReplacedSums(graph, {each.total: lambda *sides, each=each: sides[each.keep] for each in found}).run(
+        IMAGES
+    )
     remove(graph, [each.cut for each in found])
     assert torch.equal(graph(IMAGES), expected)
     assert set(graph.state_dict()) == {"first.weight", "first.bias"}
@@ -268,7 +270,7 @@ def test_weights_shared_with_a_removed_branch_are_kept():
 @pytest.mark.parametrize(
     ("make", "of"), [(lambda: short("resnet8"), "layer"), (NETWORKS["inverted, depthwise"][0], "features")]
 )
-def test_layer_names_lead_to_remaining_nodes_after_removal(make, of):
+def test_module_outputs_refer_to_remaining_nodes_after_removal(make, of):
     graph = captured(make())
     found = find_branches(graph, IMAGES[:1])
     blocks = {path for path in graph.meta["layers"] if path.count(".") == 1 and path.startswith(of)}
@@ -280,7 +282,7 @@ def test_layer_names_lead_to_remaining_nodes_after_removal(make, of):
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_no_mean_is_taken_if_the_batch_is_the_second_dimension(images):
+def test_the_mean_of_a_branch_is_not_kept_if_the_batch_is_the_second_dimension(images):
     class SequenceFirst(nn.Module):
         def __init__(self):
             super().__init__()
@@ -293,13 +295,15 @@ def test_no_mean_is_taken_if_the_batch_is_the_second_dimension(images):
 
     graph = captured(SequenceFirst())
     (branch,) = find_branches(graph, IMAGES[:1])
-    (told,) = removal_cost(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
+    (measured_costs,) = removal_cost(graph, [branch], [IMAGES[:images], IMAGES[images:]], 4)
     with torch.no_grad():
-        change = Otherwise(graph, {branch.total: lambda *sides: sides[branch.keep]}).run(IMAGES) - graph(IMAGES)
-    assert told == pytest.approx(float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4)
+        change = ReplacedSums(graph, {branch.total: lambda *sides: sides[branch.keep]}).run(IMAGES) - graph(IMAGES)
+    assert measured_costs == pytest.approx(
+        float((change - change.mean(1, keepdim=True)).square().sum(1).mean() / 2), rel=1e-4
+    )
 
 
-def test_branches_that_cannot_be_removed_together_are_added_one_by_one(monkeypatch):
+def test_branches_that_cannot_be_removed_together_are_tried_one_by_one(monkeypatch):
     graph = captured(short("resnet8"))
     first, second, third = find_branches(graph, IMAGES[:1])
 

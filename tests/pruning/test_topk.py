@@ -10,7 +10,7 @@ from tersor.pruning.topk import check_granularity, masks, n_of_m, n_of_m_mask, t
 
 
 def slowly(scores, sparsity):
-    """The mask, one weight at a time: the lowest goes, of equal ones the last; the best stays."""
+    """The mask, weight by weight: the lowest score is masked first, of equal ones the last; the best is kept."""
     alive = list(range(len(scores)))
     best = max(alive, key=lambda index: (scores[index], -index))
     for _ in range(min(round(sparsity * len(scores)), len(scores) - 1)):
@@ -37,7 +37,7 @@ def test_sparsity_is_exact(sparsity, scope):
         assert sum(int((~found[name]).sum()) for name in names) == round(sparsity * total)
 
 
-def test_a_global_threshold_leaves_one_weight_in_every_layer():
+def test_a_global_threshold_keeps_one_weight_in_every_layer():
     shapes = {"low": torch.Size([4, 1, 1, 1]), "high": torch.Size([12, 1, 1, 1])}
     scores = {"low": torch.full((4,), 0.1), "high": torch.arange(12) + 1.0}
     found = masks(scores, shapes, 0.5, "global")
@@ -61,7 +61,7 @@ def test_the_unit_with_the_highest_score_is_never_masked():
 
 
 def slowly_together(scores, sizes, sparsity, floor):
-    """Layer by layer and unit by unit: who is dropped, of (score, layer, index)."""
+    """The masks, computed unit by unit from (score, layer, index)."""
     safe = {
         (layer, index)
         for layer, values in enumerate(scores)
@@ -91,7 +91,7 @@ VALUES = st.one_of(st.integers(-2, 2).map(float), st.floats(-3, 3, width=32), st
 )
 @example(values=[[0.0, 0.0], [-math.inf, 0.0]], sparsity=0.5, floor=0.5625, filters=False)  # masked before: goes first
 def test_a_global_threshold_equals_a_slow_reference(values, sparsity, floor, filters):
-    """Of any finite scores and what was masked before, with units of one weight or of several."""
+    """Any finite scores and previously masked weights, with units of one or several weights."""
     sizes = [3 * (place + 1) if filters else 1 for place in range(len(values))]
     names = [str(place) for place in range(len(values))]
     scores = {name: torch.tensor(each) for name, each in zip(names, values, strict=True)}
@@ -101,7 +101,7 @@ def test_a_global_threshold_equals_a_slow_reference(values, sparsity, floor, fil
 
 
 def test_scores_in_several_chunks_are_ranked_together():
-    """More scores than lie in one piece, and most of them equal."""
+    """More scores than one chunk holds, and most of them equal."""
     scores = torch.randint(0, 3, (200_000,), generator=torch.Generator().manual_seed(0)).float()
     kept = masks({"a": scores}, {"a": scores.shape}, 0.5, "layer")["a"]
     order = torch.sort(scores.flip(0), stable=True).indices
@@ -110,14 +110,14 @@ def test_scores_in_several_chunks_are_ranked_together():
     assert int(kept.sum()) == 100_000
 
 
-def test_top_k_mask():
+def test_top_k_mask_selects_the_largest_values():
     assert top_k_mask(torch.tensor([[1.0, 3.0], [3.0, 2.0]]), 1).tolist() == [[False, True], [False, False]]
     assert int(top_k_mask(torch.rand(3, 5), 0).sum()) == 0
     assert top_k_mask(torch.rand(3, 5), 15).all()
 
 
-def test_a_global_threshold_takes_less_memory_than_twice_the_weights():
-    """Scores among it; sorting would take eight times as much for the order alone."""
+def test_a_global_threshold_needs_less_memory_than_twice_the_weights():
+    """Including the scores; sorting would need eight times as much for the order alone."""
     weights = {f"layer{place}": torch.randn(512, 256, 3, 3) for place in range(3)}
 
     def found():
@@ -130,7 +130,7 @@ def test_a_global_threshold_takes_less_memory_than_twice_the_weights():
 
 
 def most_allocated(work):
-    """Bytes that lie at once while it works."""
+    """The peak number of allocated bytes during a function."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = work()
     del kept

@@ -1,4 +1,4 @@
-"""Each importance against a slow second writing."""
+"""Each importance compared with a slow implementation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_magnitudes_are_means_over_a_unit(unit, count):
     assert not torch.equal(random_scores(WEIGHT, unit, 3), random_scores(WEIGHT, unit, 4))
 
 
-def test_fpgm_is_the_distance_to_the_other_filters():
+def test_fpgm_is_the_sum_of_distances_to_the_other_filters():
     filters = WEIGHT.flatten(1).tolist()
     far = [
         sum(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5 for other in filters) for one in filters
@@ -46,7 +46,7 @@ def test_fpgm_is_the_distance_to_the_other_filters():
     assert torch.allclose(geometric_median(WEIGHT), geometric_median(WEIGHT + 5), atol=1e-5)
 
 
-def test_taylor_is_the_change_of_the_loss():
+def test_taylor_importance_is_the_product_of_weight_and_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).train()
     model[0].bias.grad = torch.ones(4)
@@ -73,7 +73,7 @@ def test_taylor_is_the_change_of_the_loss():
     assert torch.equal(gradient_products(model, {"0": model[0].weight}, data(), 20)["0"], found), "frozen as well"
 
 
-def test_gradients_are_summed_over_exactly_the_images_asked_for():
+def test_gradients_are_summed_over_exactly_the_requested_images():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
     images, labels = torch.randn(24, 3, 6, 6), torch.arange(24) % 3
@@ -84,7 +84,7 @@ def test_gradients_are_summed_over_exactly_the_images_asked_for():
     assert torch.allclose(sums["0.weight"], model[0].weight.grad, atol=1e-5)
 
 
-def test_taylor_needs_labels():
+def test_taylor_without_labels_raises():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     with pytest.raises(InputError, match="there is no data"):
         gradient_products(model, {"0": model[0].weight}, None, 8)
@@ -111,13 +111,13 @@ def infinite(weight):
 
 
 @pytest.mark.parametrize(("function", "unit"), [("by_name", "weight"), ("by_name", "filter"), ("of_units", "filter")])
-def test_a_function_of_the_user(function, unit):
+def test_a_users_importance_function_is_used(function, unit):
     found = function_scores(f"{__name__}:{function}", WEIGHT, unit, name="second", layer=LAYER)
     wanted = torch.arange(4.0) if function == "of_units" else magnitudes(WEIGHT, unit) + 1
     assert torch.allclose(found, wanted)
 
 
-def test_invalid_scores_of_a_user_function_are_errors():
+def test_invalid_scores_of_a_users_function_raise():
     with pytest.raises(
         InputError, match=r"returned a tensor of shape \(1, 3, 2, 2\) for conv1. Return a tensor of the weight's shape"
     ):

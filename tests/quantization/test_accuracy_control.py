@@ -56,17 +56,17 @@ class Sensitive(nn.Module):
 
 
 def images(count=120, seed=1):
-    """Images that differ in colour, so that the answers differ."""
+    """Images that differ in color, so that the predictions differ."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, 1, 1, generator=draw) * 2 + torch.randn(count, 3, 8, 8, generator=draw)
 
 
-def answered(model, x):
+def predictions_of(model, x):
     with torch.no_grad():
         return model(x).argmax(1)
 
 
-def tolerated(model=None, data=None, target=None, **options):
+def quantized(model=None, data=None, target=None, **options):
     attached = PTQ(**{**OPTIONS, **options}).attach(
         (model or Sensitive()).eval(),
         AttachContext(data=[images()] if data is None else data, target=target or Target(cpu="vnni")),
@@ -76,7 +76,7 @@ def tolerated(model=None, data=None, target=None, **options):
 
 
 def in_float(attached):
-    """Layers and activations that do not round."""
+    """Layers and activations whose quantizers are disabled."""
     quantizers = attached.quantizers
     return (
         {name for name in quantizers.layers if not quantizers.of_weight(name).enabled},
@@ -89,20 +89,20 @@ def in_float(attached):
 
 
 def measured(attached, x, labels=None):
-    """What `drop` means: points of accuracy, or percent of other answers, against the network as it was."""
-    exact, found = answered(Sensitive().eval(), x), answered(attached.model, x)
+    """The definition of `drop`: lost points of accuracy, or percent of changed predictions."""
+    exact, found = predictions_of(Sensitive().eval(), x), predictions_of(attached.model, x)
     labels = exact if labels is None else labels
     return 100 * ((exact == labels).float().mean() - (found == labels).float().mean()).item()
 
 
 def test_the_toy_network_predicts_several_classes():
-    """What follows says something only where a constant would not do."""
-    assert (answered(Sensitive().eval(), images()).bincount() > 0).sum() == 5
+    """The other tests need different predictions."""
+    assert (predictions_of(Sensitive().eval(), images()).bincount() > 0).sum() == 5
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
-def test_no_layer_is_left_where_the_drop_is_small_enough(bias_correction):
-    attached = tolerated(max_drop=100, bias_correction=bias_correction)
+def test_no_layer_stays_in_float_if_the_drop_is_small_enough(bias_correction):
+    attached = quantized(max_drop=100, bias_correction=bias_correction)
     assert in_float(attached) == (set(), set())
     assert attached.metrics["left_in_float"] == []
     assert attached.metrics["drop"] == pytest.approx(measured(attached, images()))
@@ -114,8 +114,8 @@ def test_no_layer_is_left_where_the_drop_is_small_enough(bias_correction):
     "options", [{}, {"bias_correction": True}, {"equalize": True}, {"per_channel": False}], ids=str
 )
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_exactly_the_sensitive_layer_is_found(runtime, options):
-    attached = tolerated(target=Target(runtime=runtime, cpu="vnni"), **options)
+def test_only_the_sensitive_layer_stays_in_float(runtime, options):
+    attached = quantized(target=Target(runtime=runtime, cpu="vnni"), **options)
     assert attached.metrics["left_in_float"] == ["conv2"]
     assert in_float(attached) == ({"conv2"}, {"relu_1"}), "what the addition reads, which is in float then"
     assert 0 <= attached.metrics["drop"] <= OPTIONS["max_drop"]
@@ -126,41 +126,43 @@ def test_exactly_the_sensitive_layer_is_found(runtime, options):
     assert len(attached.model.conv3.weight[1].unique()) < 32
 
 
-def test_two_in_a_row():
-    """In float alone, neither gains anything."""
-    attached = tolerated(Sensitive(("conv2", "conv3")))
+def test_two_consecutive_sensitive_layers_stay_in_float():
+    """Keeping only one of them in float does not help."""
+    attached = quantized(Sensitive(("conv2", "conv3")))
     assert sorted(attached.metrics["left_in_float"]) == ["conv2", "conv3"]
 
 
 def test_no_metrics_without_max_drop():
-    assert tolerated(max_drop=None).metrics == {}
+    assert quantized(max_drop=None).metrics == {}
 
 
 @pytest.mark.parametrize(
     "wrap", [lambda x, y: (x, y), Batch, lambda x, y: [x, y, "path"]], ids=["tuple", "Batch", "list"]
 )
-def test_with_labels_it_is_accuracy_that_drops(wrap):
+def test_with_labels_the_drop_is_that_of_the_accuracy(wrap):
     x = images()
-    rounds = answered(tolerated(max_drop=None).model, x)
+    rounds = predictions_of(quantized(max_drop=None).model, x)
     data = [wrap(*pair) for pair in zip(x.split(50), rounds.split(50), strict=True)]
-    attached = tolerated(data=data)  # the labels are what all of it rounded answers: in float it is worse
+    attached = quantized(
+        data=data
+    )  # the labels are the predictions of the quantized network: in float the accuracy is lower
     assert attached.metrics["left_in_float"] == []
     assert attached.metrics["drop"] == pytest.approx(measured(attached, x, rounds))
     assert attached.metrics["drop"] < -20
 
 
-def test_the_note_names_the_metric_only_where_there_are_labels():
+def test_the_note_mentions_the_metric_only_with_labels():
     x, kept = images(), "these layers stay in float because of max_drop: conv2"
-    unlabelled = tolerated()
+    unlabelled = quantized()
     assert f"{kept}; {unlabelled.metrics['drop']:.2f} % of the predictions still change" in unlabelled.notes
-    labelled = tolerated(data=[(x, answered(Sensitive().eval(), x))])
+    labelled = quantized(data=[(x, predictions_of(Sensitive().eval(), x))])
     assert f"{kept}; the remaining drop is {labelled.metrics['drop']:.2f} points" in labelled.notes
 
 
-def test_labels_of_some_batches_only_are_no_labels():
+def test_labels_are_ignored_if_some_batches_have_none():
     x = images()
     wrong = torch.zeros(60, dtype=torch.int64)
-    attached = tolerated(data=[(x[:60], wrong), x[60:]])
+    attached = quantized(data=[(x[:60], wrong), x[60:]])
     assert attached.metrics["left_in_float"] == ["conv2"]
     assert attached.metrics["drop"] == pytest.approx(measured(attached, x))
 
@@ -168,15 +170,15 @@ def test_labels_of_some_batches_only_are_no_labels():
 def test_the_number_of_evaluated_images_is_limited(monkeypatch):
     monkeypatch.setattr(accuracy_control, "EVALUATED", 100)
     x = images()
-    labels = answered(Sensitive().eval(), x)
+    labels = predictions_of(Sensitive().eval(), x)
     labels[100:] = 0
-    attached = tolerated(data=[(x[:0], labels[:0]), (x[:70], labels[:70]), (x[70:], labels[70:])], max_drop=60)
+    attached = quantized(data=[(x[:0], labels[:0]), (x[:70], labels[:70]), (x[70:], labels[70:])], max_drop=60)
     assert attached.metrics["drop"] == pytest.approx(measured(attached, x[:100], labels[:100]))
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
-def test_all_in_float_is_the_network_as_it_was(bias_correction):
-    attached = tolerated(bits=2, first_last_bits=2, max_drop=0, bias_correction=bias_correction)
+def test_with_all_layers_in_float_the_drop_is_zero(bias_correction):
+    attached = quantized(bits=2, first_last_bits=2, max_drop=0, bias_correction=bias_correction)
     layers, activations = in_float(attached)
     assert layers == set(attached.metrics["left_in_float"]) == set(attached.quantizers.layers)
     assert len(activations) == len(attached.quantizers.activations)
@@ -198,7 +200,7 @@ def test_progress_is_reported():
 
 
 class StopsAtLayers(NullProgress):
-    """Interrupts the work once the error of the first layer is measured."""
+    """Interrupts after the error of the first layer is measured."""
 
     def start(self, task, total):
         self.layers = task != "calibration"
@@ -208,7 +210,7 @@ class StopsAtLayers(NullProgress):
             raise KeyboardInterrupt
 
 
-def test_layers_are_judged_with_the_biases_that_they_had():
+def test_layers_are_evaluated_with_their_original_biases():
     before = Sensitive().state_dict()
     context = AttachContext(data=[images()], progress=StopsAtLayers())
     attached = PTQ(**OPTIONS, bias_correction=True).attach(Sensitive().eval(), context)
@@ -219,13 +221,13 @@ def test_layers_are_judged_with_the_biases_that_they_had():
         torch.testing.assert_close(bias, before[f"{name}.bias"], rtol=0, atol=1e-5, check_stride=False)
 
 
-def test_data_that_can_be_read_only_once():
+def test_data_that_can_be_read_only_once_raises():
     with pytest.raises(InputError, match=r"cannot be read again.*DataLoader"):
-        tolerated(data=iter([images()]), activation_range="minmax")  # which needs one pass
+        quantized(data=iter([images()]), activation_range="minmax")  # which needs one pass
 
 
-def test_the_exported_file_equals_the_network(tmp_path):
-    attached = tolerated(target=Target())  # of this processor, which may add products in 16 bits
+def test_the_exported_file_agrees_with_the_network(tmp_path):
+    attached = quantized(target=Target())  # for this processor, which may accumulate in 16 bits
     path = export(attached.model.eval(), images()[:2], tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = images(seed=3)
@@ -237,8 +239,8 @@ def test_the_exported_file_equals_the_network(tmp_path):
     assert off.max() < 0.1
 
 
-def test_a_checkpoint_holds_the_enabled_quantizers():
-    attached = tolerated()
+def test_a_checkpoint_contains_which_quantizers_are_enabled():
+    attached = quantized()
     again = rebuild(Sensitive(), json.loads(json.dumps(structure(attached.model)))).eval()
     again.load_state_dict(attached.model.state_dict())
     assert torch.equal(again(images()), attached.model(images()))
@@ -247,7 +249,7 @@ def test_a_checkpoint_holds_the_enabled_quantizers():
 
 
 def trains(attached):
-    """One step of training, and how finely everything is seen after that."""
+    """Train one step; return for each quantizer whether it rounds."""
     attached.begin()
     attached.model.train()
     optimizer = torch.optim.SGD(attached.model.parameters(), lr=1e-3)
@@ -260,8 +262,8 @@ def trains(attached):
 
 
 @pytest.mark.parametrize("method", [QAT(), LSQ()], ids=["qat", "lsq"])
-def test_training_reuses_the_enabled_layers(method):
-    attached = method.attach(tolerated().model, AttachContext(data=[images()], steps=1))
+def test_training_quantizes_the_same_layers(method):
+    attached = method.attach(quantized().model, AttachContext(data=[images()], steps=1))
     assert attached.quantizers.layers == ("conv1", "conv3", "linear")
     ready = trains(attached)
     assert [name for name, rounds in ready.items() if not rounds] == [
@@ -271,7 +273,7 @@ def test_training_reuses_the_enabled_layers(method):
 
 
 @pytest.mark.parametrize("method", [QAT(), LSQ()], ids=["qat", "lsq"])
-def test_training_in_the_same_stage_too(method):
+def test_training_in_the_same_stage_quantizes_the_same_layers(method):
     first = PTQ(**OPTIONS).attach(Sensitive().eval(), AttachContext(data=[images()], target=Target(cpu="vnni")))
     second = method.attach(first.model, AttachContext(data=[images()], target=Target(cpu="vnni"), steps=1))
     ready = trains(Chain(second.model, [first, second], ["m:A", "m:B"]))

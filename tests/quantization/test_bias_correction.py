@@ -24,7 +24,7 @@ def seed():
 
 
 class All(nn.Module):
-    """A layer of every kind: BatchNorm, a bias, both, neither; called twice; on positions."""
+    """A layer of every kind: with BatchNorm, bias, both, or neither; called twice; over positions."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class All(nn.Module):
 
 
 LAYERS = {"conv1": "bn1", "conv2": "bn2", "conv3": "conv3", "positions": "positions", "fc": "bn3", "linear": "linear"}
-"""Corrected layers, and what gives the channels whose means are corrected."""
+"""Corrected layers, and the modules whose output means are corrected."""
 
 
 def images(count=48, seed=1):
@@ -73,7 +73,7 @@ def rounding(graph, *, on):
 
 
 def channel_means(graph, x, names):
-    """Of each part of the network, over images and positions, in double precision."""
+    """The channel means of the given modules, over images and positions, in double precision."""
     found = {}
 
     def look(name, values):
@@ -100,7 +100,7 @@ def corrected(model, bits=3):
     return graph, before, exact, shifted
 
 
-def test_corrected_means_equal_those_in_float():
+def test_corrected_means_equal_those_of_the_float_network():
     graph, before, exact, shifted = corrected(All())
     found = channel_means(graph, images(), LAYERS.values())
     assert before.keys() == LAYERS.keys()
@@ -121,22 +121,22 @@ def test_only_biases_and_running_means_change():
     }
 
 
-def test_once_more_changes_nothing_and_in_float_all_is_as_it_was():
+def test_correcting_again_changes_nothing_and_the_float_network_is_restored():
     model = All().eval()
-    answers, state = model(images()), copy.deepcopy(model.state_dict())
+    outputs, state = model(images()), copy.deepcopy(model.state_dict())
     graph, before, *_ = corrected(model)
     rounded_answers = graph(images())
     correct(graph, images(), before)
     torch.testing.assert_close(graph(images()), rounded_answers, rtol=0, atol=1e-5)
     rounding(graph, on=False)
-    assert (graph(images()) - answers).abs().max() > 1e-2
+    assert (graph(images()) - outputs).abs().max() > 1e-2
     correct(graph, images(), before)
-    torch.testing.assert_close(graph(images()), answers, rtol=0, atol=1e-5)
+    torch.testing.assert_close(graph(images()), outputs, rtol=0, atol=1e-5)
     torch.testing.assert_close(graph.linear.bias, state["linear.bias"], rtol=0, atol=1e-5)
 
 
 class Positions(nn.Module):
-    """BatchNorm1d of (N, L, C) normalises the L positions, here as many as there are channels."""
+    """BatchNorm1d of (N, L, C) normalizes the L positions, here as many as channels."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ class Positions(nn.Module):
         return self.linear(self.norm(self.embed(x[:, 0])))
 
 
-def test_norms_of_positions():
+def test_a_layer_before_a_batchnorm_over_positions_is_corrected():
     graph, found = capture(Positions().eval(), images()), []  # without a quantizer between the two
     graph.norm.register_forward_hook(lambda *call: found.append(call[-1].mean((0, 2))))
     before = moments(graph, images())
@@ -159,7 +159,7 @@ def test_norms_of_positions():
     assert (found[1] - found[0]).abs().max() < 1e-5, "corrected before it is normalised"
 
 
-def test_a_layer_before_a_norm_of_positions_is_corrected_where_its_output_is_quantized():
+def test_a_layer_before_a_batchnorm_over_positions_is_corrected_if_its_output_is_quantized():
     graph = rounded(Positions())
     assert "quantizers.embed" in dict(graph.named_modules()), "onnxruntime cannot fold this BatchNorm"
     rounding(graph, on=False)
@@ -172,14 +172,14 @@ def test_a_layer_before_a_norm_of_positions_is_corrected_where_its_output_is_qua
 
 
 class Shares(All):
-    """A BatchNorm behind two layers, one of which has a bias."""
+    """A BatchNorm after two layers, one of which has a bias."""
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
         return self.linear(F.relu(self.bn1(self.conv2(x))).mean((2, 3)))
 
 
-def test_a_norm_shared_by_two_layers_is_not_corrected():
+def test_a_batchnorm_shared_by_two_layers_is_not_corrected():
     graph = capture(Shares().eval(), images())
     before = copy.deepcopy(graph.bn1.state_dict())
     assert moments(graph, images()).keys() == {"conv2", "linear"}
@@ -188,7 +188,7 @@ def test_a_norm_shared_by_two_layers_is_not_corrected():
 
 
 class Doubled(nn.Linear):
-    """A forward of its own: the graph has a layer of torch, and the product behind it."""
+    """Has its own forward: the graph contains a linear layer and a multiplication after it."""
 
     def forward(self, x):
         return 2 * F.linear(x, self.weight, self.bias)
@@ -208,9 +208,9 @@ def test_the_means_of_a_layer_with_its_own_forward_are_corrected():
 
 
 @pytest.mark.parametrize("options", [{}, {"per_channel": False}, {"symmetric": False}], ids=str)
-def test_a_residual_network_is_closer_to_float(options):
+def test_bias_correction_reduces_the_error_of_a_residual_network(options):
     model = build("resnet20", 10)
-    for _ in range(3):  # statistics of its own
+    for _ in range(3):  # statistics that differ from the initial ones
         model.train()(images(64, 9))
     model.eval()
     unseen = images(64, seed=7)
@@ -226,7 +226,7 @@ def test_a_residual_network_is_closer_to_float(options):
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_one_batch_is_no_larger_than_needed(monkeypatch):
+def test_the_batch_is_not_larger_than_needed(monkeypatch):
     given = [images(4, 1), images(4, 2), images(4, 3)]
     assert torch.equal(batch_of(given), torch.cat(given))
     monkeypatch.setattr(bias_correction, "_POSITIONS", 6 * 64)
@@ -240,14 +240,14 @@ def test_one_batch_is_no_larger_than_needed(monkeypatch):
     assert torch.equal(batch_of(given), given[0][:1])
 
 
-def test_the_largest_input_limits_the_batch(monkeypatch):
+def test_the_size_of_the_largest_input_limits_the_batch(monkeypatch):
     monkeypatch.setattr(bias_correction, "_POSITIONS", 2 * 64)
     monkeypatch.setattr(bias_correction, "_LEAST_IMAGES", 1)
     for small in (torch.zeros(4), torch.zeros(4, 8)):
         assert len(batch_of([TensorInputs((small, images(4)))])) == 2
 
 
-def test_data_that_can_be_read_only_once():
+def test_data_that_can_be_read_only_once_is_enough():
     model = All().eval()
     once, again = (
         PTQ(bias_correction=True).attach(copy.deepcopy(model), AttachContext(data=data))
@@ -275,12 +275,12 @@ def spreads_behind_norms(graph, x):
     }
 
 
-def test_a_batch_norm_also_corrects_standard_deviations():
+def test_for_a_batchnorm_standard_deviations_are_corrected_too():
     model = All().eval()
-    model.bn2.weight.data[0] = 0  # a channel that is off stays off
+    model.bn2.weight.data[0] = 0  # a dead channel stays dead
     graph = capture(copy.deepcopy(model), images())
     before, expected = moments(graph, images()), spreads_behind_norms(graph, images())
-    with torch.no_grad():  # as if clipped: all that layers give is smaller
+    with torch.no_grad():  # as if clipped: the outputs of all layers are smaller
         for layer in (graph.conv1, graph.conv2, graph.fc):
             layer.weight.mul_(0.6)
         graph.conv2.weight[1] = 0
@@ -295,7 +295,7 @@ def test_a_batch_norm_also_corrects_standard_deviations():
         assert torch.isfinite(spread).all()
 
 
-def test_variance_correction_brings_three_bits_closer_to_float():
+def test_variance_correction_reduces_the_error_with_3_bits():
     def error(**options):
         model = build("resnet20", 10).eval()
         torch.manual_seed(1)

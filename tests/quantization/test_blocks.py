@@ -32,7 +32,7 @@ class Small(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def test_blocks_lie_between_single_values():
+def test_blocks_begin_and_end_at_single_values():
     found = blocks(capture(Small().eval(), IMAGES))
     assert found == [
         Block("x", "relu", ("conv1",)),
@@ -41,7 +41,7 @@ def test_blocks_lie_between_single_values():
     ]
 
 
-def test_its_layers_one_by_one_with_what_is_fused_into_them():
+def test_a_block_is_split_into_layers_with_their_fused_operators():
     graph = capture(Small().eval(), IMAGES)
     first, second, _ = blocks(graph)
     assert layer_blocks(graph, first) == [Block("mul", "relu", ("conv1",))]
@@ -55,7 +55,7 @@ def test_its_layers_one_by_one_with_what_is_fused_into_them():
 @pytest.mark.parametrize(
     ("name", "layers"), [("resnet20", [1, *[2] * 9, 1]), ("shufflenet_v2_x0_5", [1, *[5, 3, 3, 3], 5, *[3] * 7, 5])]
 )
-def test_consecutive_blocks_equal_the_network(name, layers, quantized):
+def test_running_the_blocks_in_sequence_equals_the_network(name, layers, quantized):
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 64)
     graph = capture(build(name, 10).eval(), images)
@@ -63,7 +63,7 @@ def test_consecutive_blocks_equal_the_network(name, layers, quantized):
         insert_quantizers(graph, Precision(), exclude=(), target=Target(), method="ptq")
     found = blocks(graph)
     assert [len(block.layers) for block in found][: len(layers)] == layers
-    # a quantizer belongs to the value that it rounds
+    # a quantizer is in the same block as its input
     assert all(block.end.startswith("quantizers") for block in found[:-1]) is quantized
     values = images
     for block in found:
@@ -89,7 +89,7 @@ class Token(nn.Module):
         return self.linear(torch.cat([self.token.expand(n, -1, -1), x], 1))
 
 
-def test_a_part_reads_the_batch_size_from_the_values_at_its_begin():
+def test_a_part_reads_the_batch_size_from_its_input():
     graph = capture(Token().eval(), IMAGES)
     part = between(graph, "conv", "linear_1")
     assert [node.op for node in part.graph.nodes].count("placeholder") == 1
@@ -98,7 +98,7 @@ def test_a_part_reads_the_batch_size_from_the_values_at_its_begin():
         assert torch.equal(part(graph.conv(images)), graph(images))
 
 
-def test_an_empty_part_and_a_replaced_module():
+def test_an_empty_part_returns_its_input_and_modules_can_be_replaced():
     graph = capture(Small().eval(), IMAGES)
     values = torch.randn(2, 4, 6, 6)
     assert torch.equal(between(graph, "relu", "relu")(values), values)
@@ -108,7 +108,7 @@ def test_an_empty_part_and_a_replaced_module():
 
 
 class Heads(nn.Module):
-    """Several outputs: the layers behind the last single value belong together."""
+    """Several outputs: the layers after the last single value form one block."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Heads(nn.Module):
         return {"maps": self.conv2(x), "values": self.linear(x.mean((2, 3))), "best": x.flatten(1).argmax(1)}
 
 
-def test_the_block_behind_the_last_single_value_ends_at_the_outputs():
+def test_the_last_block_ends_at_the_outputs():
     graph = capture(Heads().eval(), IMAGES)
     first, last = blocks(graph)
     assert first == Block("x", "relu", ("conv1",))
@@ -134,7 +134,7 @@ def test_the_block_behind_the_last_single_value_ends_at_the_outputs():
 
 
 @pytest.mark.parametrize("method", [AdaRound, BRECQ])
-def test_learned_rounding_of_a_network_with_several_outputs(method):
+def test_learned_rounding_improves_a_network_with_several_outputs(method):
     images = 10 * torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     exact, low = Heads().eval(), {"bits": 3, "first_last_bits": 3}
     uncorrected = {"weight_range": "mse", "bias_correction": False, "variance_correction": False}

@@ -31,7 +31,7 @@ def conv(inputs, outputs, *, groups=1, bias=False):
 
 
 def classified(*layers):
-    """Behind the `layers` of 5 channels, a classifier that is not equalised: what lies between is no ReLU."""
+    """The `layers` with 5 output channels, and a classifier that is not equalized, as there is no ReLU in between."""
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
 
 
@@ -73,7 +73,7 @@ CHAINS = {  # the network, and the places of first layer, BatchNorm and second l
 
 
 def unequal(model):
-    """Weights and statistics at random, every channel with a range of its own, some gammas below zero."""
+    """Draw weights and statistics at random, with a different range for every channel and some negative gammas."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.weight.data.mul_(torch.rand(len(layer.weight), *[1] * (layer.weight.ndim - 1)) * 3 + 0.1)
@@ -90,7 +90,7 @@ def images(seed=5):
 
 
 def ranges(first, norm, second):
-    """r1 and r2 of the paper for each channel, in plain numbers."""
+    """r1 and r2 of the paper for each channel, as lists of numbers."""
     made = [max(map(abs, row)) for row in first.weight.flatten(1).tolist()]
     if norm is not None:
         folded = zip(norm.weight.tolist(), norm.running_var.tolist(), strict=True)
@@ -105,7 +105,7 @@ def parts(model, places):
 
 
 def same_after(model, pairs, x=None):
-    """Equalised: so many pairs, and the same answers of a network that has changed, or has not."""
+    """Equalize; check the number of equalized pairs, and that the outputs are the same."""
     x = images() if x is None else x
     before, state = model(x), copy.deepcopy(model.state_dict())
     assert equalize(capture(model, x)) == pairs
@@ -128,7 +128,7 @@ def test_the_network_computes_the_same_and_ranges_are_equal(chain):
 
 
 @pytest.mark.parametrize("chain", ["BatchNorm", "biases", "fully connected and BatchNorm"])
-def test_as_the_paper_writes_it(chain):
+def test_factors_equal_the_formula_of_the_paper(chain):
     build, (places,) = CHAINS[chain]
     model = unequal(build())
     first, norm, second = parts(copy.deepcopy(model), places)
@@ -143,14 +143,14 @@ def test_as_the_paper_writes_it(chain):
             torch.testing.assert_close(one, other)
 
 
-def of_golden(told):
-    """A layer of the golden file, with what is written there."""
-    state = {key: torch.tensor(value) for key, value in told.items() if isinstance(value, list)}
-    if told["eps"] is not None:
-        layer = nn.BatchNorm2d(len(state["weight"]), eps=told["eps"])
+def of_golden(entry):
+    """A layer with the values of an entry in the golden file."""
+    state = {key: torch.tensor(value) for key, value in entry.items() if isinstance(value, list)}
+    if entry["eps"] is not None:
+        layer = nn.BatchNorm2d(len(state["weight"]), eps=entry["eps"])
     else:
         outputs, inputs, *kernel = state["weight"].shape
-        groups = told["groups"]
+        groups = entry["groups"]
         layer = nn.Conv2d(inputs * groups, outputs, kernel, groups=groups, bias="bias" in state)
     layer.load_state_dict(state, strict=False)
     return layer
@@ -158,7 +158,7 @@ def of_golden(told):
 
 @pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
 def test_weights_equal_those_of_reference_code(case):
-    """It folds BatchNorm into the layer before and divides that; here BatchNorm takes the division over."""
+    """The reference code folds BatchNorm before it divides; here the division is applied to the BatchNorm."""
     layers = [of_golden(each) for each in case["before"] if each["eps"] != 0]
     behind = [[nn.ReLU()] if isinstance(each, nn.BatchNorm2d) or each.groups > 1 else [] for each in layers]
     chain = [each for layer, relu in zip(layers, behind, strict=True) for each in (layer, *relu)]
@@ -171,7 +171,7 @@ def test_weights_equal_those_of_reference_code(case):
             torch.testing.assert_close(getattr(found, name).detach(), torch.tensor(values), rtol=1e-3, atol=1e-5)
 
 
-def test_parameters_stay_the_same_objects():
+def test_parameters_are_kept_as_the_same_objects():
     model = unequal(CHAINS["BatchNorm"][0]())
     before = [id(each) for each in model.parameters()]
     graph = capture(model, images())
@@ -190,7 +190,7 @@ class Residual(nn.Module):
 
 
 class Twice(Residual):
-    """What the first layer gives is read twice, by the next layer and by the answer."""
+    """The output of the first layer is used twice: by the next layer and in the output of the network."""
 
     def forward(self, x):
         x = F.relu(self.conv1(x))
@@ -198,7 +198,7 @@ class Twice(Residual):
 
 
 class Again(Residual):
-    """Pairs whose layers are called twice: as the second, and as the first."""
+    """Pairs in which the second or the first layer is called twice."""
 
     def forward(self, x):
         x = F.relu(self.conv1(x))
@@ -206,7 +206,7 @@ class Again(Residual):
 
 
 class OneNorm(Residual):
-    """Two layers give what one BatchNorm normalises."""
+    """Two layers are followed by the same BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -227,7 +227,7 @@ class OneWeight(Residual):
 
 
 class AlsoRead(Residual):
-    """A weight that a function reads too."""
+    """A weight that is also used in a function."""
 
     def forward(self, x):
         return self.conv2(F.relu(self.conv1(x))) + F.conv2d(x, self.conv1.weight, padding=1)
@@ -239,7 +239,7 @@ class Clipped(Residual):
 
 
 class NamedRelu(Residual):
-    """As many networks do, it calls `self.relu`, whatever that is."""
+    """Calls `self.relu`, which is not a ReLU."""
 
     def __init__(self):
         super().__init__()
@@ -274,14 +274,14 @@ LEFT_ALONE = {
 
 
 @pytest.mark.parametrize("kind", LEFT_ALONE)
-def test_left_alone(kind):
+def test_pairs_that_cannot_be_equalized_are_not_changed(kind):
     model = unequal(LEFT_ALONE[kind]())
     before = copy.deepcopy(model.state_dict())
     assert equalize(capture(model, images())) == 0
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_computed_weight_is_a_parameter_of_the_graph():
+def test_a_computed_weight_is_equalized_as_a_parameter_of_the_graph():
     model = unequal(classified(conv(3, 4), nn.ReLU(), Standardized(4, 5, 3)))
     graph, standardized = capture(model, images()), model[2].weight.detach().clone()
     before = graph(images())
@@ -302,8 +302,8 @@ class Positions(nn.Module):
         return self.layers(x[:, 0])
 
 
-def test_norms_of_positions_are_left_alone():
-    """BatchNorm1d behind a Linear of (N, L, C) normalises the L positions."""
+def test_batchnorms_over_positions_are_not_equalized():
+    """BatchNorm1d after a Linear of (N, L, C) normalizes the L positions."""
     same_after(Positions().eval(), 0)
 
 
@@ -313,8 +313,8 @@ def test_dead_channels_are_ignored(chain):
     model = unequal(build())
     first, norm, second = parts(model, pairs[0])
     with torch.no_grad():
-        (first if norm is None else norm).weight[0] = 0  # what it gives is its bias
-        (second.weight if second.groups > 1 else second.weight.transpose(0, 1))[1] = 0  # what nothing reads
+        (first if norm is None else norm).weight[0] = 0  # its output is its bias
+        (second.weight if second.groups > 1 else second.weight.transpose(0, 1))[1] = 0  # an unused channel
     constants = [(first if norm is None else norm).bias[dead].item() for dead in (0, 1)]
     same_after(model, len(pairs))
     assert all(torch.isfinite(each).all() for each in model.parameters())
@@ -325,12 +325,14 @@ def test_dead_channels_are_ignored(chain):
 
 def masked(layer):
     mask = Mask(layer.weight.shape)
-    mask.mask.copy_(layer.weight.abs() < layer.weight.abs().flatten(1).amax(1).median() / 2)  # the largest are hidden
+    mask.mask.copy_(
+        layer.weight.abs() < layer.weight.abs().flatten(1).amax(1).median() / 2
+    )  # the largest weights are masked
     parametrize.register_parametrization(layer, "weight", mask)
 
 
 @pytest.mark.parametrize("chain", ["BatchNorm", "biases", "depthwise", "fully connected"])
-def test_masked_weights_stay_zeros_and_do_not_count(chain):
+def test_masked_weights_stay_zero_and_are_ignored_in_the_ranges(chain):
     build, pairs = CHAINS[chain]
     model = unequal(build())
     originals = [each.weight for each in model if isinstance(each, nn.Conv2d | nn.Linear)]
@@ -350,7 +352,7 @@ def test_masked_weights_stay_zeros_and_do_not_count(chain):
 
 
 @pytest.mark.parametrize(("ready", "pairs"), [(False, 1), (True, 0)])
-def test_through_a_quantizer_as_long_as_it_does_not_round(ready, pairs):
+def test_equalization_passes_through_a_quantizer_only_while_it_is_disabled(ready, pairs):
     quantizer = FakeQuantize(Grid.unsigned(8))
     quantizer.enabled = ready
     same_after(unequal(classified(conv(3, 4), nn.ReLU(), quantizer, conv(4, 5))), pairs)

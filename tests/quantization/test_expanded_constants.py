@@ -1,4 +1,4 @@
-"""Constants that are expanded to the batch size are written so that OpenVINO does not lose a bias."""
+"""Constants expanded to the batch size are rewritten, so that OpenVINO does not lose a bias."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def grid():
 
 
 class Tokens(nn.Module):
-    """Patches, and a constant that the subclasses use in different ways."""
+    """A patch embedding, and a constant that the subclasses use in different ways."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ class KeptTokens(Tokens):
 
 
 class Concatenated(Tokens):
-    """Features and a constant that the forward method makes."""
+    """Features, and a constant created in the forward method."""
 
     MADE = {  # noqa: RUF012
         "zeros": lambda x: torch.zeros(len(x), 2, *x.shape[2:]),
@@ -148,7 +148,7 @@ def expansions(graph):
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_openvino_gets_a_sum_in_place_of_an_expanded_constant(kind):
+def test_for_openvino_an_expanded_constant_is_replaced_by_a_sum(kind):
     network = NETWORKS[kind]()
     model = quantized(network, "openvino")
     assert not expansions(model)
@@ -160,13 +160,13 @@ def test_openvino_gets_a_sum_in_place_of_an_expanded_constant(kind):
 
 @pytest.mark.skipif(Target().cpu == "amx", reason="not measured on processors with AMX")
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_the_file_for_openvino_is_the_network(kind, tmp_path):
+def test_the_file_for_openvino_agrees_with_the_network(kind, tmp_path):
     model = quantized(NETWORKS[kind](), "openvino")
     file = export(model, IMAGES, tmp_path / "model.onnx")
     verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
 
 
-def test_the_zeros_are_computed_once_for_each_data_type():
+def test_the_zeros_are_computed_once_per_dtype():
     class Both(Tokens):
         def use(self, x):
             positions = self.table(torch.arange(16)[None].expand(len(x), -1))
@@ -176,7 +176,7 @@ def test_the_zeros_are_computed_once_for_each_data_type():
     assert [node.args[1] for node in products] == [0, 0]
 
 
-def test_a_constant_without_the_batch_size_stays_as_it_is():
+def test_a_constant_independent_of_the_batch_size_is_not_changed():
     class Broadcast(Tokens):
         def use(self, x):
             return x + self.token.expand(1, 16, -1) + torch.zeros(16)
@@ -186,5 +186,5 @@ def test_a_constant_without_the_batch_size_stays_as_it_is():
     assert "mul" not in names
 
 
-def test_onnx_runtime_keeps_the_expanded_constant():
+def test_for_onnxruntime_the_expanded_constant_is_kept():
     assert expansions(quantized(ClassToken(), "onnxruntime")) == ["expand"]

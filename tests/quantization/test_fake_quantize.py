@@ -13,14 +13,14 @@ from tersor.quantization.range_tracking import RunningLargest
 
 
 def tracking() -> FakeQuantize:
-    """A quantizer of activations whose running means have seen one range."""
+    """A quantizer of activations with moving averages that were updated once."""
     quantizer = FakeQuantize(Grid(0, 255)).track_activations(0.1)
     quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
     return quantizer.train()
 
 
 @pytest.mark.parametrize("active", [True, False])
-def test_a_state_dict_restores_whether_the_range_still_moves(active):
+def test_the_state_dict_restores_whether_the_range_is_still_updated(active):
     saved, loaded = tracking(), tracking()
     saved.observer.active = active
     loaded.observer.active = not active
@@ -30,7 +30,7 @@ def test_a_state_dict_restores_whether_the_range_still_moves(active):
     assert (float(loaded.observer.high) > 1) is active
 
 
-def test_the_range_of_activations_follows_running_means_in_training_only():
+def test_the_range_of_activations_is_a_moving_average_updated_in_training_only():
     quantizer, values = tracking(), torch.tensor([-3.0, 0.5, 2.0])
     quantizer(values)
     assert (float(quantizer.observer.low), float(quantizer.observer.high)) == pytest.approx((-1.2, 1.1))
@@ -41,7 +41,7 @@ def test_the_range_of_activations_follows_running_means_in_training_only():
         assert float(quantizer.observer.low) == pytest.approx(-1.2)
 
 
-def test_nothing_is_rounded_before_the_grid_is_set_and_with_quantizers_disabled():
+def test_values_are_not_rounded_before_the_grid_is_set_or_with_quantizers_disabled():
     first, second, values = FakeQuantize(Grid.signed(2)), FakeQuantize(Grid.signed(2)), torch.tensor([0.2, 0.8, -5.0])
     assert first(values) is values
     first.set_grid(torch.tensor(0.5))
@@ -54,7 +54,7 @@ def test_nothing_is_rounded_before_the_grid_is_set_and_with_quantizers_disabled(
     assert (loaded.enabled, loaded.grid) == (True, Grid.signed(2))
 
 
-def test_the_grid_of_a_weight_spans_the_same_share_of_its_range_while_it_trains():
+def test_the_grid_of_a_weight_keeps_its_fraction_of_the_range_during_training():
     weight = torch.tensor([[4.0, -8.0], [0.0, 0.0], [3.0, 7.0]])
     quantizer = FakeQuantize(Grid.signed(4), channels=3).track_weight()
     quantizer.set_grid(torch.tensor([4 / 7, 2.0, 1.0]))
@@ -65,7 +65,7 @@ def test_the_grid_of_a_weight_spans_the_same_share_of_its_range_while_it_trains(
     assert quantizer.scale.tolist() == pytest.approx([1.0, 1.0, 3.0])
 
 
-def test_a_learned_step_and_offset():
+def test_step_and_offset_are_learned_and_then_fixed():
     quantizer = FakeQuantize(Grid.unsigned(4), channels=2)
     quantizer.set_grid(torch.tensor([0.5, 2.0]), torch.tensor([3, 10]))
     quantizer.learn_step(offset=True)
@@ -84,7 +84,7 @@ def test_a_learned_step_and_offset():
     assert quantizer.scale[1].item() == 0.5
 
 
-def test_the_running_mean_of_the_largest_value():
+def test_running_largest_is_a_moving_average_of_the_largest_value():
     weights = [torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[4.0, 0.0], [-13.0, 1.0]])]
     for channels, expected in ((2, ([2.0, 3.0], [2.2, 4.0])), (None, (3.0, 4.0))):
         running = RunningLargest(channels)
@@ -94,7 +94,7 @@ def test_the_running_mean_of_the_largest_value():
             assert running(weight) is weight
 
 
-def test_a_loaded_zero_point_outside_the_grid_is_refused():
+def test_loading_a_zero_point_outside_the_grid_raises():
     quantizer = FakeQuantize(Grid.unsigned(4))
     quantizer.set_grid(torch.tensor(0.1), torch.tensor(15))
     state = quantizer.state_dict()
@@ -105,7 +105,7 @@ def test_a_loaded_zero_point_outside_the_grid_is_refused():
 
 
 class Halves(FakeQuantize):
-    """A quantizer of the user."""
+    """A user's own quantizer."""
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ class Halves(FakeQuantize):
         (None, "scale", (3,), "Halves: scale has the shape (3,). Pass one of the shape (), one value for the whole "),
     ],
 )
-def test_a_scale_or_zero_point_of_another_shape_is_refused(channels, name, given, message):
+def test_a_scale_or_zero_point_with_a_wrong_shape_raises(channels, name, given, message):
     grids = {"scale": torch.tensor(0.5), "zero_point": torch.tensor(0)}
     quantizer = Halves(Grid.signed(4), channels)
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):

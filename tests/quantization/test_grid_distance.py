@@ -10,11 +10,11 @@ from tersor.quantization.grid_distance import around_zero, drawn, on_grid
 
 
 def laid(*weights, largest=3.0):
-    """On -3..3 in steps of 1."""
+    """Weights on the grid from -3 to 3 in steps of 1."""
     return on_grid(torch.tensor([weights]), torch.tensor(largest), Grid.signed(3))
 
 
-def test_positions_are_in_steps_of_each_channel():
+def test_positions_are_measured_in_steps_of_each_channel():
     weight = torch.tensor([[0.25, -3.0, 1.75], [0.5, 6.0, 8.0]])
     found = on_grid(weight, torch.tensor([3.0, 6.0]), Grid.signed(3)).positions
     assert torch.allclose(found, torch.tensor([0.25, 0.0, -0.25, 0.25, 0.0, 1.0])), "8 is outside of the grid"
@@ -25,8 +25,8 @@ def test_with_target_zero_there_is_one_point():
     assert around_zero(torch.zeros(1, 2)).positions.tolist() == [0.0, 0.0]
 
 
-def test_what_a_training_has_done_by_hand():
-    """Two weights begin 0.12 and 0.32 from a point, and move 0.1 and 0.3 toward it; one stays on its point."""
+def test_distances_and_movements_match_values_computed_by_hand():
+    """Two weights start 0.12 and 0.32 from a point and move 0.1 and 0.3 towards it; one stays on its point."""
     found = drawn({"a": laid(0.12, 1.32, -3.0)}, {"a": laid(0.02, 1.02, -3.0)})["all"]
     assert found["distance"] == pytest.approx([0.44 / 3, 0.04 / 3], abs=1e-6)
     assert found["moved"] == [0.0, None, pytest.approx(0.1), *[None] * 3, pytest.approx(0.3), *[None] * 3]
@@ -35,19 +35,19 @@ def test_what_a_training_has_done_by_hand():
     assert sum(found["before"]) == sum(found["after"]) == 3
 
 
-def test_moves_are_in_steps_of_the_initial_grid():
+def test_movements_are_measured_in_steps_of_the_initial_grid():
     found = drawn({"a": laid(0.25, 3.0)}, {"a": laid(0.25, 6.0, largest=6.0)})["all"]
     assert found["moved"][0] == pytest.approx(3.0)
     assert found["distance"] == pytest.approx([0.125, 0.0625])
 
 
-def test_the_outermost_bins_hold_weights_halfway_to_the_next_point_and_beyond_the_grid():
+def test_the_outermost_bins_contain_weights_at_half_a_step_and_beyond_the_grid():
     found = drawn({"a": laid(1.5, 2.5, 7.0)}, {"a": laid(1.5, 2.0, 8.0)})["all"]
     assert {place: count for place, count in enumerate(found["before"]) if count} == {0: 1, 32: 2}
     assert found["moved"] == [*[None] * 9, pytest.approx(0.5)]
 
 
-def test_some_layers_and_all_weights_are_summarised():
+def test_a_few_layers_and_all_weights_are_summarized():
     torch.manual_seed(0)
     before = {f"layer{place}": laid(*torch.randn(10 + place).tolist()) for place in range(300)}
     found = drawn(before, before)

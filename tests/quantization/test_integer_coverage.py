@@ -1,4 +1,4 @@
-"""What stays in float is listed, with reason and share: of the kinds that were reported, and of their relatives."""
+"""Operators that stay in float are listed, with reason and share."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ IMAGES = torch.rand(4, 3, 8, 8)
 
 
 class SameConv(nn.Conv2d):
-    """Pads itself, as TensorFlow does."""
+    """Pads its input as TensorFlow does."""
 
     def forward(self, images):
         return F.conv2d(F.pad(images, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
 
 
 class Standardized(nn.Conv2d):
-    """Changes its weight where torch adds the padding."""
+    """Changes its weight in `_conv_forward`."""
 
     def _conv_forward(self, images, weight, bias):
         return super()._conv_forward(images, weight / weight.std(), bias)
 
 
 class Pool(nn.Module):
-    """CLIP's attention pool: layers whose weights a function reads."""
+    """CLIP's attention pool: a function uses the weights of its layers."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class Pool(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A layer on the places of a feature map (N, 64, 8); of several results the first counts."""
+    """A layer over the positions of a feature map (N, 64, 8). The first of several outputs is used."""
 
     def __init__(self, layer, *, several=False):
         super().__init__()
@@ -78,7 +78,7 @@ class Itself(nn.Module):
 
 
 class Multiplies(nn.Module):
-    """A function of an activation and a tensor of its own."""
+    """A function of an activation and its own tensor."""
 
     def __init__(self, function, tensor, *, learns=True):
         super().__init__()
@@ -129,7 +129,7 @@ def around(middle):
 
 
 def planned(network, **options):
-    """Of a network with quantizers that are not calibrated."""
+    """The coverage of a network whose quantizers are not calibrated."""
     return integer_coverage(PTQ(**options).attach(network, AttachContext(data=[IMAGES])).model, IMAGES, planned=True)
 
 
@@ -188,7 +188,7 @@ INTEGERS = {
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "GRU" else ()) for kind in IN_FLOAT]
 )
-def test_what_stays_in_float_is_listed_with_reason_and_share(kind):
+def test_operators_in_float_are_listed_with_reason_and_share(kind):
     middle, expected = copy.deepcopy(IN_FLOAT[kind])
     if kind == "attention pool":
         network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), middle, nn.Linear(8, 10)).eval()
@@ -221,12 +221,12 @@ def test_what_stays_in_float_is_listed_with_reason_and_share(kind):
         Multiplies(lambda x, w: F.conv2d(x, w, padding=1), torch.randn(8, 8, 3, 3)),
     ],
 )
-def test_a_layer_between_grids_is_in_integers(middle):
+def test_a_quantized_layer_is_computed_in_integers(middle):
     covered = planned(around(copy.deepcopy(middle)))
     assert (covered.share, covered.operators, covered.warning, covered.notes) == (1.0, (), None, ())
 
 
-def test_layers_left_in_float_by_exclude_or_max_drop():
+def test_layers_in_float_because_of_exclude_or_max_drop_are_listed():
     network = around(nn.Conv2d(8, 8, 3, padding=1))
     (left,) = planned(copy.deepcopy(network), exclude=("2",)).operators
     assert (left.name, left.kind, left.reason) == ("2", "Conv2d", "excluded")
@@ -244,7 +244,7 @@ def test_layers_left_in_float_by_exclude_or_max_drop():
     assert left == returns_float | {"2": "input in float"}
 
 
-def test_a_network_that_is_not_quantized_is_in_float():
+def test_a_network_that_is_not_quantized_is_computed_in_float():
     covered = integer_coverage(around(nn.Conv2d(8, 8, 3)), IMAGES)
     assert covered.share == 0
     assert {each.reason for each in covered.operators} == {"the network is not quantized"}
@@ -269,7 +269,7 @@ def test_uncounted_operators_are_noted():
         AdaRound(iterations=1),
     ],
 )
-def test_every_method_notes_it_once_it_has_begun(method):
+def test_every_method_adds_the_notes_in_begin(method):
     network = around(nn.ConvTranspose2d(8, 8, 3, padding=1))
     attached = method.attach(network, AttachContext(data=[IMAGES], steps=4))
     attached.begin()
@@ -280,13 +280,13 @@ def test_every_method_notes_it_once_it_has_begun(method):
     ]
 
 
-def test_batches_that_can_be_read_once_are_enough():
+def test_data_that_can_be_read_only_once_is_enough():
     attached = PTQ().attach(around(nn.ConvTranspose2d(8, 8, 3, padding=1)), AttachContext(data=iter([IMAGES])))
     attached.begin()
     assert any("ConvTranspose2d" in note for note in attached.notes)
 
 
-def test_many_operators_of_one_reason_are_one_line():
+def test_many_operators_with_the_same_reason_are_one_note():
     covered = planned(around(nn.Sequential(*(nn.ConvTranspose2d(8, 8, 3, padding=1) for _ in range(12)))))
     assert len(covered.operators) == 12
     (_, line) = covered.notes
@@ -304,7 +304,7 @@ def test_quantize_warns_below_95_percent_in_integers():
         tersor.quantize(around(nn.Conv2d(8, 8, 3)), [IMAGES])
 
 
-def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
+def test_copies_and_loaded_networks_have_the_same_list(tmp_path):
     network = around(nn.ConvTranspose2d(8, 8, 3, padding=1))
     with pytest.warns(CompressionWarning):
         quantized = tersor.quantize(network, [IMAGES])
@@ -333,7 +333,7 @@ def test_the_list_is_that_of_a_copy_and_of_what_was_saved(tmp_path):
         ),
     ],
 )
-def test_reasons_of_modules_outside_of_the_captured_network(first, reason):
+def test_modules_outside_the_captured_network_are_listed_with_their_reason(first, reason):
     around_it = nn.Sequential(copy.deepcopy(first), nn.Identity(), nn.ReLU())
     quantized = PTQ().attach(around(nn.Conv2d(8, 8, 1)), AttachContext(data=[IMAGES])).model
     covered = integer_coverage(nn.Sequential(around_it, Images(), quantized), IMAGES, planned=True)
@@ -341,7 +341,7 @@ def test_reasons_of_modules_outside_of_the_captured_network(first, reason):
     assert covered.operators[0].name.startswith("0.0")
 
 
-def test_a_layer_with_hooks_in_a_captured_network_is_named():
+def test_a_layer_with_hooks_in_a_captured_network_is_listed():
     network = PTQ(exclude=("2",)).attach(around(nn.Conv2d(8, 8, 1)), AttachContext(data=[IMAGES])).model
     network.get_submodule("2").register_forward_hook(lambda _module, _inputs, output: output)
     (left,) = integer_coverage(network, IMAGES, planned=True).operators

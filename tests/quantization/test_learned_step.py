@@ -28,7 +28,7 @@ def learned(grid, scale, zero_point=None, **options):
 
 
 def slowly(values, step, zero, grid, gradients, learns_offset=False):
-    """What is shown, and the gradients of values, step and offset, one value after the other, from the papers."""
+    """Rounded values, and gradients of values, step and offset, computed value by value as in the papers."""
     shown, of_values, of_step, of_offset = [], [], 0.0, 0.0
     for value, gradient in zip(values, gradients, strict=True):
         reached = value / step + zero
@@ -47,7 +47,7 @@ def slowly(values, step, zero, grid, gradients, learns_offset=False):
 
 @given(seeds, st.sampled_from([2, 4, 8]), st.floats(0.05, 2), st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_one_step_for_all_against_the_formula(seed, bits, step, offset):
+def test_a_single_learned_step_equals_the_formula(seed, bits, step, offset):
     grid = Grid.unsigned(bits)
     zero = float(seed % (grid.maximum + 1))
     values, gradients = draw(seed, 3, 7), draw(seed + 1, 3, 7)
@@ -67,7 +67,7 @@ def test_one_step_for_all_against_the_formula(seed, bits, step, offset):
 
 @given(seeds, st.sampled_from([2, 3, 8]))
 @settings(max_examples=10, deadline=None)
-def test_a_step_for_each_channel_against_the_formula(seed, bits):
+def test_a_learned_step_per_channel_equals_the_formula(seed, bits):
     grid = Grid.signed(bits)
     weight, gradients = draw(seed, 3, 2, 5), draw(seed + 1, 3, 2, 5)
     weight.requires_grad_()
@@ -85,8 +85,8 @@ def test_a_step_for_each_channel_against_the_formula(seed, bits):
         assert float(quantizer.scale.grad[channel]) == pytest.approx(told[2] * factor, rel=1e-3, abs=1e-4)
 
 
-def test_torch_has_the_same_formula_except_near_the_ends():
-    """Its kernel rounds before it clips, and so counts values as inside that are half a step beyond the ends."""
+def test_the_kernel_of_torch_has_the_same_gradients_except_near_the_ends():
+    """It rounds before it clips, so that values up to half a step beyond the ends count as inside."""
     values = draw(0, 4, 50)
     beyond = ((values > -0.1) & (values < 0)) | ((values > 15 * 0.2) & (values < 15.5 * 0.2))
     values[beyond] = 1.0
@@ -106,7 +106,7 @@ def test_torch_has_the_same_formula_except_near_the_ends():
 
 @pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
 def test_values_and_gradients_equal_those_of_reference_code(case):
-    """It divides the step's gradient by the root of all values; here those of one channel, or of one image, count."""
+    """The reference scales the step's gradient by the number of all values; here by that of one channel or image."""
     told = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
     values, step = told["values"].requires_grad_(), told["step"]
     activation = case["minimum"] == 0
@@ -117,7 +117,7 @@ def test_values_and_gradients_equal_those_of_reference_code(case):
     shown.backward(told["gradient"])
     torch.testing.assert_close(shown.detach(), told["shown"], rtol=0, atol=1e-5)
     torch.testing.assert_close(values.grad, told["of_values"], rtol=0, atol=1e-6)
-    shared = len(values) if activation else len(step)  # how many times too many are counted
+    shared = len(values) if activation else len(step)  # the factor by which the reference counts too many
     expected = told["of_step"] * shared**0.5
     torch.testing.assert_close(quantizer.scale.grad.flatten(), expected, rtol=1e-4, atol=1e-5)
 
@@ -135,7 +135,7 @@ def test_a_learned_step_rounds_like_a_fixed_step():
 
 
 @torch.no_grad()
-def test_a_step_stays_above_zero_and_the_zero_point_follows_the_offset():
+def test_a_step_stays_positive_and_the_zero_point_follows_the_offset():
     quantizer = learned(Grid.unsigned(4), torch.tensor(0.1), torch.tensor(3), offset=True)
     assert float(quantizer.learned_step.offset) == pytest.approx(-0.3)
     quantizer.learned_step.offset.fill_(-0.52)
@@ -148,7 +148,7 @@ def test_a_step_stays_above_zero_and_the_zero_point_follows_the_offset():
     assert int(quantizer.zero_point) == 15
 
 
-def test_the_network_may_change_the_output_in_place():
+def test_the_network_can_change_the_output_in_place():
     values = torch.randn(4, 8)
     gradients = []
     for add in (torch.Tensor.add, torch.Tensor.add_):

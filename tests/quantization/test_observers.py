@@ -26,7 +26,7 @@ def filled(*batches, bins=2048):
 
 
 def slow_counts(histogram, values):
-    """One value after the other, in float64."""
+    """Counts computed value by value in float64."""
     bins = histogram.counts.numel()
     low, high = float(histogram.low), float(histogram.high)
     counts = [0] * bins
@@ -37,19 +37,19 @@ def slow_counts(histogram, values):
 
 @given(seeds, st.integers(1, 4))
 @settings(max_examples=20)
-def test_a_histogram_holds_every_value_of_every_batch(seed, batches):
+def test_a_histogram_counts_every_value_of_every_batch(seed, batches):
     parts = [draw(seed + i, 5, 7) * (i + 1) + i for i in range(batches)]
     histogram = filled(*parts, bins=16)
     values = torch.cat(parts)
     assert histogram.low == values.min().clamp(max=0)
     assert histogram.high == values.max().clamp(min=0)
     assert histogram.counts.sum() == values.numel()
-    # a value within rounding of an edge may fall on either side of it
+    # a value very close to an edge can be counted on either side of it
     assert np.abs(np.cumsum(histogram.counts.numpy() - slow_counts(histogram, values))).max() <= 1
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 1e-37])
-def test_values_that_hardly_differ_are_counted_too(value):
+def test_nearly_equal_values_are_counted(value):
     histogram = filled(torch.tensor([0.0, value, value]))
     assert histogram.counts.sum() == 3
     assert histogram.counts[0] >= 1
@@ -64,7 +64,7 @@ def test_zero_is_always_in_the_range():
 
 @given(seeds, st.sampled_from([80.0, 99.0, 99.9]))
 @settings(max_examples=20)
-def test_percentile_against_sorted_values(seed, percent):
+def test_percentiles_agree_with_sorted_values(seed, percent):
     values = draw(seed, 5000)
     histogram = filled(values[:2000], values[2000:])
     low, high = histogram.percentile(percent)
@@ -75,7 +75,7 @@ def test_percentile_against_sorted_values(seed, percent):
     assert ordered[-left_out - 1] - width <= high <= ordered[-left_out] + width
 
 
-def test_percentile_100_clips_less_than_a_bin_and_lower_ones_clip_more():
+def test_percentile_100_clips_less_than_a_bin_and_lower_percentiles_clip_more():
     values = draw(0, 10_000)
     histogram = filled(values)
     width = (histogram.high - histogram.low) / histogram.counts.numel()
@@ -86,7 +86,7 @@ def test_percentile_100_clips_less_than_a_bin_and_lower_ones_clip_more():
     assert widths == sorted(widths)
 
 
-def test_percentile_of_positive_values_begins_at_zero():
+def test_the_percentile_range_of_positive_values_begins_at_zero():
     low, high = filled(draw(0, 1000).abs() + 1).percentile(90)
     assert low == 0
     assert high > 1
@@ -103,7 +103,7 @@ def slow_error(values, low, high, grid):
 
 @given(seeds, st.sampled_from([2, 3, 4]))
 @settings(max_examples=10)
-def test_least_squares_is_the_best_of_the_shrunk_ranges(seed, bits):
+def test_least_squares_finds_the_best_of_the_shrunk_ranges(seed, bits):
     grid = Grid.unsigned(bits)
     values = draw(seed, 600) ** 3  # heavy tails, so that clipping pays
     histogram = filled(values)
@@ -116,7 +116,7 @@ def test_least_squares_is_the_best_of_the_shrunk_ranges(seed, bits):
     assert found < errors[1.0]
 
 
-def test_channel_maxima():
+def test_channel_maxima_are_the_largest_absolute_values():
     weight = draw(0, 4, 3, 2, 2)
     assert channel_maxima(weight).tolist() == [max(abs(v) for v in row.flatten().tolist()) for row in weight]
     assert channel_maxima(draw(1, 5, 7)).shape == (5,)
@@ -130,7 +130,7 @@ def slow_weight_error(row, scale, grid):
 
 @given(seeds, st.sampled_from([2, 4, 8]))
 @settings(max_examples=10)
-def test_least_squares_scale_is_the_best_for_each_channel(seed, bits):
+def test_least_squares_finds_the_best_scale_for_each_channel(seed, bits):
     grid = Grid.signed(bits)
     weight = draw(seed, 3, 5, 3) * torch.tensor([1.0, 10.0, 0.1])[:, None, None]
     scales, _ = weight_grid(weight, grid, weight_range="mse")
@@ -170,7 +170,7 @@ def test_only_channels_that_would_saturate_are_widened():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
-def test_fewer_than_eight_bits_never_saturate(bits):
+def test_with_fewer_than_8_bits_nothing_saturates(bits):
     grid = Grid.signed(bits)
     assert 255 * 2 * grid.maximum <= 2**15 - 1
     weight = torch.ones(3, 8)
@@ -178,9 +178,9 @@ def test_fewer_than_eight_bits_never_saturate(bits):
     assert without_saturation(weight, scale, grid) is scale
 
 
-def test_affine_grids_of_seven_bits_do_not_saturate_either():
+def test_affine_grids_with_7_bits_do_not_saturate():
     grid = Grid.full(7)
-    weight = draw(0, 3, 40).abs()  # all on one side of zero: integers less their zero point reach 127
+    weight = draw(0, 3, 40).abs()  # all on one side of zero: integers minus their zero point reach 127
     scale, _ = weight_grid(weight, grid)
     wide = without_saturation(weight, scale, grid)
     assert (wide > scale).any()
@@ -188,7 +188,7 @@ def test_affine_grids_of_seven_bits_do_not_saturate_either():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 7])
-def test_an_affine_grid_has_all_of_its_levels_between_the_ends_of_a_channel(bits):
+def test_an_affine_grid_uses_all_levels_within_the_range_of_a_channel(bits):
     grid = Grid.full(bits)
     weight = torch.stack([torch.linspace(-1, 3, 4000), torch.linspace(0.5, 2, 4000)])
     scale, zero_point = weight_grid(weight, grid)
@@ -198,14 +198,14 @@ def test_an_affine_grid_has_all_of_its_levels_between_the_ends_of_a_channel(bits
     assert ((shown - weight).abs() <= 0.51 * scale[:, None] + 1e-6).float().mean() > 0.95
 
 
-def test_one_grid_for_all_channels():
+def test_without_per_channel_there_is_one_scale():
     weight = draw(0, 4, 3, 3, 3) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None, None]
     scale, zero_point = weight_grid(weight, Grid.signed(8), per_channel=False)
     assert scale.shape == zero_point.shape == ()
     assert float(scale) == pytest.approx(float(weight.abs().max()) / 127)
 
 
-def test_a_percentile_of_the_weights_leaves_out_the_largest():
+def test_the_percentile_range_clips_the_largest_weights():
     weight = torch.cat([draw(0, 1, 2000), torch.tensor([[50.0]])], dim=1)
     scale, _ = weight_grid(weight, Grid.signed(8), weight_range="percentile", percentile=99)
     ordered = weight.flatten().sort().values
@@ -214,7 +214,7 @@ def test_a_percentile_of_the_weights_leaves_out_the_largest():
 
 
 def slow_divergence(histogram, low, high, grid):
-    """Kullback-Leibler divergence of values clipped to a range from the same values rounded, bin by bin."""
+    """Kullback-Leibler divergence between clipped values and the same values rounded, bin by bin."""
     scale, zero_point = (float(number) for number in affine_parameters(low, high, grid))
     centres, counts = histogram.centres.tolist(), histogram.counts.tolist()
     inside = [place for place, centre in enumerate(centres) if low <= centre <= high]
@@ -240,7 +240,7 @@ def slow_divergence(histogram, low, high, grid):
 
 @given(seeds, st.sampled_from([3, 4]))
 @settings(max_examples=5, deadline=None)
-def test_entropy_takes_the_shrunk_range_of_least_divergence(seed, bits):
+def test_entropy_finds_the_shrunk_range_with_the_smallest_divergence(seed, bits):
     grid = Grid.unsigned(bits)
     histogram = filled(draw(seed, 800).abs() ** 2, bins=256)
     found = slow_divergence(histogram, *histogram.least_divergence(grid), grid)

@@ -1,4 +1,4 @@
-"""Multiplications against a second, slow count: the entries of a bilinear form that are not zero, or loops."""
+"""Multiplication counts compared with slow counts: nonzero entries of a bilinear form, or loops."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def uncounted(network, images):
 
 
 def entries(function, images):
-    """Pairs of an input and an output that a linear function multiplies by a number: one multiplication each."""
+    """The number of input-output pairs with a nonzero coefficient in a linear function: one multiplication each."""
     return int(jacobian(lambda x: function(x) - function(torch.zeros_like(x)), images, vectorize=True).count_nonzero())
 
 
 def terms(function, first, second):
-    """Terms x_i y_j of all results of a bilinear function."""
+    """The number of terms x_i y_j in all outputs of a bilinear function."""
     found = jacobian(lambda x: jacobian(lambda y: function(x, y), second, create_graph=True), first)
     return int(found.count_nonzero())
 
@@ -73,7 +73,7 @@ LINEAR = {
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_what_is_linear_in_the_images(name):
+def test_multiplications_of_linear_operators(name):
     network, shape = LINEAR[name]
     network, images = network.double(), torch.randn(shape, dtype=torch.float64)
     assert counted(network, images) == entries(network, images)
@@ -90,7 +90,7 @@ BILINEAR = {
 
 
 @pytest.mark.parametrize("name", BILINEAR)
-def test_products_of_two_activations(name):
+def test_multiplications_of_products_of_two_activations(name):
     function = BILINEAR[name]
     x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 2, 4, dtype=torch.float64)
     network = Computes(lambda both: function(both[:, :3], both[:, 3:]))
@@ -98,7 +98,7 @@ def test_products_of_two_activations(name):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_bilinear(bias):
+def test_multiplications_of_bilinear_layers(bias):
     layer, rows = nn.Bilinear(5, 4, 3, bias=bias), torch.randn(2, 5)
     network = Computes(lambda x: layer(x, x[:, :4]))
     network.layer = layer
@@ -124,7 +124,7 @@ def recurrent(kind, steps, inputs, hidden, layers, directions, projected):
     ("kind", "layers", "directions", "projected"),
     [(nn.LSTM, 1, 1, 0), (nn.LSTM, 2, 2, 0), (nn.LSTM, 2, 2, 3), (nn.GRU, 2, 2, 0), (nn.RNN, 1, 2, 0)],
 )
-def test_recurrent_layers(kind, layers, directions, projected, batch_first):
+def test_multiplications_of_recurrent_layers(kind, layers, directions, projected, batch_first):
     options = {"proj_size": projected} if projected else {}
     network = kind(6, 5, layers, bidirectional=directions == 2, batch_first=batch_first, **options)
     images = torch.randn(1, 7, 6) if batch_first else torch.randn(7, 1, 6)
@@ -134,25 +134,25 @@ def test_recurrent_layers(kind, layers, directions, projected, batch_first):
         assert counted(network, images) == recurrent(kind, 7, 6, 5, layers, directions, projected)
 
 
-def test_recurrent_layers_of_cudnn_are_one_operator():
+def test_multiplications_of_recurrent_layers_of_cudnn():
     weights = [torch.empty(20, 6), torch.empty(20, 5), torch.empty(20), torch.empty(20)] * 2
     doubled = FORMULAS[torch.ops.aten._cudnn_rnn](torch.empty(7, 3, 6), weights, 4, None, out_val=None)
     assert doubled == 2 * 3 * recurrent(nn.LSTM, 7, 6, 5, 1, 2, 0)
 
 
 @pytest.mark.parametrize(("cell", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
-def test_cells(cell, gates):
+def test_multiplications_of_recurrent_cells(cell, gates):
     assert counted(cell(6, 5), torch.randn(1, 6)) == gates * 5 * (6 + 5)
 
 
 def attention(queries, keys, width, *, projected=True):
-    """Projections of each token, and scores and sums of each pair."""
+    """Multiplications of the projections of each token, and of the scores and sums of each pair."""
     tokens = width * width * (2 * queries + 2 * keys) if projected else 0
     return tokens + sum(2 * width for _ in range(queries) for _ in range(keys))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_attention_also_where_torch_fuses_it(need_weights):
+def test_multiplications_of_attention_with_and_without_fusion(need_weights):
     layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     network = Computes(lambda x: layer(x, x, x, need_weights=need_weights)[0])
     network.layer = layer
@@ -199,13 +199,13 @@ def scaled_in_place(images):
         (scaled_in_place, (1, 4), "tersor_tests.scale_"),
     ],
 )
-def test_what_multiplies_and_is_not_counted_is_named_with_its_place(function, shape, operator):
+def test_uncounted_operators_that_multiply_are_named_with_their_module(function, shape, operator):
     network = nn.Sequential(nn.Identity(), Computes(function))
     assert uncounted(network, torch.randn(shape)) == (f"{operator} in 1",)
 
 
 class Harmless(nn.Module):
-    """Parameters in everything that multiplies element by element, normalises, looks up or moves."""
+    """Parameters in operators that multiply elementwise, normalize, look up or move values."""
 
     def __init__(self):
         super().__init__()
@@ -237,7 +237,7 @@ def test_elementwise_operators_are_neither_counted_nor_reported():
     assert {product.module for product in ran.products} == {"normed"}
 
 
-def test_the_network_is_left_as_it_was():
+def test_counting_does_not_change_the_network():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     run_through(network, torch.randn(1, 3, 5, 5))
@@ -250,7 +250,7 @@ def test_the_network_is_left_as_it_was():
 
 
 class WritesBehindQuantizer(nn.Module):
-    """A convolution of rounded images; a channel of them is written in place, or not."""
+    """A convolution of quantized images, with or without an in-place write to a channel."""
 
     def __init__(self, *, writes):
         super().__init__()
@@ -264,7 +264,7 @@ class WritesBehindQuantizer(nn.Module):
 
 
 @pytest.mark.parametrize("writes", [False, True])
-def test_a_value_that_is_changed_in_place_after_rounding_is_in_float(writes):
+def test_a_value_changed_in_place_after_quantization_counts_as_float(writes):
     network = WritesBehindQuantizer(writes=writes)
     (product,) = run_through(network, torch.rand(1, 3, 4, 4), planned=True).products
     assert product.operands[0].bits == (None if writes else 8)

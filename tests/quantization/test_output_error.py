@@ -32,7 +32,7 @@ def grouped():
     ).eval()
 
 
-def test_energies_are_the_mean_squares_of_the_input_channels():
+def test_input_energies_are_the_mean_squares_of_the_input_channels():
     x, graph = images(), capture(grouped(), images())
     quantizers = insert_quantizers(graph, Precision(), exclude=(), target=VNNI, method="ptq")
     found = input_energies(quantizers, x)
@@ -43,7 +43,7 @@ def test_energies_are_the_mean_squares_of_the_input_channels():
 
 
 def with_an_outlier():
-    """A weight 200 times larger than all others multiplies a channel that is always zero."""
+    """A network with a weight 200 times larger than all others, whose input channel is always zero."""
     model = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.Flatten(), nn.Linear(96, 3))
     nn.init.constant_(model[0].bias, 0.1)
     nn.init.constant_(model[0].bias[2], -100.0)
@@ -69,7 +69,7 @@ def test_a_weight_whose_input_is_always_zero_does_not_widen_the_range(options):
 
 
 @torch.no_grad()
-def test_ranges_without_outliers_lose_nothing():
+def test_without_outliers_output_mse_has_a_smaller_error_than_minmax():
     x, model = images(64), grouped()
     before = model(x)
     errors = {}

@@ -1,4 +1,4 @@
-"""Products of two activations in integers, and those that rounding distorts in float."""
+"""Products of two activations in integers, and products that stay in float because of their rounding error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TARGET = Target(runtime="onnxruntime", cpu="vnni")
 
 
 class Attention(nn.Module):
-    """Two heads; the first attends with `sharpness`, the second to all 196 positions (1.3 steps of 1 / 255 each)."""
+    """Two heads: one with a given `sharpness`, one that averages all 196 positions (1.3 steps of 1 / 255 each)."""
 
     def __init__(self, sharpness=1.0, width=32, moved=lambda weights: weights):
         super().__init__()
@@ -51,7 +51,7 @@ def quantized(network, target=TARGET, **options):
 
 
 @pytest.mark.skipif(Target().cpu == "avx2", reason="made for VNNI: on this processor products of the file saturate")
-def test_attention_runs_in_integers_in_onnxruntime(tmp_path):
+def test_attention_is_computed_in_integers_in_onnxruntime(tmp_path):
     network = Attention().eval()
     graph = quantized(copy.deepcopy(network))
     assert integer_coverage(graph, IMAGES).share == 1
@@ -73,7 +73,7 @@ def test_attention_runs_in_integers_in_onnxruntime(tmp_path):
         ({}, 24),
     ],
 )
-def test_products_stay_in_float_where_integers_save_no_time(options, width):
+def test_products_stay_in_float_if_integers_save_no_time(options, width):
     covered = integer_coverage(quantized(Attention(width=width).eval(), **options), IMAGES)
     assert {(each.kind, each.reason) for each in covered.operators} == {("matmul", SAVES_NO_TIME)}
     assert len(covered.operators) == 1
@@ -93,7 +93,7 @@ def test_a_product_that_rounding_distorts_stays_in_float():
     [(lambda weights: weights, "softmax"), (lambda weights: weights.flip(-1).contiguous(), "flip")],
     ids=["as they are", "moved behind the quantizer"],
 )
-def test_the_error_is_that_of_the_two_products(moved, rounded):
+def test_the_measured_error_is_that_of_the_two_products(moved, rounded):
     graph = quantized(Attention(moved=moved).eval())
     quantizer = graph.get_submodule(f"quantizers.{rounded}")
     quantizer.set_grid(torch.tensor(1 / 255))
@@ -113,7 +113,7 @@ def test_the_error_is_that_of_the_two_products(moved, rounded):
 
 
 def operands_of(graph):
-    """The input of the projection, as the quantized network computes it."""
+    """The input of the projection in the quantized network."""
     found = []
     hook = graph.qkv.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     graph(IMAGES)
@@ -121,14 +121,14 @@ def operands_of(graph):
     return found[0]
 
 
-def test_the_operands_of_products_are_saved(tmp_path):
+def test_saved_networks_keep_the_operands_of_products(tmp_path):
     graph = quantized(Attention().eval())
     again = tersor.load(Attention(), tersor.save(graph, tmp_path / "saved"))
     assert integer_coverage(again, IMAGES) == integer_coverage(graph, IMAGES)
     torch.testing.assert_close(again.eval()(IMAGES), graph(IMAGES), rtol=0, atol=0)
 
 
-def test_max_drop_also_chooses_among_products():
+def test_max_drop_can_keep_products_in_float():
     attached = PTQ(max_drop=0.0).attach(Attention().eval(), AttachContext(data=[IMAGES], target=TARGET))
     attached.begin()
     assert set(attached.quantizers.products) == {"matmul", "matmul_1"}

@@ -27,7 +27,7 @@ IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 def placed(model, runtime="onnxruntime", layers=None, images=IMAGES):
-    """The graph, and the values behind which a quantizer stands, as `value: quantizer`."""
+    """The graph, and the values that are quantized, as `value: quantizer`."""
     graph = capture(model.eval(), images)
     names = insert_activation_quantizers(graph, weighted_layers(graph) if layers is None else layers, BYTES, runtime)
     behind = {
@@ -40,7 +40,7 @@ def placed(model, runtime="onnxruntime", layers=None, images=IMAGES):
 
 
 class Residual(nn.Module):
-    """A block as most networks have it, with a shortcut that is a convolution."""
+    """A common residual block, with a convolution as shortcut."""
 
     def __init__(self):
         super().__init__()
@@ -55,17 +55,17 @@ class Residual(nn.Module):
         return self.linear(y.mean((2, 3)))
 
 
-def test_onnxruntime_needs_the_end_of_every_integer_operator_quantized():
+def test_for_onnxruntime_the_output_of_every_integer_operator_is_quantized():
     _, behind = placed(Residual())
     assert list(behind) == ["x", "relu", "bn2", "bn3", "relu_1", "mean"]
 
 
-def test_openvino_keeps_the_sum_that_it_fuses_in_float():
+def test_for_openvino_a_fused_addition_stays_in_float():
     _, behind = placed(Residual(), "openvino")
     assert list(behind) == ["x", "relu", "bn3", "relu_1", "mean"]
 
 
-def test_openvino_leaves_a_sum_of_values_that_others_read_quantized():
+def test_for_openvino_a_value_of_an_addition_that_is_used_elsewhere_is_quantized():
     class Shared(Residual):
         def forward(self, x):
             y = self.bn1(self.conv1(x))
@@ -94,7 +94,7 @@ def test_inserted_quantizers_are_disabled():
     assert "linear" not in behind, "logits are not rounded"
 
 
-def test_a_shortcut_without_parameters_keeps_the_grid():
+def test_a_shortcut_without_parameters_shares_the_quantizer():
     _, behind = placed(build("resnet20", 10))
     moved = {value: grid for value, grid in behind.items() if value.startswith(("getitem", "pad"))}
     assert moved
@@ -103,8 +103,8 @@ def test_a_shortcut_without_parameters_keeps_the_grid():
         assert value != grid
 
 
-class Answers(nn.Module):
-    """The logits (N, 5, 1, 1) come from a convolution, after which values only move."""
+class OnlyLogits(nn.Module):
+    """The logits are the rearranged output (N, 5, 1, 1) of a convolution."""
 
     def __init__(self):
         super().__init__()
@@ -115,12 +115,12 @@ class Answers(nn.Module):
 
 
 def test_logits_are_not_quantized():
-    _, behind = placed(Answers())
+    _, behind = placed(OnlyLogits())
     assert list(behind) == ["x"]
 
 
 class Shuffle(nn.Module):
-    """Split, computed on one side, concatenated, shuffled (ShuffleNet)."""
+    """Split, with layers on one side, concatenated and shuffled (ShuffleNet)."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Shuffle(nn.Module):
         return self.last(y).mean((2, 3))
 
 
-def test_splits_are_passed_through_and_their_parts_share_the_grid():
+def test_parts_of_a_split_share_the_quantizer():
     model = Shuffle()
     images = torch.randn(2, 3, 4, 4)
     graph, behind = placed(model)
@@ -150,7 +150,7 @@ def test_splits_are_passed_through_and_their_parts_share_the_grid():
 
 
 class Spread(nn.Module):
-    """An operator of two results, of which one is read."""
+    """An operator with two outputs, one of which is used."""
 
     def __init__(self):
         super().__init__()
@@ -161,7 +161,7 @@ class Spread(nn.Module):
         return self.linear(mean)
 
 
-def test_one_of_several_results_is_a_value_of_its_own():
+def test_one_of_several_outputs_of_an_operator_is_quantized():
     graph, behind = placed(Spread())
     assert behind == {"getitem_1": "getitem_1"}
     graph.get_submodule("quantizers.getitem_1").set_grid(torch.tensor(0.05), torch.tensor(128))
@@ -192,7 +192,7 @@ def test_the_projections_of_attention_are_quantized():
     assert graph.attention.in_proj.weight is model.attention.in_proj_weight
 
 
-def test_what_a_runtime_cannot_compute_in_integers_is_not_offered():
+def test_operators_without_integer_kernel_are_not_quantizable():
     class Own(nn.Conv2d):
         def forward(self, x):
             return super().forward(x) * 2
@@ -234,7 +234,7 @@ class Padded(nn.Module):
         ({"mode": "constant", "value": -1.0}, False),
     ],
 )
-def test_padding_with_grid_values_keeps_the_grid(options, moves):
+def test_padding_with_grid_values_shares_the_quantizer(options, moves):
     _, behind = placed(Padded(**options))
     assert behind["pad"] == ("first" if moves else "pad")
 
@@ -264,7 +264,7 @@ def test_source_of_follows_moved_values():
 
 
 class Mixed(nn.Module):
-    """Additions that a runtime has in integers, and ones that it has not."""
+    """Additions that a runtime can compute in integers, and others."""
 
     def __init__(self):
         super().__init__()
@@ -282,8 +282,8 @@ def test_only_sums_of_quantized_tensors_are_integer_operators():
     assert list(behind) == ["x", "a", "b", "mul_1", "c"]
 
 
-def test_a_name_that_is_taken_is_an_error():
-    class Taken(Answers):
+def test_a_reserved_attribute_name_raises():
+    class Taken(OnlyLogits):
         def __init__(self):
             super().__init__()
             self.quantizers = nn.Conv2d(3, 4, 1)
@@ -316,7 +316,7 @@ class Casts(nn.Module):
         return self.conv(self.to_((x > 0).to(torch.float32)))
 
 
-def test_no_quantizer_is_named_like_an_attribute_of_a_module():
+def test_quantizers_are_not_named_like_attributes_of_a_module():
     graph = capture(Casts().eval(), IMAGES)
     expected = ["quantizers.to__", "quantizers.to_", "quantizers.conv"]
     assert activation_quantizers(graph, ["to_", "conv"], "onnxruntime") == set(expected)
@@ -330,13 +330,13 @@ def test_no_quantizer_is_named_like_an_attribute_of_a_module():
     [(nn.Dropout(), True), (Always(), False), (Plus(), False)],
     ids=["Dropout", "drops", "adds"],
 )
-def test_what_is_nothing_in_eval(module, handed_on):
+def test_modules_without_effect_in_eval_mode_are_recognized(module, handed_on):
     graph = capture(nn.Sequential(module).eval(), IMAGES).graph
     (node,) = (node for node in graph.nodes if node.op not in ("placeholder", "output"))
     assert is_nothing_in_eval(node) == handed_on
 
 
-def test_an_identity_is_no_node():
+def test_an_identity_is_not_a_node():
     graph = capture(nn.Sequential(nn.Identity()), IMAGES).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "output"]
 
@@ -351,7 +351,7 @@ class WithSiLU(nn.Module):
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.SiLU(inplace=True), F.silu])
-def test_silu_is_two_operators_with_integers_in_onnxruntime_alone(act):
+def test_silu_is_quantized_as_two_operators_for_onnxruntime_only(act):
     model, images = WithSiLU(act).eval(), torch.randn(2, 3, 8, 8)
     graph = capture(model, images)
     assert torch.allclose(graph(images), model(images), atol=1e-6)

@@ -51,7 +51,7 @@ def images(count=64, seed=1):
 
 
 def calibrated(model=None, bits=2, activation_bits=4):
-    """Quantizers with ranges on a network, and the network in float."""
+    """A network with calibrated quantizers, and the float network."""
     graph = capture(model or Small().eval(), images())
     quantizers = insert_quantizers(
         graph, Precision(bits, activation_bits, bits), exclude=(), target=VNNI, method="adaround"
@@ -61,7 +61,7 @@ def calibrated(model=None, bits=2, activation_bits=4):
     return quantizers, original
 
 
-def test_before_anything_is_learned_a_weight_is_where_it_was():
+def test_soft_rounding_initially_keeps_the_weights():
     layer = nn.Conv2d(3, 4, 3)
     quantizer = FakeQuantize(Grid.signed(4), 4)
     parametrize.register_parametrization(layer, "weight", quantizer)
@@ -72,7 +72,7 @@ def test_before_anything_is_learned_a_weight_is_where_it_was():
     assert torch.allclose(soft.weight((soft.h() >= 0.5).float()), layer.weight, atol=1e-6)
 
 
-def test_weights_between_two_points_cost_by_the_papers_formula():
+def test_the_rounding_penalty_equals_the_formula_of_the_paper():
     layer = nn.Linear(5, 3)
     quantizer = FakeQuantize(Grid.signed(3), 3)
     parametrize.register_parametrization(layer, "weight", quantizer)
@@ -90,43 +90,45 @@ def test_weights_between_two_points_cost_by_the_papers_formula():
 
 
 def of_golden(case):
-    """Its layer, softly rounded on the grid of the authors' code, and what is written there, in tensors."""
-    told = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
-    outputs, inputs, *kernel = told["weight"].shape
-    how, bias = case["convolution"], "bias" in told
+    """The layer of a case with soft rounding on the grid of the authors' code, and the values as tensors."""
+    golden = {key: torch.tensor(value) for key, value in case.items() if isinstance(value, list)}
+    outputs, inputs, *kernel = golden["weight"].shape
+    how, bias = case["convolution"], "bias" in golden
     layer = nn.Conv2d(inputs * how["groups"], outputs, kernel, bias=bias, **how) if how else nn.Linear(inputs, outputs)
-    layer.weight.data = told["weight"]
+    layer.weight.data = golden["weight"]
     if bias:
-        layer.bias.data = told["bias"]
-    channels = len(told["scale"]) if len(told["scale"]) > 1 else None
+        layer.bias.data = golden["bias"]
+    channels = len(golden["scale"]) if len(golden["scale"]) > 1 else None
     quantizer = FakeQuantize(Grid.unsigned(case["bits"]), channels)
     parametrize.register_parametrization(layer, "weight", quantizer)
-    quantizer.set_grid(*(told[key] if channels else told[key][0] for key in ("scale", "zero_point")))
-    return _SoftRounding(layer, quantizer), told
+    quantizer.set_grid(*(golden[key] if channels else golden[key][0] for key in ("scale", "zero_point")))
+    return _SoftRounding(layer, quantizer), golden
 
 
 BRECQ = pytest.mark.parametrize("case", GOLDEN["cases"].values(), ids=GOLDEN["cases"])
 
 
 @BRECQ
-def test_soft_and_hard_weights_equal_those_of_brecqs_code(case):
-    soft, told = of_golden(case)
-    between = (told["weight"] / soft.scale - soft.floor - 0.5).abs() < 0.499  # ours begin off the points
+def test_soft_and_hard_weights_equal_those_of_the_brecq_code(case):
+    soft, golden = of_golden(case)
+    between = (
+        golden["weight"] / soft.scale - soft.floor - 0.5
+    ).abs() < 0.499  # ours do not start on the points of the grid
     assert between.float().mean() > 0.98
-    torch.testing.assert_close(soft.logits[between], told["alpha_at_start"][between], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(soft.weight(soft.h())[between], told["weight_at_start"][between], rtol=0, atol=1e-5)
-    soft.logits.data = told["alpha"]
-    torch.testing.assert_close(soft.weight(soft.h()), told["soft"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(soft.weight((soft.h() >= 0.5).float()), told["hard"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(soft(told["values"]), told["answers"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft.logits[between], golden["alpha_at_start"][between], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(soft.weight(soft.h())[between], golden["weight_at_start"][between], rtol=0, atol=1e-5)
+    soft.logits.data = golden["alpha"]
+    torch.testing.assert_close(soft.weight(soft.h()), golden["soft"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft.weight((soft.h() >= 0.5).float()), golden["hard"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(soft(golden["values"]), golden["answers"], rtol=0, atol=1e-5)
 
 
 @BRECQ
-def test_the_loss_and_its_gradients_are_those_of_brecqs_code(case):
-    soft, told = of_golden(case)
-    soft.logits.data = told["alpha"]
+def test_the_loss_equals_that_of_the_brecq_code(case):
+    soft, golden = of_golden(case)
+    soft.logits.data = golden["alpha"]
     for count, expected in case["losses"].items():
-        loss = _error(soft(told["values"]), told["target"]) + _rounding_penalty(
+        loss = _error(soft(golden["values"]), golden["target"]) + _rounding_penalty(
             [soft], int(count) / GOLDEN["iterations"]
         )
         assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
@@ -161,7 +163,7 @@ def test_every_weight_ends_on_one_of_the_two_points_next_to_it(how):
 
 
 @ALL
-def test_learned_rounding_is_closer_to_float_than_nearest_rounding(how):
+def test_learned_rounding_has_a_smaller_error_than_nearest_rounding(how):
     quantizers, original = calibrated()
     fresh = images(256, seed=7)
     truth = original(fresh).detach()
@@ -174,7 +176,7 @@ def test_learned_rounding_is_closer_to_float_than_nearest_rounding(how):
     assert error() < 0.4 * nearest
 
 
-def test_steps_of_activations_are_learned_where_asked():
+def test_steps_of_activations_are_learned_only_with_learn_steps():
     for how, learns in ((LAYERS, False), (BLOCKS, True), (DROPPING, True)):
         quantizers, original = calibrated()
         before = {name: float(quantizers.of_activation(name).scale) for name in quantizers.activations}
@@ -189,7 +191,7 @@ def interrupt():
 
 
 @ALL
-def test_resuming_after_a_finished_part_is_bit_equal(how):
+def test_resuming_after_a_finished_part_is_bit_identical(how):
     whole, original = calibrated()
     progress = RecordedProgress()
     reconstruct(whole, original, images(), how, progress=progress)
@@ -223,7 +225,7 @@ class TwoLayers(nn.Module):
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
-def test_a_block_is_learned_although_one_of_its_layers_is_on_its_grid():
+def test_a_block_is_learned_even_if_one_of_its_layers_is_on_its_grid():
     quantizers, original = calibrated(TwoLayers().eval())
     weight = parametrized(quantizers.graph.get_submodule("conv1"))
     weight.original.data = weight[0](weight.original).detach()
@@ -233,7 +235,7 @@ def test_a_block_is_learned_although_one_of_its_layers_is_on_its_grid():
 
 
 class Widening(nn.Module):
-    """With a shortcut that takes every other pixel and fills channels up with zeros, as a ResNet's for CIFAR."""
+    """With a shortcut that subsamples pixels and pads channels with zeros, as in ResNets for CIFAR."""
 
     def __init__(self):
         super().__init__()
@@ -248,7 +250,7 @@ class Widening(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def test_a_step_shared_by_moved_values_is_learned_in_one_part():
+def test_a_shared_step_is_learned_in_one_block_only():
     quantizers, original = calibrated(Widening().eval())
     (shared,) = {node.target for node in quantizers.graph.graph.nodes if node.kwargs.get("moved")}
     step = quantizers.of_activation(shared).scale
@@ -273,7 +275,7 @@ def test_masked_weights_stay_zero_and_unchanged():
     assert not torch.equal(parametrized(layer).original[:, 1::2], before[:, 1::2])
 
 
-def test_nothing_but_weights_and_steps_changes():
+def test_only_weights_and_steps_change():
     quantizers, original = calibrated()
     before = {key: value.clone() for key, value in quantizers.graph.state_dict().items()}
     reconstruct(quantizers, original, images(), DROPPING)

@@ -1,4 +1,4 @@
-"""What OpenVINO would compute incorrectly is rewritten, or stays in float and is named."""
+"""Operators that OpenVINO computes incorrectly are rewritten, or stay in float and are listed."""
 
 from importlib.metadata import version
 
@@ -37,7 +37,7 @@ class Tokens(nn.Module):
 
 
 class Maximum(nn.Module):
-    """Reads a maximum by a fully connected layer."""
+    """A fully connected layer after a maximum."""
 
     REDUCED = {  # noqa: RUF012
         "amax": lambda x: x.amax((2, 3)),
@@ -76,7 +76,7 @@ def in_float(network):
 
 
 @pytest.mark.parametrize("kind", Maximum.REDUCED)
-def test_a_layer_that_reads_a_maximum_stays_in_float_for_openvino(kind, tmp_path):
+def test_for_openvino_a_layer_after_a_maximum_stays_in_float(kind, tmp_path):
     model = quantized(Maximum(kind), "openvino")
     reason = "OpenVINO computes a quantized maximum over positions or channels incorrectly"
     assert in_float(model) == ({} if kind in {"pooled", "added"} else {"head": reason})
@@ -87,7 +87,7 @@ def test_a_layer_that_reads_a_maximum_stays_in_float_for_openvino(kind, tmp_path
 
 
 class Filled(nn.Module):
-    """Zero padding of one dimension, of values on a grid with a zero point."""
+    """Zero padding of one dimension of values that are quantized with a zero point."""
 
     PADDED = {  # noqa: RUF012
         "tokens": lambda x: nn.functional.pad(x.flatten(2).transpose(1, 2), (0, 0, 1, 0)).transpose(1, 2).unsqueeze(3),
@@ -95,6 +95,10 @@ class Filled(nn.Module):
         "columns": lambda x: nn.functional.pad(x, (1, 0, 0, 0)),
         "rows": lambda x: nn.ZeroPad2d((0, 0, 0, 2))(x),
         "cut": lambda x: nn.functional.pad(x, (0, -1)),
+        "tokens of ones": lambda x: (
+            nn.functional.pad(x.flatten(2).transpose(1, 2), (0, 0, 1, 0), value=1.0).transpose(1, 2).unsqueeze(3)
+        ),
+        "rows of ones": lambda x: nn.ConstantPad2d((0, 0, 0, 2), 1.0)(x),
     }
 
     def __init__(self, kind):
@@ -108,7 +112,7 @@ class Filled(nn.Module):
 
 
 @pytest.mark.parametrize("kind", Filled.PADDED)
-def test_padding_of_one_dimension_is_written_as_padding_of_two(kind):
+def test_padding_of_one_dimension_is_rewritten_as_padding_of_two(kind):
     network = Filled(kind)
     model = quantized(network, "openvino")
     assert not in_float(model)
@@ -120,14 +124,54 @@ def test_padding_of_one_dimension_is_written_as_padding_of_two(kind):
 
 @pytest.mark.skipif(Target().cpu == "amx", reason="not measured on processors with AMX")
 @pytest.mark.parametrize("kind", Filled.PADDED)
-def test_padding_of_one_dimension_is_right_in_openvino(kind, tmp_path):
+def test_padding_of_one_dimension_is_computed_correctly_in_openvino(kind, tmp_path):
     model = quantized(Filled(kind), "openvino")
     file = export(model, IMAGES, tmp_path / "model.onnx")
     verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
 
 
+class AveragedTokens(nn.Module):
+    """Averages or sums 8-bit values of three dimensions."""
+
+    REDUCED = {  # noqa: RUF012
+        "mean": lambda x: x.mean(1),
+        "kept dimension": lambda x: x.mean(-2, keepdim=True).flatten(1),
+        "sum": lambda x: x.sum(1),
+        "both": lambda x: x.mean((1, 2)).reshape(-1, 1),
+        "last": lambda x: x.transpose(1, 2).mean(2),
+    }
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+        self.reduced = self.REDUCED[kind]
+
+    def forward(self, images):
+        return self.reduced(self.second(self.first(images).flatten(2).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("kind", AveragedTokens.REDUCED)
+def test_averages_of_three_dimensions_are_written_in_four(kind):
+    network = AveragedTokens(kind).eval()
+    model = quantized(network, "openvino")
+    assert not in_float(model)
+    with quantizers_disabled(model):
+        assert torch.allclose(model(IMAGES), network(IMAGES), atol=1e-5)
+    for graph, widened in ((model, True), (quantized(AveragedTokens(kind), "onnxruntime"), False)):
+        assert ("unsqueeze" in [operator_name(node) for node in graph.graph.nodes]) == widened
+
+
+@pytest.mark.skipif(Target().cpu != "vnni", reason="measured on a processor with AVX-512 and VNNI")
+@pytest.mark.parametrize("kind", AveragedTokens.REDUCED)
+def test_averages_of_three_dimensions_are_right_in_openvino(kind, tmp_path):
+    model = quantized(AveragedTokens(kind), "openvino")
+    file = export(model, IMAGES, tmp_path / "model.onnx")
+    verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
+
+
 class Averaged(nn.Module):
-    """Average pooling of values on a grid with a zero point."""
+    """Average pooling of values that are quantized with a zero point."""
 
     def __init__(self, pool):
         super().__init__()
@@ -148,7 +192,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_padding_of_average_pooling_is_written_as_padding(kind):
+def test_padding_of_average_pooling_is_rewritten_as_a_separate_padding(kind):
     pool, expected = AVERAGES[kind]
     network = Averaged(pool).eval()
     model = quantized(network, "openvino")
@@ -159,14 +203,14 @@ def test_padding_of_average_pooling_is_written_as_padding(kind):
 
 @pytest.mark.skipif(Target().cpu == "amx", reason="not measured on processors with AMX")
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_padding_of_average_pooling_is_right_in_openvino(kind, tmp_path):
+def test_padding_of_average_pooling_is_computed_correctly_in_openvino(kind, tmp_path):
     model = quantized(Averaged(AVERAGES[kind][0]), "openvino")
     file = export(model, IMAGES, tmp_path / "model.onnx")
     verify(open_session(file, "openvino", precision="float32"), model, IMAGES)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
-def test_padding_after_a_relu_stays_as_it_is(activation):
+def test_padding_after_a_relu_is_not_rewritten(activation):
     class Shortcut(nn.Module):
         def __init__(self):
             super().__init__()
@@ -179,7 +223,7 @@ def test_padding_after_a_relu_stays_as_it_is(activation):
     assert [list(node.args[1]) for node in graph.graph.nodes if operator_name(node) == "pad"] == [[0, 0, 0, 0, 4, 4]]
 
 
-def test_a_padded_vector_has_no_other_dimension():
+def test_padding_of_a_vector_is_not_rewritten():
     class Vector(nn.Module):
         def __init__(self):
             super().__init__()
@@ -193,7 +237,7 @@ def test_a_padded_vector_has_no_other_dimension():
 
 
 class Padded(nn.Module):
-    """Padding of a size that depends on the image, as in Swin: here it is 0 on all sides."""
+    """Padding whose size depends on the image, as in Swin; here it is 0 on all sides."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +248,7 @@ class Padded(nn.Module):
         return self.second(nn.functional.pad(x, (0, -x.shape[3] % 7, 0, -x.shape[2] % 7))).mean((2, 3))
 
 
-def test_a_padding_of_0_is_removed():
+def test_padding_of_size_0_is_removed():
     graph = quantized(Padded(), "openvino")
     assert not [node for node in graph.graph.nodes if operator_name(node) == "pad"]
     assert not in_float(graph)
@@ -221,11 +265,16 @@ def test_a_padding_of_0_is_removed():
             Filled("columns"),
             marks=pytest.mark.skipif(Target().cpu == "amx", reason="not measured on processors with AMX"),
         ),
+        pytest.param(
+            "average_in_four_dimensions",
+            AveragedTokens("mean"),
+            marks=pytest.mark.skipif(Target().cpu != "vnni", reason="measured on a processor with AVX-512 and VNNI"),
+        ),
     ],
-    ids=["expanded constant", "maximum", "padding"],
+    ids=["expanded constant", "maximum", "padding", "average"],
 )
 def test_openvino_still_has_the_defect(rule, network, tmp_path, monkeypatch):
-    """If this fails, OpenVINO computes the network correctly, and the rule can go."""
+    """If this fails, OpenVINO computes the network correctly, and the rule can be removed."""
     monkeypatch.setattr(runtime_defects, rule, lambda _: set())
     model = quantized(network, "openvino")
     file = export(model, IMAGES, tmp_path / "model.onnx")

@@ -47,7 +47,7 @@ def laid(model=None, target=VNNI):
 
 @torch.no_grad()
 def slowly(model, name, bits, x):
-    """Logits of a copy whose weight was written over."""
+    """The logits of a copy in which the weight is replaced by its rounded values."""
     rounded = copy.deepcopy(model)
     weight = rounded.get_submodule(name).weight
     scale, _ = weight_grid(weight, Grid.signed(bits), weight_range="mse")
@@ -60,10 +60,10 @@ def test_one_weight_is_rounded_and_all_else_in_float():
     model = Small().eval()
     plain, x = copy.deepcopy(model).requires_grad_(False), images()
     labels = torch.arange(12) % 5
-    asked = [(name, bits) for name in ("linear", "conv1", "conv2") for bits in (2, 3, 8)]
+    requested = [(name, bits) for name in ("linear", "conv1", "conv2") for bits in (2, 3, 8)]
     data = [Batch(x[:7], labels[:7]), Batch(x[7:], labels[7:])]
-    found = list(sensitivity(laid(model), data, asked, target=VNNI))
-    assert [(cost.layer, cost.bits) for cost in found] == asked
+    found = list(sensitivity(laid(model), data, requested, target=VNNI))
+    assert [(cost.layer, cost.bits) for cost in found] == requested
     before = plain(x)
     for cost in found:
         after = slowly(plain, cost.layer, cost.bits, x)
@@ -74,7 +74,7 @@ def test_one_weight_is_rounded_and_all_else_in_float():
     assert found[0].error > found[1].error > found[2].error > 0
 
 
-def test_the_network_is_left_as_it_was_also_between_two_measurements():
+def test_the_network_is_restored_after_each_measurement():
     quantizers = laid(Small())
     graph = quantizers.graph
     graph.bn1.eval()
@@ -89,12 +89,12 @@ def test_the_network_is_left_as_it_was_also_between_two_measurements():
         graph.bn1.eval()
 
 
-def test_images_without_labels_give_no_drop():
+def test_without_labels_there_is_no_drop():
     (cost,) = sensitivity(laid(), [images()], [("conv1", 2)], target=VNNI)
     assert cost.drop is None
 
 
-def test_what_a_mask_has_made_zero_stays_zero():
+def test_masked_weights_stay_zero():
     model = WeightPruning(sparsity=0.5).attach(Small().eval(), AttachContext(steps=0))
     model.finish()
     quantizers = laid(model.model)
@@ -104,7 +104,7 @@ def test_what_a_mask_has_made_zero_stays_zero():
     assert (quantizers.graph.conv1.weight[shown == 0] == 0).all()
 
 
-def test_a_processor_that_saturates_is_measured_with_its_grids():
+def test_for_a_saturating_processor_the_error_is_measured_with_its_grids():
     errors = [
         next(sensitivity(laid(target=target), [images()], [("conv1", 8)], target=target)).error
         for target in (VNNI, Target(cpu="avx2"))
@@ -113,12 +113,12 @@ def test_a_processor_that_saturates_is_measured_with_its_grids():
 
 
 @pytest.mark.parametrize("data", [[], [images(0)]])
-def test_no_image(data):
+def test_data_without_images_raises(data):
     with pytest.raises(InputError, match="the data contains no images"):
         next(sensitivity(laid(), data, [("conv1", 2)], target=VNNI))
 
 
-def test_an_empty_batch_changes_nothing():
+def test_an_empty_batch_is_ignored():
     batch = images(), torch.arange(12) % 5
     empty = images(0), torch.zeros(0).long()
     found = [next(sensitivity(laid(), data, [("conv1", 2)], target=VNNI)) for data in ([batch], [batch, empty])]
@@ -126,7 +126,7 @@ def test_an_empty_batch_changes_nothing():
     assert found[0].drop is not None
 
 
-def test_values_that_are_not_finite():
+def test_nonfinite_values_raise():
     with pytest.raises(InputError, match="not finite"):
         next(sensitivity(laid(), [images() / 0], [("conv1", 2)], target=VNNI))
 
@@ -141,7 +141,7 @@ class Two(nn.Module):
         return {"values": values[:, :3], "others": [values[:, 3:] * 100, values.argmax(1)]}
 
 
-def test_the_error_of_several_outputs_is_their_mean():
+def test_the_error_of_several_outputs_is_averaged():
     model, x = Two().eval(), images()
     data = [x[:7], x[7:]]
     (cost,) = sensitivity(laid(model), data, [("small.linear", 3)], target=VNNI)
@@ -157,7 +157,7 @@ def test_the_error_of_several_outputs_is_their_mean():
 
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 def test_the_drop_is_in_the_metric_of_the_task(task):
-    """It is positive where the metric is worse, whichever direction is better."""
+    """A worse metric is a positive drop, whichever direction is better."""
     model, x, goal = Small().eval(), images(), tasks.build(task)
     with torch.no_grad():
         before, after = (goal.predictions(each) for each in (model(x), slowly(model, "linear", 2, x)))
@@ -169,13 +169,13 @@ def test_the_drop_is_in_the_metric_of_the_task(task):
 
 
 @pytest.mark.parametrize("kept", [0, 7 * 5 * 4])
-def test_outputs_that_are_not_kept_are_computed_again(monkeypatch, kept):
-    """With no room, and with room for the outputs of the first batch."""
+def test_outputs_that_are_not_cached_are_computed_again(monkeypatch, kept):
+    """With no cache, and with a cache for the outputs of the first batch."""
     x = images()
-    data, asked = [(x[:7], torch.zeros(7).long()), (x[7:], torch.ones(5).long())], [("conv1", 2), ("linear", 3)]
-    expected = list(sensitivity(laid(), data, asked, target=VNNI))
+    data, requested = [(x[:7], torch.zeros(7).long()), (x[7:], torch.ones(5).long())], [("conv1", 2), ("linear", 3)]
+    expected = list(sensitivity(laid(), data, requested, target=VNNI))
     monkeypatch.setattr(measurement, "KEPT_BYTES", kept)
     quantizers = laid()
-    assert list(sensitivity(quantizers, data, asked, target=VNNI)) == expected
+    assert list(sensitivity(quantizers, data, requested, target=VNNI)) == expected
     assert all(cost.error > 0 for cost in expected)
     assert not quantizers.enabled

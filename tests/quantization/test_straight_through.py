@@ -1,4 +1,4 @@
-"""Rounding in bfloat16, as under autocast, against rounding the same numbers in float32."""
+"""Rounding in bfloat16, as under autocast, compared with rounding the same numbers in float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def made(bits, step, zero, *, learned=False):
     return quantizer
 
 
-def answered(quantizer, values, gradient):
+def rounded_and_gradient(quantizer, values, gradient):
     values = values.clone().requires_grad_()
     shown = quantizer(values)
     shown.backward(gradient.to(values.dtype))
@@ -28,12 +28,12 @@ def answered(quantizer, values, gradient):
 
 @pytest.mark.parametrize(("bits", "step", "zero"), CASES)
 @pytest.mark.parametrize("learned", [False, True])
-def test_integers_and_gradients_are_those_of_float32(learned, bits, step, zero):
+def test_integers_and_gradients_equal_those_of_float32(learned, bits, step, zero):
     torch.manual_seed(0)
     values, gradient = (2 * torch.randn(4000)).bfloat16(), torch.randn(4000).bfloat16()
     low, precise = made(bits, step, zero, learned=learned), made(bits, step, zero, learned=learned)
-    shown, passed = answered(low, values, gradient)
-    expected, expected_passed = answered(precise, values.float(), gradient)
+    shown, passed = rounded_and_gradient(low, values, gradient)
+    expected, expected_passed = rounded_and_gradient(precise, values.float(), gradient)
     assert shown.dtype == passed.dtype == torch.bfloat16
     assert torch.equal(shown, expected.bfloat16())
     assert torch.equal(passed.float(), expected_passed)
@@ -44,14 +44,14 @@ def test_integers_and_gradients_are_those_of_float32(learned, bits, step, zero):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_all_integers_of_eight_bits_are_distinct(learned):
+def test_all_8_bit_integers_are_distinct_in_bfloat16(learned):
     quantizer = made(8, 1.0, 0, learned=learned)
     integers = torch.arange(256).bfloat16()
     assert torch.equal(quantizer(integers).detach(), integers)
     assert quantizer(torch.tensor([300.0, -3.0]).bfloat16()).tolist() == [255, 0]
 
 
-def test_a_range_follows_values_in_bfloat16():
+def test_the_range_is_updated_from_bfloat16_values():
     quantizer = FakeQuantize(Grid.unsigned(8)).track_activations(0.5).train()
     quantizer.set_range(torch.tensor(0.0), torch.tensor(1.0))
     quantizer(torch.tensor([0.0, 3.0]).bfloat16())
@@ -60,13 +60,13 @@ def test_a_range_follows_values_in_bfloat16():
 
 
 @pytest.mark.parametrize(("bits", "step", "zero"), [*CASES[:2], (8, 0.005, 0), (8, 0.007, 131)])
-def test_torchs_kernel_gives_the_same(bits, step, zero):
+def test_rounding_equals_the_kernel_of_torch(bits, step, zero):
     torch.manual_seed(1)
     values, gradient = 2 * torch.randn(20_000), torch.randn(20_000)
-    shown, passed = answered(made(bits, step, zero), values, gradient)
+    shown, passed = rounded_and_gradient(made(bits, step, zero), values, gradient)
     given = values.clone().requires_grad_()
     expected = torch.fake_quantize_per_tensor_affine(given, step, zero, 0, 2**bits - 1)
     expected.backward(gradient)
     assert 0.1 < (passed == 0).float().mean() < 0.9
     off = ((shown - expected.detach()).abs() > step / 2) | (passed != given.grad)
-    assert off.sum() <= 2  # it multiplies by 1 / step, which may differ in the middle between two points
+    assert off.sum() <= 2  # it multiplies by 1 / step, which can round differently in the middle of two points

@@ -1,4 +1,4 @@
-"""What differs between two recipes, as the message of `--resume` says it."""
+"""The differences between two recipes, as shown in the message of `--resume`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tersor.recipe import changes, parse, write
         ("name: resnet20", "name: resnet32", "model.name: 'resnet20', now 'resnet32'"),
     ],
 )
-def test_the_first_keys_that_differ_have_both_values(old: str, new: str, expected: str):
+def test_the_first_differing_keys_are_shown_with_both_values(old: str, new: str, expected: str):
     def recipe(text: str):
         return parse(text + WHOLE if text.endswith("\n") else WHOLE.replace(old, text), "recipe.yaml")
 
     assert changes(write(recipe(old)), recipe(new)) == expected
 
 
-def test_many_differences_are_counted_and_other_text_has_none():
+def test_further_differences_are_counted_and_invalid_text_has_none():
     recipe = parse(WHOLE, "recipe.yaml")
     before = (
         WHOLE.replace("epochs: 30", "epochs: 1")

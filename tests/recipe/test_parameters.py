@@ -7,7 +7,7 @@ from tersor.methods.ptq import PTQ
 from tersor.recipe.parameters import describe, parameters
 
 
-def test_types_are_named_as_a_user_writes_them():
+def test_types_are_named_as_in_a_recipe():
     types = {name: kind for name, kind, _default, _description in parameters(PTQ)}
     assert types["bits"] == "int"
     assert types["percentile"] == "float"
@@ -16,7 +16,7 @@ def test_types_are_named_as_a_user_writes_them():
     assert types["weight_range"] == "minmax or percentile or mse or output_mse or none"
 
 
-def test_defaults_and_descriptions_are_those_of_the_fields():
+def test_defaults_and_descriptions_are_read_from_the_fields():
     found = {name: (default, description) for name, _kind, default, description in parameters(PTQ)}
     assert found["bits"] == ("8", "bits of a weight")
 
@@ -34,7 +34,7 @@ class Rate:
         return self.rate > 1
 
 
-def test_a_method_with_a_required_parameter_is_described_without_being_built():
+def test_a_method_with_a_required_parameter_is_described_without_an_instance():
     assert [*parameters(Rate)] == [("rate", "float", "required", "")]
     described = describe(Rate)
     assert (described.needs_steps, described.needs_teacher) == (True, False)

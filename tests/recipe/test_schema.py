@@ -1,4 +1,4 @@
-"""Recipes: text to checked data and back, overrides, the schema."""
+"""Recipes: from text to validated data and back, overrides, the schema."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tersor.training.options import LearningRateSchedule, OptimizerOptions, Trai
 
 @dataclass(frozen=True, config=PLAIN_VALUES)
 class OfTheUser:
-    """A method that lives outside of the package."""
+    """A method that is defined outside of the package."""
 
     needs_teacher: ClassVar[bool] = False
     pattern: str = "a"
@@ -57,11 +57,11 @@ def test_text_becomes_data():
     )
 
 
-def test_bare_name_means_the_defaults():
+def test_a_method_name_alone_uses_the_defaults():
     assert parse(with_methods("[soft_targets, ptq: ]"), "x").stages[0].methods == (SoftTargets(), PTQ())
 
 
-def test_yaml_1_2():
+def test_yaml_1_2_rules_are_used():
     methods = with_methods(f"[{{'{OWN}': {{pattern: 2:4, layers: [on, 010x]}}}}]")
     recipe = parse(methods.replace("epochs: 1", "epochs: 010\n  clip_norm: 1e-4\n  ema: 1.e-1"), "x")
     assert recipe.stages[0].methods == (OfTheUser(pattern="2:4", layers=("on", "010x")),)
@@ -73,7 +73,7 @@ def test_a_recipe_is_frozen():
         parse(WHOLE, "x").seed = 3
 
 
-def test_write_shows_what_differs_from_the_defaults():
+def test_write_contains_only_values_that_differ_from_the_defaults():
     assert write(parse(WHOLE, "x")) == (
         "model: {name: resnet20, num_classes: 10}\n"
         "teacher: {name: resnet56, num_classes: 10, weights: teacher.safetensors}\n"
@@ -155,16 +155,16 @@ recipes = st.builds(
 
 @settings(deadline=None)  # the machine may be busy
 @given(recipes)
-def test_written_and_read_is_the_same(recipe: Recipe):
+def test_a_written_recipe_is_read_back_unchanged(recipe: Recipe):
     assert parse(write(recipe), "again") == recipe
 
 
-def test_a_file_with_a_byte_order_mark_and_windows_lines(tmp_path: Path):
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbf" + WHOLE.replace("\n", "\r\n").encode())
     assert read(tmp_path / "recipe.yaml") == parse(WHOLE, "x")
 
 
-def test_a_parameter_of_two_types_is_one_problem():
+def test_an_invalid_value_for_a_parameter_of_two_types_is_reported_once():
     def mistake(parameters: str) -> str:
         with pytest.raises(InputError) as caught:
             parse(with_methods(f"[{{'{OWN}': {{{parameters}}}}}]"), "recipe.yaml")
@@ -175,7 +175,7 @@ def test_a_parameter_of_two_types_is_one_problem():
     assert mistake("rates: [x]").endswith("rates.0 should be a number, got the text 'x'.")  # the list is long enough
 
 
-def test_overrides(tmp_path: Path):
+def test_values_can_be_overridden(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text(WHOLE.replace("      - ptq:\n          bits: 4\n", "      - ptq\n"))
     recipe = read(
@@ -184,7 +184,7 @@ def test_overrides(tmp_path: Path):
             "stages.0.epochs=3",
             "seed=7",  # is not in the file
             "stages.0.lr_schedule.name=step",  # nor is the mapping around this
-            "stages.1.methods.0.ptq.bits=3",  # stands there as a bare name
+            "stages.1.methods.0.ptq.bits=3",  # is there as a name without parameters
             "teacher=original",
             "data={name: digits, limit: 10}",
             "target.runtime=onnxruntime",
@@ -199,7 +199,7 @@ def test_overrides(tmp_path: Path):
     assert recipe.target.runtime == "onnxruntime"
 
 
-def test_a_key_with_dots_is_overridden(tmp_path: Path):
+def test_a_key_that_contains_dots_can_be_overridden(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     name = f"{__name__}.py:OfTheUser"
     for methods in (f"[{{'{name}': {{rates: [0.5, 0.5]}}}}]", f"['{name}']"):
@@ -227,7 +227,7 @@ def test_a_key_with_dots_is_overridden(tmp_path: Path):
         ("model=", "model should be a mapping with the keys name, num_classes, weights, got nothing."),
     ],
 )
-def test_overrides_that_cannot_be(assignment: str, expected: str, tmp_path: Path):
+def test_invalid_overrides_raise(assignment: str, expected: str, tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(WHOLE)
     with pytest.raises(InputError) as caught:
         read(tmp_path / "recipe.yaml", [assignment])
@@ -237,7 +237,7 @@ def test_overrides_that_cannot_be(assignment: str, expected: str, tmp_path: Path
 @pytest.mark.parametrize(
     "augment", ["flip", "own.module:function", "[RandomHorizontalFlip, {RandomCrop: {size: 32, padding: [4, 4]}}]"]
 )
-def test_an_augmentation_is_written_as_it_was_read(augment):
+def test_an_augmentation_is_read_back_unchanged(augment):
     recipe = parse(with_methods("[]").replace("digits", f"digits, augment: {augment}"), "x")
     assert parse(write(recipe), "x") == recipe
     assert write(recipe) != write(parse(with_methods("[]"), "x"))
@@ -253,14 +253,14 @@ def test_an_augmentation_is_written_as_it_was_read(augment):
         ("[]", "data.augment should be text or a list of length at least 1, got a list of length 0"),
     ],
 )
-def test_an_augmentation_that_cannot_be(augment, message):
+def test_an_invalid_augmentation_raises(augment, message):
     with pytest.raises(InputError) as caught:
         parse(with_methods("[]").replace("digits", f"digits, augment: {augment}"), "x")
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_schema_has_every_method_with_its_parameters():
+def test_the_schema_contains_every_method_with_its_parameters():
     document = json.loads(json.dumps(schema()))
     assert document["$ref"] == "#/$defs/Recipe"
     assert document["$defs"]["Recipe"]["required"] == ["model", "data", "stages"]
@@ -275,7 +275,7 @@ def test_schema_has_every_method_with_its_parameters():
         assert reference in document["$defs"]
 
 
-def test_a_recipe_of_a_gigabyte_is_not_read(tmp_path):
+def test_a_huge_recipe_file_is_not_read(tmp_path):
     path = tmp_path / "recipe.yaml"
     with path.open("wb") as opened:
         opened.truncate(2**30)
@@ -283,18 +283,18 @@ def test_a_recipe_of_a_gigabyte_is_not_read(tmp_path):
         read(path)
 
 
-def test_what_never_ends_is_not_read():
+def test_an_endless_file_is_not_read():
     with pytest.raises(InputError, match="larger than 128 KiB"):
         read("/dev/zero")
 
 
 @pytest.mark.parametrize("name", ["a\x00b.yaml", "a" * 5000])
-def test_a_name_that_no_file_has_is_told(name):
+def test_an_invalid_file_name_raises(name):
     with pytest.raises(InputError, match=r"cannot be read|there is no file"):
         read(name)
 
 
-def test_a_billion_aliases_are_not_followed():
+def test_exponentially_expanding_aliases_raise():
     lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi")]  # noqa: B905
     with pytest.raises(
@@ -304,7 +304,7 @@ def test_a_billion_aliases_are_not_followed():
 
 
 @pytest.mark.parametrize("text", ["[" * 2000, "- " * 60_000, "? " * 60_000, "a: " + "{a: " * 5000, "{" * 30])
-def test_deep_nesting_is_told(text):
+def test_deep_nesting_raises(text):
     with pytest.raises(InputError, match=r"nested too deeply|not YAML"):
         parse(text, "recipe.yaml")
 
@@ -312,13 +312,13 @@ def test_deep_nesting_is_told(text):
 @pytest.mark.parametrize(
     "number", ["0x" + "f" * 20_000, "9" * 4200, "9" * 20_000, "0b" + "1" * 65, "-9223372036854775809"]
 )
-def test_a_number_of_many_digits_is_told(number):
+def test_a_number_with_too_many_digits_raises(number):
     with pytest.raises(InputError, match=r"at most 63 bits|cannot be read as int"):
         parse(f"seed: {number}", "recipe.yaml")
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [executed]", "!!python/name:os.mkdir", "!x {}"])
-def test_a_tag_makes_no_object(tag, tmp_path, monkeypatch):
+def test_yaml_tags_do_not_create_objects(tag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError):
         parse(f"seed: {tag}", "recipe.yaml")
@@ -333,7 +333,7 @@ class Own:
         return Attachment(model)
 
 
-def test_all_parameters_of_an_own_method_are_written_since_its_defaults_may_change():
+def test_all_parameters_of_a_users_method_are_written():
     stages = (Stage(name="a", methods=(Own(), PTQ())),)
     written = Recipe(model={"name": "resnet20"}, data={"name": "digits"}, stages=stages)
     own, shipped = written.model_dump(mode="json", exclude_defaults=True)["stages"][0]["methods"]

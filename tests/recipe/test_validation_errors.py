@@ -1,4 +1,4 @@
-"""Every mistake in a recipe gives one message, with its line, what was given and what is possible."""
+"""Every mistake in a recipe gives one message with its line, the given value and the possible values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tersor.recipe import Stage, parse, read
 
 
 def mistakes(text: str) -> list[str]:
-    """The lines of the one error that `text` gives."""
+    """The lines of the error message for `text`."""
     with pytest.raises(InputError) as caught:
         parse(text, "recipe.yaml")
     return str(caught.value).splitlines()
@@ -33,7 +33,7 @@ def test_any_text_gives_an_input_error(text: str):
 
 @settings(deadline=None)  # the machine may be busy
 @given(st.data())
-def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject):
+def test_a_damaged_recipe_raises_no_other_error(data: st.DataObject):
     place = data.draw(st.integers(0, len(WHOLE)))
     text = WHOLE[:place] + data.draw(st.text(max_size=3)) + WHOLE[place + data.draw(st.integers(0, 9)) :]
     with suppress(InputError):
@@ -112,19 +112,19 @@ def test_a_recipe_that_is_damaged_never_gives_another_error(data: st.DataObject)
         ),
     ],
 )
-def test_one_mistake_is_one_line(old: str, new: str, expected: str):
+def test_one_mistake_gives_a_one_line_message(old: str, new: str, expected: str):
     lines = mistakes(WHOLE.replace(old, new, 1))
     assert len(lines) == 1, lines
     assert lines[0].startswith("recipe.yaml, line ")
     assert expected in lines[0]
 
 
-def test_several_mistakes_are_told_together_in_the_order_of_the_text():
+def test_several_mistakes_are_reported_together_in_the_order_of_the_text():
     text = WHOLE.replace("teacher:", "teachr:").replace("epochs: 30", "epochs: x").replace("bits: 4", "bits: 0")
     assert [line.partition(":")[0] for line in mistakes(text)] == [f"recipe.yaml, line {line}" for line in (3, 8, 16)]
 
 
-def test_a_method_that_needs_a_teacher_says_what_to_write():
+def test_the_error_for_a_missing_teacher_explains_what_to_write():
     text = WHOLE.replace("teacher: {name: resnet56, num_classes: 10, weights: teacher.safetensors}", "seed: 1")
     (line,) = mistakes(text)
     assert line.startswith("recipe.yaml, line 10: 'soft_targets' needs a teacher, and the recipe has none.")
@@ -142,7 +142,7 @@ def test_a_method_that_needs_a_teacher_says_what_to_write():
         ("{nam: a}", ["teacher needs 'name'.", "unknown key 'nam'. Did you mean 'name'?"]),
     ],
 )
-def test_teacher_of_two_types(teacher: str, expected: list[str]):
+def test_an_invalid_teacher_is_reported_according_to_its_type(teacher: str, expected: list[str]):
     lines = mistakes(f"model: {{name: a}}\nteacher: {teacher}\ndata: {{name: digits}}\nstages: [{{name: s}}]")
     assert len(lines) == len(expected)
     for line, part in zip(lines, expected, strict=True):
@@ -172,7 +172,7 @@ def test_teacher_of_two_types(teacher: str, expected: list[str]):
         ),
     ],
 )
-def test_what_is_no_recipe(text: str, expected: str):
+def test_text_that_is_not_a_recipe_raises(text: str, expected: str):
     assert expected in mistakes(text)[0]
 
 
@@ -187,7 +187,7 @@ class Cubic:
 """
 
 
-def test_a_method_without_plain_values_refuses_unknown_options_too(tmp_path, monkeypatch):
+def test_unknown_options_of_a_users_lenient_method_raise(tmp_path, monkeypatch):
     (tmp_path / "lenient.py").write_text(LENIENT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -229,14 +229,14 @@ class Cubic:
         ),
     ],
 )
-def test_an_exception_in_a_check_of_the_users_method(sparsity, expected, tmp_path, monkeypatch):
+def test_an_exception_in_a_users_check_is_reported(sparsity, expected, tmp_path, monkeypatch):
     (tmp_path / "checked.py").write_text(CHECKED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "checked", raising=False)
     stages = f'stages:\n  - {{name: a, steps: 1, methods: [{{"checked.py:Cubic": {{sparsity: {sparsity}}}}}]}}'
-    (told,) = mistakes(WHOLE[: WHOLE.index("stages:")] + stages)
-    assert told.partition(": ")[2].startswith(expected.format(folder=tmp_path))
+    (line,) = mistakes(WHOLE[: WHOLE.index("stages:")] + stages)
+    assert line.partition(": ")[2].startswith(expected.format(folder=tmp_path))
 
 
 @dataclass(frozen=True)
@@ -247,21 +247,21 @@ class WithoutChecks:
 
 
 @pytest.mark.parametrize("given", [WithoutChecks(2), SoftTargets])
-def test_an_object_that_no_recipe_can_contain_is_refused(given):
+def test_an_object_that_is_not_a_method_instance_raises(given):
     with pytest.raises(
         InputError, match=r"^(WithoutChecks|SoftTargets) is not an instance of a method. A compression method is a "
     ):
         Stage(name="a", steps=1, methods=[given])
 
 
-def test_a_key_given_twice_and_a_wrong_value_need_two_readings():
+def test_a_duplicate_key_and_a_wrong_value_are_reported_together():
     assert mistakes("a: 1\na: 2\nb: .nan") == [
         "recipe.yaml, line 2: the key 'a' is given twice, first on line 1.",
         "recipe.yaml, line 3: a number should be finite, got .nan.",
     ]
 
 
-def test_files_that_are_no_recipe(tmp_path: Path):
+def test_files_that_are_not_recipes_raise(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_bytes(b"\x89PNG\xff\x00")
     with pytest.raises(InputError, match=r"file .*recipes.yaml not found. Did you mean .*recipe.yaml\? Possible in"):
         read(tmp_path / "recipes.yaml")

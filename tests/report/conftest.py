@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def page(folder: Path) -> Callable[..., str]:
-    """The report of the folder, with other numbers or evidence if they are given."""
+    """A function that returns the report of the folder, optionally with other numbers or evidence."""
 
     def render(numbers: dict | None = None, evidence: dict | None = None) -> str:
         for name, content in (("numbers", numbers), ("evidence", evidence)):
@@ -33,6 +33,6 @@ def page(folder: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def chart() -> Callable[..., str]:
-    """A macro of `charts.html`, called by name."""
+    """A function that calls a macro of `charts.html` by name."""
     macros = environment().get_template("charts.html").module
     return lambda name, *arguments, **options: one_line(getattr(macros, name)(*arguments, **options))

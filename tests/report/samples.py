@@ -60,7 +60,7 @@ def numbers_at(ms: float, **changes):
 
 
 def alone(ms: float, **changes):
-    """As `numbers_at`, with only ONNX Runtime installed, so that the original is the baseline."""
+    """Like `numbers_at`, with only ONNX Runtime installed, so that the original is the baseline."""
     same = entry(4.0)
     baseline = {key: {"runtime": "onnxruntime", "precision": "float32"} for key in SIZES}
     defaults = {"candidates": {"onnxruntime": same}, "baseline": baseline, "speedup": speedups(4 / ms, 4 / ms)}
@@ -128,7 +128,7 @@ def with_errors(difference=0.35, **changes):
 
 
 def positions_of(**changes):
-    """Of a psgd stage: all weights start a quarter of a step from their grid point, and half of them reach it."""
+    """Metrics of a psgd stage: all weights start a quarter step from their grid point, and half of them reach it."""
     before = on_grid(torch.tensor([[0.25, 1.25, -2.75, -0.25]]), torch.tensor(3.0), Grid.signed(3))
     after = on_grid(torch.tensor([[0.0, 1.0, -2.75, -0.25]]), torch.tensor(3.0), Grid.signed(3))
     return {"target": "grid", "scale_by": "distance", **drawn({"conv": before}, {"conv": after}), **changes}

@@ -5,7 +5,7 @@ import re
 from samples import evidence_of
 
 
-def test_every_run_is_a_dot_and_those_beyond_the_axis_are_squares(chart):
+def test_every_run_is_a_dot_and_runs_beyond_the_axis_are_squares(chart):
     svg = chart("dots", [1.0, 2.0, 9.0], 4.0, "original", "three runs")
     assert re.findall(r'cx="([^"]+)"', svg) == ["25.00%", "50.00%"]
     assert svg.count('class="beyond"') == 1
@@ -13,12 +13,12 @@ def test_every_run_is_a_dot_and_those_beyond_the_axis_are_squares(chart):
     assert 'x1="50.00%"' in svg, "the median"
 
 
-def test_a_bar_has_its_share_of_the_width(chart):
+def test_the_width_of_a_bar_is_proportional_to_its_value(chart):
     assert 'width="25.00%"' in chart("bar", 1.0, 4.0, "artifact", "a")
     assert 'width="0.00%"' in chart("bar", 0.0, 0.0, "artifact", "nothing at all")
 
 
-def test_columns_are_as_high_as_their_values(chart):
+def test_the_height_of_columns_is_proportional_to_their_values(chart):
     svg = chart("columns", [("a", {"original": 4.0, "artifact": 1.0}), ("b", {"original": 2.0, "artifact": 0.0})], "l")
     heights = re.findall(r'height="([\d.]+%)" class="(?:original|artifact)"', svg)
     assert heights == ["100.00%", "25.00%", "50.00%", "0.00%"]
@@ -26,7 +26,7 @@ def test_columns_are_as_high_as_their_values(chart):
     assert "<title>a: 4.00</title>" in chart("columns", [("a", 4.0)], "l")
 
 
-def test_a_histogram_has_a_bar_for_each_level_and_cuts_the_bar_at_zero(chart):
+def test_a_histogram_has_a_bar_per_level_and_truncates_the_bar_at_zero(chart):
     histogram = evidence_of()["layers"][0]["histogram"]
     svg = chart("histogram", histogram, "l")
     bars = re.search(r'd="(M[^"]+)" class="artifact"', svg)[1]
@@ -41,6 +41,6 @@ def test_a_histogram_has_a_bar_for_each_level_and_cuts_the_bar_at_zero(chart):
     assert re.findall(r"v-([\d.]+)h", uncut) == ["0.2", "64", "0.3"]
 
 
-def test_a_layer_with_only_zeros(chart):
+def test_the_histogram_of_a_layer_with_only_zeros(chart):
     histogram = {"low": -0.5, "width": 1.0, "after_width": 1.0, "before": [4], "after": [4]}
     assert "v-64h256" in chart("histogram", histogram, "l")

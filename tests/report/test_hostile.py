@@ -1,4 +1,4 @@
-"""Whatever numbers and evidence contain, the page has only its usual elements and attributes, and loads nothing."""
+"""With any content of numbers and evidence, the page has only its usual elements and attributes, and loads nothing."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def ordinary(folder) -> Page:
     return page_of(folder, numbers_of(), evidence_of())
 
 
-def test_text_is_escaped(folder, ordinary):
-    """One at a time, because some select what is shown and then there is no page; then all others at once."""
+def test_hostile_text_is_escaped(folder, ordinary):
+    """Texts are replaced one by one, because some prevent the page from being written; then all others at once."""
     whole = {"numbers": numbers_of(), "evidence": evidence_of()}
     escaped: list[int] = []
     for number in range(len(list(texts(whole)))):
@@ -98,7 +98,7 @@ def test_text_is_escaped(folder, ordinary):
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_keys_are_escaped(folder, ordinary, hostile):
+def test_hostile_keys_are_escaped(folder, ordinary, hostile):
     numbers, evidence = numbers_of(), evidence_of()
     numbers["stages"][0]["methods"] = [{hostile: {hostile: hostile}}, hostile]
     evidence["attention"]["layers"] = {hostile: [hostile]}
@@ -109,7 +109,7 @@ def test_keys_are_escaped(folder, ordinary, hostile):
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_batch_sizes_are_numbers(folder, hostile):
+def test_batch_sizes_that_are_not_numbers_raise(folder, hostile):
     whole = {"numbers": numbers_of(), "evidence": evidence_of()}
     for place in range(len(list(of_batch_sizes(whole)))):
         changed = copy.deepcopy(whole)
@@ -120,7 +120,7 @@ def test_batch_sizes_are_numbers(folder, hostile):
 
 
 @pytest.mark.parametrize("source", ["https://elsewhere/x.png", "javascript:alert(1)", "data:text/html,<p>", "//x", ""])
-def test_pictures_are_inline(folder, source):
+def test_pictures_that_are_not_inline_raise(folder, source):
     evidence = evidence_of()
     evidence["predictions"]["examples"][0]["png"] = source
     with pytest.raises(InputError, match="was not written by this version of tersor"):
@@ -128,7 +128,7 @@ def test_pictures_are_inline(folder, source):
 
 
 @pytest.mark.parametrize("bits", [10**12, 2**60, -1, 33])
-def test_impossible_bit_widths_are_refused(folder, bits):
+def test_impossible_bit_widths_raise(folder, bits):
     evidence = evidence_of()
     evidence["layers"][0]["weight_bits"] = bits
     with pytest.raises(InputError, match=r"a weight of|an integer of 19 digits"):
@@ -137,7 +137,7 @@ def test_impossible_bit_widths_are_refused(folder, bits):
 
 @pytest.mark.parametrize("name", ["numbers.json", "evidence.json"])
 @pytest.mark.parametrize("text", ["[]", "null", '"text"', "1", "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
-def test_another_json_type_is_one_message(folder, name, text):
+def test_a_wrong_json_type_raises_one_error(folder, name, text):
     (folder / name).write_text(text)
     with pytest.raises(InputError, match=rf"^{folder / name} is damaged: .* Run its recipe\.yaml again\.$") as caught:
         write_report(folder)
@@ -147,7 +147,7 @@ def test_another_json_type_is_one_message(folder, name, text):
 
 @pytest.mark.parametrize("key", ["profile", "soft_targets", "attention", "predictions", "layers"])
 @pytest.mark.parametrize("empty", [{}, [], None, 0, "", [None], {"1": None}])
-def test_incomplete_evidence_is_a_page_or_one_message(folder, key, empty):
+def test_incomplete_evidence_gives_a_page_or_one_error(folder, key, empty):
     try:
         page_of(folder, numbers_of(), evidence_of() | {key: empty})
     except InputError as error:

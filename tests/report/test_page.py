@@ -38,12 +38,12 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_medians_with_another_ratio_than_the_speedup_are_explained(page):
+def test_medians_whose_ratio_differs_from_the_speedup_are_explained(page):
     numbers = numbers_of()
     assert "parentheses.</p>" in page(numbers)
     numbers["speedup"]["original"]["1"] = ratio_of(3.0)
-    told = "The median latencies give a ratio of 4.0x (the original, batch 1). It is outside the"
-    assert f"parentheses. {told}" in page(numbers)
+    sentence = "The median latencies give a ratio of 4.0x (the original, batch 1). It is outside the"
+    assert f"parentheses. {sentence}" in page(numbers)
 
 
 def test_the_verdict_is_the_heading(page):
@@ -90,7 +90,7 @@ def test_the_reason_for_stopping_is_shown(page):
     )
 
 
-def test_the_share_of_the_peak_throughput(page):
+def test_the_share_of_the_peak_throughput_is_shown_if_it_was_measured(page):
     assert "peak throughput" not in page(), "not measured"
     rates = {("onnxruntime", "float32"): 1e10, ("onnxruntime", "int8"): 4e10, ("openvino", "bfloat16"): 2e10}
     numbers = numbers_of(
@@ -113,21 +113,21 @@ def test_the_share_of_the_peak_throughput(page):
     assert "above 100 %" not in page(numbers), "the largest share is 8 %"
 
 
-def test_the_precision_is_that_of_the_numbers(page):
+def test_the_precision_is_read_from_the_numbers(page):
     numbers = numbers_of()
     numbers["artifact"]["precision"] = "int8, rest float32"
     cells = re.search(r'<th scope="row">precision</th>(.*?)</tr>', page(numbers), re.DOTALL)[1]
     assert re.findall("<td>([^<]+)</td>", cells)[::2] == ["float32", "int8, rest float32"]
 
 
-def test_the_page_warns_of_a_file_that_disagrees_with_torch(page):
+def test_the_page_warns_about_a_file_that_disagrees_with_torch(page):
     numbers = numbers_of(agreement_with_torch=97.5)
     warning = "Warning: only 97.50 % of the predictions of model.onnx agree with those of the network in torch."
     assert warning in page(numbers)
     assert "agree with those" not in page(numbers | {"agreement_with_torch": 99.0})
 
 
-def test_the_page_warns_of_a_quantization_that_made_the_file_slower(page):
+def test_the_page_warns_about_a_quantization_that_made_the_file_slower(page):
     numbers = numbers_of()
     ratios = {"1": ratio_of(0.8), "32": ratio_of(1.0), "128": ratio_of(0.5)}
     numbers["stages"][-1]["speedup_of_quantization"] = ratios
@@ -170,7 +170,7 @@ def test_the_page_is_well_formed_and_loads_nothing(page):
     assert "https://" not in text
 
 
-def test_images_and_drawings_have_names(page):
+def test_images_and_drawings_have_alternative_texts(page):
     for name, attributes in Elements(page()).elements:
         assert name != "img" or attributes["alt"]
         assert name != "svg" or attributes["aria-label"]
@@ -209,7 +209,7 @@ def test_float_operators_have_a_table_and_a_warning(page):
     assert "<p>97.0 % of the MACs are computed in integers." in page(numbers)
 
 
-def test_without_evidence_the_page_says_so(folder, page):
+def test_missing_evidence_is_mentioned_on_the_page(folder, page):
     (folder / "evidence.json").unlink()
     text = page()
     assert "There is no evidence.json" in text
@@ -225,7 +225,7 @@ def test_no_selector_if_the_original_is_the_baseline(page):
     assert text.count("<circle") == 2 * 2 * 5, "the original once"
 
 
-def test_a_stage_shows_its_known_values(page):
+def test_a_stage_shows_only_its_known_values(page):
     rows = re.findall(r"<tr>(.*?)</tr>", page())
     distil, quantize = (next(row for row in rows if f'scope="row">{name}<' in row) for name in ("distil", "quantize"))
     assert "90.20<small>+0.20 points</small>" in distil
@@ -263,7 +263,7 @@ def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
     assert "Weights moved" not in page(numbers)
 
 
-def test_levels_and_bit_operations_of_layers_with_the_same_bits(folder, page):
+def test_levels_and_bit_operations_are_grouped_by_bits(folder, page):
     evidence = evidence_of()
     evidence["layers"][0]["macs"] = 3_000_000
     (folder / "evidence.json").write_text(
@@ -287,7 +287,7 @@ def test_output_errors_are_shown_if_a_layer_is_quantized(page):
     assert "Output error of each layer" not in page(evidence=evidence)
 
 
-def test_the_same_evidence_gives_the_same_page(page):
+def test_the_page_is_deterministic(page):
     assert page() == page()
 
 
@@ -337,12 +337,12 @@ def test_a_failed_write_does_not_change_the_page(folder, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["numbers.json", "report.html"]
 
 
-def test_a_folder_without_numbers_is_refused(tmp_path):
+def test_a_folder_without_numbers_raises(tmp_path):
     with pytest.raises(InputError, match=r"has no numbers\.json"):
         write_report(tmp_path)
 
 
-def test_the_command_writes_the_page_again(folder, tmp_path_factory, monkeypatch, capfd):
+def test_the_report_command_writes_the_page_again(folder, tmp_path_factory, monkeypatch, capfd):
     def command(path: Path) -> int:
         monkeypatch.setattr(sys, "argv", ["tersor", "report", str(path)])
         with pytest.raises(SystemExit) as stopped:
@@ -366,7 +366,7 @@ def test_the_command_writes_the_page_again(folder, tmp_path_factory, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_in_chromium(folder):
+def test_the_page_in_chromium_fits_and_switches_the_reference(folder):
     evidence = evidence_of()
     evidence["layers"][0]["name"] = "a_very_long_name." * 8
     (folder / "evidence.json").write_text(json.dumps(evidence))
@@ -389,7 +389,7 @@ def test_in_chromium(folder):
         assert {url for url in browser.requests if not url.startswith("data:")} == {path.as_uri()}
 
 
-def test_without_latency_the_page_says_so_and_claims_no_speedup(page):
+def test_without_latency_the_page_claims_no_speedup(page):
     text = page(without_latency(), evidence_of(profile={}))
     assert "<h1>4.0x smaller, accuracy 0.4 points lower. Latency was not measured.</h1>" in text
     assert "Latency was not measured, so no speedup is shown. To measure it, run <code>tersor bench</code> on" in text
@@ -402,7 +402,7 @@ def test_without_latency_the_page_says_so_and_claims_no_speedup(page):
         assert f"<h2>{title}</h2>" in text
 
 
-def test_the_accuracies_have_their_standard_errors(page):
+def test_accuracies_are_shown_with_their_standard_errors(page):
     text = page(with_errors())
     row = re.search(r'<th scope="row">accuracy, %</th>(.*?)</tr>', text)[1]
     assert re.findall("<td>([0-9][^<]*)</td>", row) == ["90.00 ± 0.95", "89.90 ± 0.95", "89.60 ± 0.95"]

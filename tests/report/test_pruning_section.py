@@ -1,4 +1,4 @@
-"""The report on pruning and on training progress."""
+"""The sections of the report about pruning and training progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from samples import entry, evidence_of, numbers_of
 
 
-def test_a_line_goes_from_edge_to_edge(chart):
+def test_a_line_chart_spans_the_full_width(chart):
     path, dots = re.findall(
         r'd="([^"]+)"', chart("line", [(0, 1.0), (5, 3.0), (10, 2.0)], 20, 1.0, 3.0, "accuracy", "l")
     )
@@ -19,11 +19,11 @@ def test_a_line_goes_from_edge_to_edge(chart):
     assert "62" in chart("line", [(1, 0.0)], 1, 0.0, 0.0, "changed", "nothing ever changed")
 
 
-def test_the_value_of_a_full_column(chart):
+def test_the_height_of_a_column_is_relative_to_a_given_maximum(chart):
     assert 'height="25.00%" class="zeros"' in chart("columns", [("a", {"zeros": 25.0})], "l", largest=100)
 
 
-def test_a_silhouette_is_as_wide_as_the_layers(chart):
+def test_the_silhouette_has_the_widths_of_the_layers(chart):
     widths = [{"name": "a", "before": 16, "after": 16}, {"name": "b", "before": 64, "after": 32}]
     layers = chart("silhouette", widths, "l")
     assert re.findall(r'height="([\d.]+)" class="(\w+)"', layers) == [
@@ -33,7 +33,7 @@ def test_a_silhouette_is_as_wide_as_the_layers(chart):
     assert "<title>b: 64 channels, 32 remain</title>" in layers
 
 
-def test_a_square_is_filled_for_each_weight_that_is_not_masked(chart):
+def test_the_mask_grid_has_a_filled_square_for_each_kept_weight(chart):
     shown = chart("mask_grid", [["100001", "000000"], ["111111", "010000"]], [2, 2, 2, 3], "l")
     kernels, kept = re.findall(r'd="([^"]*)"', shown)
     assert kernels.count("M") == 4
@@ -66,7 +66,7 @@ def test_zeros_from_rounding_are_not_called_masked(page):
     assert ">masked<" not in text
 
 
-def test_masks_and_accuracy_during_training(page):
+def test_masks_and_accuracy_during_training_are_shown(page):
     text = page()
     section = re.search(r"<h2>Training progress</h2>.*?</section>", text)[0]
     assert section.count("<figure>") == 1, "one stage has curves"
@@ -81,7 +81,7 @@ def test_masks_and_accuracy_during_training(page):
     assert "standard deviation" not in section, "two values are too few"
 
 
-def test_the_spread_of_the_last_accuracies(page):
+def test_the_standard_deviation_of_the_last_validations_is_shown(page):
     numbers = numbers_of()
     values = [10.0, 90.0, 92.0, 90.0, 92.0, 91.0]
     del numbers["stages"][2]["masks"]
@@ -94,7 +94,7 @@ def test_the_spread_of_the_last_accuracies(page):
 
 
 @pytest.mark.parametrize("masked", [0.0, 0.9])
-def test_masks_are_said_not_to_be_faster_if_there_are_any(page, masked):
+def test_the_page_says_that_masks_are_not_faster_if_there_are_any(page, masked):
     artifact = entry(1.0, size=1_000_000) | {"masked": masked, "sparsity": 0.9, "compressed_bytes": 200_000}
     text = page(numbers_of(artifact=artifact))
     sentence = "Dense runtimes are not faster with masks"

@@ -1,4 +1,4 @@
-"""The values of the report's sections, by hand."""
+"""The values in the sections of the report, compared with values computed by hand."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def results(made=None):
     return Results.model_validate(made or numbers_of())
 
 
-def test_losses_and_metrics_of_an_own_method_are_lines_of_the_report():
+def test_losses_and_metrics_of_a_users_method_are_listed():
     made = numbers_of()
     made["stages"][0] |= {"losses": {"labels": 0.5, "penalty": 0.0123}, "noised": 185, "kind": "gauss", "masks": []}
     found = Results.model_validate(made)
@@ -36,7 +36,7 @@ def test_losses_and_metrics_of_an_own_method_are_lines_of_the_report():
     assert not any("losses" in each for each in summary.stage_values(Results.model_validate(made)))
 
 
-def test_what_the_artifact_is_compared_with():
+def test_the_artifact_is_compared_with_the_original_and_the_baseline():
     assert summary.references(results()) == ["original", "baseline"]
     assert summary.references(results(alone(1.0))) == ["original"]
     mixed = alone(1.0)
@@ -66,16 +66,16 @@ def test_what_the_artifact_is_compared_with():
         (1, 4, "4.00x higher"),
     ],
 )
-def test_reductions_in_words(before, after, words):
+def test_reductions_are_described_in_words(before, after, words):
     assert summary.describe_reduction(before, after) == words
 
 
-def test_methods_as_a_recipe_writes_them():
+def test_methods_are_described_as_in_a_recipe():
     methods = ["ptq", {"soft_targets": {"temperature": 4, "loss_weight": 1}}, {"fitnet": None}]
     assert summary.describe_methods(methods) == "ptq, soft_targets (temperature 4, loss_weight 1), fitnet"
 
 
-def test_each_stage_knows_the_last_values_before_it():
+def test_each_stage_has_the_last_known_values_of_earlier_stages():
     found = list(summary.stages(results()))
     assert [stage["name"] for stage, _ in found] == ["original", "distil", "draw", "mask", "quantize"]
     assert found[0][1] == {}
@@ -86,13 +86,13 @@ def test_each_stage_knows_the_last_values_before_it():
     assert found[4][1]["macs"] == 10_000_000
 
 
-def test_every_run_is_drawn_and_the_axis_ends_behind_most():
+def test_every_run_is_drawn_and_the_axis_covers_most_of_them():
     runs, end = summary.latency_runs(results(), "1")
     assert runs["artifact"] == pytest.approx([0.99, 1.0, 1.01, 1.02, 1.0])
     assert end == pytest.approx(1.15 * np.percentile([4 * each for each in (0.99, 1.0, 1.01, 1.02, 1.0)], 95))
 
 
-def test_the_share_of_the_peak_throughput_by_hand():
+def test_the_share_of_the_peak_throughput_matches_values_computed_by_hand():
     peaks = [
         {"runtime": "onnxruntime", "precision": "float32", "macs_per_second": 1e10, "median": 0.9e10, "n": 9},
         {"runtime": "openvino", "precision": "bfloat16", "macs_per_second": 4e10, "median": 3.2e10, "n": 9},
@@ -106,7 +106,7 @@ def test_the_share_of_the_peak_throughput_by_hand():
     assert summary.peak_noise([Peak.model_validate(each) for each in peaks]) == pytest.approx(0.8)
 
 
-def test_curves_of_stages_that_moved_masks_or_validated():
+def test_curves_are_drawn_for_stages_with_masks_or_validations():
     (made,) = training_section.curves(results())
     assert (made.name, made.steps) == ("mask", 40)
     assert made.masks == [
@@ -121,7 +121,7 @@ def test_curves_of_stages_that_moved_masks_or_validated():
     assert words.endswith(f"standard deviation {np.std([2, 3, 4, 5, 6], ddof=1):.2f}")
 
 
-def test_movement_towards_a_grid():
+def test_movement_towards_a_grid_is_summarized():
     histogram = training_section.position_histogram({"before": [1, 2, 3, 4], "after": [4, 3, 2, 1]})
     assert (histogram["low"], histogram["width"], histogram["after_width"]) == (-0.5, 0.25, 0.25)
     assert training_section.movement_groups([0.1, None], to_grid=True) == [
@@ -135,7 +135,7 @@ def test_movement_towards_a_grid():
     assert words == "weights closest to zero moved by 0.125, the farthest by 0.250"
 
 
-def test_the_slowest_operators_and_all_others():
+def test_the_slowest_operators_are_listed_and_the_others_summed():
     profile = profile_of(*((f"op{number}", float(20 - number)) for number in range(9)), ("tiny", 0.1))
     rows = list(layers_section.operator_times(profile))
     assert [row[:3] for row in rows[:2]] == [("op0", 2, 20.0), ("op1", 2, 19.0)]
@@ -147,7 +147,7 @@ def test_the_slowest_operators_and_all_others():
     assert [row[3] for row in few] == ["98 %", "<1 %", "1 %"]
 
 
-def test_layers_by_time_error_sparsity_and_bits():
+def test_layers_are_listed_by_time_error_sparsity_and_bits():
     evidence = evidence_of()
     layers = evidence["layers"]
     times = layers_section.layer_times(layers, evidence["profile"]["1"], "original")
@@ -171,7 +171,7 @@ def test_layers_by_time_error_sparsity_and_bits():
     layers_section.bit_groups([layers[0] | {"weight_bits": 0}])
 
 
-def test_weights_and_fractions_in_words():
+def test_weights_and_fractions_are_described_in_words():
     conv, linear = evidence_of()["layers"]
     assert layers_section.describe_weights(conv) == "step 0.100 to 0.300, grid −1 to 1, 3 levels, 3 zeros"
     conv["histogram"]["step"] = [0.2, 0.2, 0.2]
@@ -182,7 +182,7 @@ def test_weights_and_fractions_in_words():
     assert [float(each) for each in (fractions[1], *fractions[3:])] == [0.0, 0.01, 25.0]
 
 
-def test_classes_by_name_likelihood_and_similarity():
+def test_classes_are_described_by_name_likelihood_and_similarity():
     numbers = SimpleNamespace(classes=["cat", "dog"])
     assert [predictions_section.class_name(numbers, index) for index in (None, 1, 2)] == ["", "dog", "class 2"]
     assert predictions_section.likeliest([0.1, 0.5, 0.05, 0.35], ["a", "b", "c", "d"]) == "b 0.500, d 0.350, a 0.100"
@@ -195,7 +195,7 @@ def test_classes_by_name_likelihood_and_similarity():
     assert predictions_section.similarity_rows(numbers, [[0, [1.0, 0.0]]])[0] == [("cat", [("100.0", 0), ("0.0", 0)])]
 
 
-def test_changed_predictions_by_kind_and_class():
+def test_changed_predictions_are_grouped_by_kind_and_class():
     numbers = SimpleNamespace(classes=["cat", "dog", "cow"])
     kinds = [{"before": 0, "after": 1, "label": label} for label in (0, 1, 2)]
     assert [predictions_section.change_of(each) for each in kinds] == ["lost", "gained", "other"]

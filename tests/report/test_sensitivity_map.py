@@ -28,7 +28,7 @@ def luminance(colour):
     return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def test_every_layer_is_a_row_and_every_width_a_column():
+def test_the_map_has_a_row_per_layer_and_a_column_per_width():
     labels = texts(svg_of())
     assert labels[:2] == ["resnet20 & co", "2,000 images"]
     assert [text for text in labels if text.endswith(" bits")] == ["2 bits", "4 bits", "8 bits"]
@@ -38,7 +38,7 @@ def test_every_layer_is_a_row_and_every_width_a_column():
     assert cells[6] == ["head at 2 bits: error 50 %, metric drop 0.25 points", None, "50"]
 
 
-def test_larger_errors_are_darker_and_their_text_is_readable():
+def test_larger_errors_are_darker_and_texts_have_enough_contrast():
     groups = {group[0].text.split(":")[0]: group for group in svg_of().iter(f"{SVG}g")}
     for name in WEIGHTS:
         shades = [luminance(groups[f"{name} at {bits} bits"][1].get("fill")) for bits in (2, 4, 8)]
@@ -49,7 +49,7 @@ def test_larger_errors_are_darker_and_their_text_is_readable():
         assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, group[0].text
 
 
-def test_everything_is_inside_the_view_box_and_nothing_is_loaded():
+def test_all_elements_are_inside_the_view_box_and_nothing_is_loaded():
     svg = svg_of()
     _, _, wide, high = map(float, svg.get("viewBox").split())
     for rect in svg.iter(f"{SVG}rect"):
@@ -63,6 +63,6 @@ def test_everything_is_inside_the_view_box_and_nothing_is_loaded():
 
 
 @pytest.mark.parametrize("error", [0.0, 0.3])
-def test_one_error_for_all(error):
+def test_a_map_with_a_single_error_can_be_drawn(error):
     assert "error 0 %" in sensitivity_svg([Cost("a", 2, 0.0, None)], {"a": 1}, "t", "s")
     assert len(list(svg_of([Cost("a", 2, error, None)], {"a": 1}).iter(f"{SVG}g"))) == 1

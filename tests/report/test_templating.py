@@ -15,12 +15,12 @@ def test_text_and_attributes_are_escaped():
     assert rendered('<p title="{{ a }}">{{ b }}</p>', a='"x"', b="<b>&") == '<p title="&#34;x&#34;">&lt;b&gt;&amp;</p>'
 
 
-def test_an_undefined_name_is_an_error():
+def test_an_undefined_name_raises():
     with pytest.raises(UndefinedError):
         rendered("{{ nothing }}")
 
 
-def test_a_table_scrolls_in_its_own_box_and_has_headers():
+def test_a_table_has_headers_and_scrolls_in_its_own_box():
     table = rendered(
         '{% from "tables.html" import row, table %}'
         '{% call table("t", ["", "<x>"]) %}{{ row("a&b", [1]) }}'
@@ -36,11 +36,11 @@ def test_a_table_scrolls_in_its_own_box_and_has_headers():
     ("value", "expected"),
     [(0.25446, "0.254"), (1234.5, "1,234"), (None, "–"), (0.0, "0"), (48.61, "48.6"), (0.00004, "0.0000400")],
 )
-def test_three_significant_digits(value, expected):
+def test_numbers_have_three_significant_digits(value, expected):
     assert number(value) == expected
 
 
-def test_units():
+def test_numbers_can_be_divided_by_a_unit():
     assert number(2_500_000, unit=1e6) == "2.50"
     assert fixed(2_500_000, 1, unit=1e6) == "2.5"
     assert fixed(None, 1) == "–"
@@ -53,7 +53,7 @@ def test_differences_have_a_sign(value, expected):
     assert signed(value, " points") == expected
 
 
-def test_pictures_are_inline():
+def test_only_inline_pictures_are_accepted():
     assert inline_png("data:image/png;base64,AA") == "data:image/png;base64,AA"
     with pytest.raises(ValueError, match="not an inline PNG"):
         inline_png("https://elsewhere/x.png")

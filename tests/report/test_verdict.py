@@ -37,14 +37,14 @@ BF16 = {"runtime": "openvino", "precision": "bfloat16"}
 OTHER_TARGET = " To compress for OpenVINO, write target: {runtime: openvino} in the recipe."
 
 
-def test_faster_than_both():
+def test_faster_than_the_original_and_the_baseline():
     assert verdict(numbers_of()) == (
         "4.0x faster (3.8 to 4.2) than the original and 2.0x faster (1.9 to 2.1) than the baseline at batch 1, "
         "4.0x smaller, accuracy 0.4 points lower."
     )
 
 
-def test_one_ratio_if_the_original_is_the_baseline():
+def test_one_ratio_is_given_if_the_original_is_the_baseline():
     assert verdict(alone(1.0)) == (
         "4.0x faster (3.8 to 4.2) than the original at batch 1, 4.0x smaller, accuracy unchanged. "
         "The original is also the baseline."
@@ -59,7 +59,7 @@ def test_faster_than_the_original_only():
     )
 
 
-def test_slower_than_both():
+def test_slower_than_the_original_and_the_baseline():
     assert verdict(numbers_at(8.0)) == (
         "2.0x slower (1.9 to 2.1) than the original and 4.0x slower (3.8 to 4.2) than the baseline at batch 1, "
         "4.0x smaller, accuracy unchanged. Possible reasons: the baseline uses the bfloat16 instructions of this CPU; "
@@ -68,7 +68,7 @@ def test_slower_than_both():
     )
 
 
-def test_no_measurable_difference_from_either():
+def test_no_measurable_difference_from_the_original_or_the_baseline():
     numbers = numbers_at(4.0, speedup=speedups(1.01, 0.98))
     assert verdict(numbers).startswith(
         "no measurable difference from the original (0.96x to 1.06x) and no measurable difference from the baseline "
@@ -91,7 +91,7 @@ def test_no_measurable_difference_from_either():
         ({"value": 1.0, "low": 1.0, "high": 1.0}, "no measurable difference (1.00x to 1.00x)"),
     ],
 )
-def test_a_difference_has_its_interval(ratio, expected):
+def test_a_speedup_is_given_with_its_interval(ratio, expected):
     assert describe_speedup(ratio) == expected
 
 
@@ -105,7 +105,7 @@ def test_a_difference_has_its_interval(ratio, expected):
         (1.84, {"value": 1.5, "low": 1.4, "high": 1.78}, ""),
     ],
 )
-def test_medians_whose_ratio_is_outside_the_interval_have_a_sentence(original, ratio, expected):
+def test_medians_whose_ratio_is_outside_the_interval_are_mentioned(original, ratio, expected):
     numbers = alone(1.0, original=entry(original), artifact=entry(1.0))
     for name in ("original", "baseline"):
         numbers["speedup"][name] = {"1": ratio_of(1.0) | ratio, "32": ratio_of(original)}
@@ -114,19 +114,19 @@ def test_medians_whose_ratio_is_outside_the_interval_have_a_sentence(original, r
         ". It is outside the interval of the speedup, because the speed of the machine changed between rounds. The "
         "speedup compares only times of the same round."
     )
-    told = f"The median latencies give a ratio of {expected}{reason}" if expected else ""
-    assert module.medians_note(results) == told
+    sentence = f"The median latencies give a ratio of {expected}{reason}" if expected else ""
+    assert module.medians_note(results) == sentence
     _, compared = results_tables(results)
-    assert compared.caption.endswith(told or "at batch 32.")
+    assert compared.caption.endswith(sentence or "at batch 32.")
 
 
-def test_medians_are_also_compared_with_those_of_the_baseline():
+def test_medians_are_also_compared_with_the_baseline():
     numbers = numbers_of()
     for of in numbers["speedup"].values():
         of["32"] = ratio_of(1.5)
-    told = module.medians_note(Results.model_validate(numbers))
+    sentence = module.medians_note(Results.model_validate(numbers))
     ratios = "4.0x (the original, batch 32) and 2.0x (the baseline, batch 32)"
-    assert told.startswith(f"The median latencies give ratios of {ratios}. They are outside the intervals ")
+    assert sentence.startswith(f"The median latencies give ratios of {ratios}. They are outside the intervals ")
 
 
 def test_the_baseline_depends_on_the_batch_size():
@@ -138,7 +138,7 @@ def test_the_baseline_depends_on_the_batch_size():
     assert module.reference_entry(results, "original", "32") == results.original
 
 
-def test_the_profile_gives_a_reason():
+def test_quantization_and_layout_conversion_in_the_profile_are_a_reason():
     profile = {"artifact": profile_of(("QLinearConv", 1.0), ("QuantizeLinear", 0.6), ("ReorderInput", 0.4))}
     expected = verdict(alone(8.0), evidence_of(profile={"1": profile}))
     assert (
@@ -163,7 +163,7 @@ def test_a_cpu_without_vnni_is_a_reason(kind, bits, expected):
     assert ("(VNNI)" in verdict(numbers)) is expected
 
 
-def test_without_a_reason_none_is_given():
+def test_no_reason_is_given_if_none_is_known():
     expected = verdict(alone(8.0, artifact=entry(8.0, macs=5_000_000)))
     assert "reasons" not in expected
     assert expected.endswith("Deploy original.onnx in ONNX Runtime (float32) instead.")
@@ -209,7 +209,7 @@ def test_larger_batches_are_listed_if_faster():
     assert verdict(numbers).endswith(sentence + OTHER_TARGET)
 
 
-def test_another_target_is_not_recommended_for_a_baseline_of_the_same_runtime_or_without_a_difference():
+def test_compressing_for_the_runtime_of_the_baseline_is_suggested_only_if_it_helps():
     assert OTHER_TARGET not in verdict(alone(8.0))
     assert OTHER_TARGET not in verdict(numbers_at(4.0, speedup=speedups(1.01, 0.98)))
 
@@ -226,7 +226,7 @@ def test_batch_sizes_with_the_same_text_are_grouped(expected, line):
     ("before", "after", "expected"),
     [(400, 100, "4.0x smaller"), (100, 150, "1.5x larger"), (100, 97, "same size")],
 )
-def test_size(before, after, expected):
+def test_changes_of_the_size_are_described(before, after, expected):
     assert size_change({"bytes": before}, {"bytes": after}) == expected
 
 
@@ -239,7 +239,7 @@ def test_size(before, after, expected):
         (90.0, "accuracy unchanged"),
     ],
 )
-def test_points(after, expected):
+def test_changes_of_the_accuracy_are_given_in_points(after, expected):
     assert Metric(name="accuracy", unit="%", higher_is_better=True).change(90.0, after) == expected
 
 
@@ -247,7 +247,7 @@ def test_points(after, expected):
     ("after", "expected"),
     [(0.12, "mean absolute error 0.02 higher"), (0.08, "mean absolute error 0.02 lower")],
 )
-def test_a_metric_without_a_unit_has_no_points(after, expected):
+def test_changes_of_a_metric_without_a_unit_are_not_given_in_points(after, expected):
     assert ERROR.change(0.1, after) == expected
     assert ERROR.change(0.1, 0.10001) == "mean absolute error unchanged"
 
@@ -259,7 +259,7 @@ def test_a_larger_error_is_not_recommended(score, file):
     assert f"Deploy {file}" in verdict(numbers)
 
 
-def test_the_table_of_a_run_has_the_share_of_zero_weights_if_there_are_any():
+def test_the_table_contains_the_share_of_zero_weights_only_if_there_are_any():
     numbers = numbers_of()
     table, _ = results_tables(Results.model_validate(numbers))
     assert "zero weights, %" not in [*table.columns[0].cells]
@@ -269,7 +269,7 @@ def test_the_table_of_a_run_has_the_share_of_zero_weights_if_there_are_any():
     assert [[*column.cells][place] for column in table.columns] == ["zero weights, %", "0.0", "0.0", "70.0"]
 
 
-def test_the_table_of_a_run_names_one_thread_and_the_integers():
+def test_the_table_contains_the_number_of_threads_and_the_precision():
     numbers = numbers_of()
     numbers["machine"]["threads"] = 1
     numbers["artifact"]["precision"] = "int8, rest float32"
@@ -279,7 +279,7 @@ def test_the_table_of_a_run_names_one_thread_and_the_integers():
     assert [[*column.cells][place] for column in table.columns][-1] == "int8, rest float32"
 
 
-def test_the_tables_of_a_run_are_complete_at_80_columns(monkeypatch, capsys):
+def test_the_tables_fit_into_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     numbers = numbers_of()
     numbers["artifact"]["precision"] = "int4 and int8, rest float32"
@@ -299,7 +299,7 @@ def test_the_tables_of_a_run_are_complete_at_80_columns(monkeypatch, capsys):
     assert "(0.99x to 1.01x)" in printed
 
 
-def test_the_table_of_a_run_has_the_standard_error_of_each_accuracy():
+def test_the_table_contains_the_standard_error_of_each_accuracy():
     table, _ = results_tables(Results.model_validate(with_errors()))
     place = [*table.columns[0].cells].index("accuracy, %")
     cells = [[*column.cells][place] for column in table.columns]
@@ -314,7 +314,7 @@ def test_the_table_of_a_run_has_the_standard_error_of_each_accuracy():
     assert table.caption is None
 
 
-def test_the_verdict_has_the_standard_error_of_the_difference():
+def test_the_verdict_contains_the_standard_error_of_the_difference():
     assert verdict(with_errors()).endswith("4.0x smaller, accuracy 0.4 points lower (standard error 0.35).")
 
 

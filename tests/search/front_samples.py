@@ -1,4 +1,4 @@
-"""A finished search of 200 trials, as `front.json` and `evidence.json` hold it; the numbers are drawn."""
+"""A finished search of 200 trials, in the form of `front.json` and `evidence.json`; the numbers are random."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def front_of(trials=199):
 
 
 def evidence_for(made):
-    """Of the Pareto front and the free baselines; noise as images, since it compresses worst."""
+    """Evidence for the Pareto front and the free baselines; images are noise, which is the least compressible."""
     drawn = torch.Generator().manual_seed(0)
     tested = {each.name: each for each in [*made.points, *made.baselines[:2]]}
     peak = {"runtime": "openvino", "n": 9}

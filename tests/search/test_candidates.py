@@ -1,4 +1,4 @@
-"""Candidates and their recipes, the space, the `wide_plain` networks, and the cache of latencies."""
+"""Candidates and their recipes, the search space, the `wide_plain` networks, and the cache of latencies."""
 
 import importlib
 import math
@@ -28,7 +28,7 @@ CANDIDATES = [
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.name)
-def test_the_recipe_of_a_candidate_is_a_recipe(candidate):
+def test_the_recipe_of_a_candidate_is_valid(candidate):
     whole = Recipe(
         model=Network(name="resnet56"), teacher="original", data=DataSource(name="digits"), stages=candidate.stages(())
     )
@@ -41,7 +41,7 @@ def test_names_of_different_candidates_differ():
     assert all(name.replace("-", "").replace("_", "").isalnum() for name in names)
 
 
-def test_the_first_candidates_cover_depth_width_their_products_and_students_without_repetition():
+def test_the_first_candidates_cover_depth_width_both_and_students_without_repetition():
     space = Space(9, prunable=True, students=["a", "b"], bits=("8", "mixed", "4"), pixels=(24,))
     first = space.first()
     assert len(set(first)) == len(first)
@@ -52,19 +52,19 @@ def test_the_first_candidates_cover_depth_width_their_products_and_students_with
     assert not first[0].inherits or not first[1].inherits, "students come early"
 
 
-def test_a_network_that_cannot_be_pruned_has_students_only():
+def test_a_network_that_cannot_be_pruned_leaves_only_students():
     space = Space(0, prunable=False, students=["a"])
     assert [each.network for each in space.first()] == ["a"]
     assert not space.samples
 
 
-def test_sampled_parameters_are_a_candidate():
+def test_sampled_parameters_are_converted_to_a_candidate():
     parameters = {"branches": 2, "keep_macs": 0.35000000000000003, "bits": "4"}
     assert candidate_of(parameters) == Candidate(branches=2, keep_macs=0.35, bits="4")
 
 
 @pytest.mark.parametrize(("pixels", "stem"), [(32, "wide_plain_"), (224, "wide_plain_large_")])
-def test_the_family_suits_the_images(pixels, stem):
+def test_the_family_matches_the_size_of_the_images(pixels, stem):
     names = family(pixels)
     assert set(names) <= set(WIDE_PLAIN)
     assert all(name.startswith(stem) for name in names)
@@ -72,7 +72,7 @@ def test_the_family_suits_the_images(pixels, stem):
 
 
 @pytest.mark.parametrize(("name", "pixels"), [("wide_plain_8", 8), ("wide_plain_8", 33), ("wide_plain_large_8", 32)])
-def test_the_family_runs_on_small_and_odd_images(name, pixels):
+def test_networks_of_the_family_run_on_small_and_odd_image_sizes(name, pixels):
     network = models.build(name, 7).eval()
     assert network(torch.rand(2, 3, pixels, pixels)).shape == (2, 7)
     wide = [module.out_channels for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
@@ -90,14 +90,14 @@ def file_of(path, channels, value):
     return path
 
 
-def test_a_structure_is_the_same_for_other_values_and_another_one_for_other_shapes(tmp_path):
+def test_the_structure_hash_depends_on_shapes_and_not_on_values(tmp_path):
     first, same = file_of(tmp_path / "a.onnx", 8, 1.0), file_of(tmp_path / "b.onnx", 8, 2.0)
     assert structure_hash(first) == structure_hash(same)
     assert structure_hash(first) != structure_hash(file_of(tmp_path / "c.onnx", 16, 1.0))
 
 
-def test_constants_that_two_operators_share_are_no_other_structure(tmp_path):
-    """Two constants of equal value become one tensor of the file, so that its names and tensors differ."""
+def test_the_structure_hash_does_not_depend_on_shared_constants(tmp_path):
+    """Two equal constants become one tensor of the file, so that names and tensors differ."""
 
     def scaled(name, constants, operator="Mul"):
         make = onnx.helper.make_node
@@ -112,7 +112,7 @@ def test_constants_that_two_operators_share_are_no_other_structure(tmp_path):
     assert scaled("two.onnx", ["a", "b"]) != scaled("sum.onnx", ["a", "b"], "Add")
 
 
-def test_latency_is_the_ratio_to_the_reference_and_is_measured_once_for_each_structure(tmp_path, monkeypatch):
+def test_latency_is_relative_to_the_reference_and_measured_once_per_structure(tmp_path, monkeypatch):
     module = importlib.import_module(candidate_latency.__name__)
     measured = []
 
@@ -156,7 +156,7 @@ def test_latency_is_the_ratio_to_the_reference_and_is_measured_once_for_each_str
     assert again.latency(file) == expected, "the reference comes from the state of the search"
 
 
-def test_a_stage_as_it_was_made_keeps_the_share_of_its_warm_up():
+def test_a_stage_with_fewer_steps_keeps_the_fraction_of_its_warm_up():
     planned = Stage(name="train-1", steps=1000, lr_schedule=LearningRateSchedule(warmup_epochs=10))
     made = as_made(planned, 37)
     assert (made.steps, made.lr_schedule.warmup_epochs) == (37, 0.37)

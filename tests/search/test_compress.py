@@ -1,4 +1,4 @@
-"""`tersor.compress` and `tersor pick` on small networks; what a user can do wrong."""
+"""`tersor.compress` and `tersor pick` on small networks, and mistakes of users."""
 
 import dataclasses
 import importlib
@@ -66,29 +66,29 @@ def _short_measurements(monkeypatch):
 
 @pytest.fixture(scope="module")
 def without_time(few, tmp_path_factory):
-    """A search that has no time for any candidate."""
+    """A search without time for any candidate."""
     out = tmp_path_factory.mktemp("search") / "out"
     progress = RecordedProgress()
     result = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=out, progress=progress)
     return result, progress
 
 
-def test_no_time_at_all_gives_a_usable_answer(few, without_time, tmp_path):
+def test_a_search_without_time_returns_a_usable_result(few, without_time, tmp_path):
     result, progress = without_time
     file = result.best.export(tmp_path / "best.onnx")
     logits = open_session(file, "onnxruntime").run(np.zeros((2, 3, 8, 8), np.float32))
     assert logits.shape == (2, 10)
     assert result.best.point.free
     assert result.best.point.test is not None
-    said = "\n".join(progress.lines)
-    assert "free baselines: " in said
-    assert "int8" in said
-    assert "plan:" in said
+    printed_lines = "\n".join(progress.lines)
+    assert "free baselines: " in printed_lines
+    assert "int8" in printed_lines
+    assert "plan:" in printed_lines
     assert result.numbers == read_front(result.folder)
     assert (result.folder / "report.html").is_file()
 
 
-def test_the_free_baselines_are_what_their_files_give(few, without_time):
+def test_the_free_baselines_agree_with_their_files(few, without_time):
     result, _ = without_time
     numbers, folder = result.numbers, SearchFolder(result.folder, _arguments(result.folder))
     assert (numbers.runtime, numbers.minutes, numbers.original) == ("onnxruntime", 0.001, "original")
@@ -142,7 +142,7 @@ def test_two_points_can_be_compared_by_layers_classes_and_times(without_time):
     assert {(peak["runtime"], peak["precision"]) for peak in evidence["peaks"]} >= {("onnxruntime", "int8")}
 
 
-def test_the_same_call_of_a_finished_search_does_nothing(few, without_time):
+def test_repeating_the_call_of_a_finished_search_does_nothing(few, without_time):
     result, _ = without_time
     progress = RecordedProgress()
     again = tersor.compress(small(), few, budget=Budget(minutes=0.001), out=result.folder, progress=progress)
@@ -153,7 +153,7 @@ def test_the_same_call_of_a_finished_search_does_nothing(few, without_time):
 
 
 def test_only_more_minutes_extend_a_finished_search(few, without_time, tmp_path, monkeypatch):
-    """Also where the search ended early: it used a part of its minutes."""
+    """Also if the search ended early and used only a part of its minutes."""
     out = tmp_path / "out"
     shutil.copytree(without_time[0].folder, out)
     file = out / "search.json"
@@ -173,7 +173,7 @@ def test_only_more_minutes_extend_a_finished_search(few, without_time, tmp_path,
         tersor.compress(small(), few, budget=Budget(minutes=45.1), out=out)
 
 
-def test_an_extension_that_was_interrupted_goes_on_with_the_same_minutes(few, without_time, tmp_path, monkeypatch):
+def test_an_interrupted_extension_is_resumed_with_the_same_minutes(few, without_time, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(without_time[0].folder, out)
 
@@ -186,8 +186,8 @@ def test_an_extension_that_was_interrupted_goes_on_with_the_same_minutes(few, wi
             tersor.compress(small(), few, budget=Budget(minutes=0.002), out=out)
 
 
-def test_messages_name_the_argument_in_python_beside_the_option():
-    """Everything below the command line can be called from Python."""
+def test_messages_name_the_python_argument_next_to_the_option():
+    """Everything below the command line can also be called from Python."""
     source = Path(tersor.__file__).parent
     files = [*(source / "search").glob("*.py"), source / "core/resources.py", source / "checkpoint/store.py"]
     for file in files:
@@ -197,13 +197,13 @@ def test_messages_name_the_argument_in_python_beside_the_option():
     assert "`minutes` (`--time`)" in compress._LONGER
 
 
-def test_another_call_for_the_same_folder_is_refused(few, without_time):
+def test_different_arguments_for_the_same_folder_raise(few, without_time):
     result, _ = without_time
     with pytest.raises(InputError, match="belongs to a search with budget"):
         tersor.compress(small(), few, budget=Budget(max_drop=3, minutes=0.001), out=result.folder)
 
 
-def test_pick_needs_no_training(without_time):
+def test_pick_works_without_training(without_time):
     result, _ = without_time
     fastest = min(result.front, key=lambda point: point.latency_ms[1])
     chosen = result.pick(max_drop=100)
@@ -214,7 +214,7 @@ def test_pick_needs_no_training(without_time):
         result.pick(latency_ms={7: 1.0})
 
 
-def test_pick_on_the_command_line(without_time, tmp_path, monkeypatch, capfd):
+def test_the_pick_command_writes_the_chosen_file(without_time, tmp_path, monkeypatch, capfd):
     result, _ = without_time
     out = tmp_path / "picked.onnx"
     monkeypatch.setattr(sys, "argv", ["tersor", "pick", str(result.folder), "--max-drop", "100", "--out", str(out)])
@@ -237,7 +237,7 @@ def test_pick_on_the_command_line(without_time, tmp_path, monkeypatch, capfd):
         ),
     ],
 )
-def test_ctrl_c_names_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capfd, files, line):
+def test_the_message_for_ctrl_c_lists_saved_files_and_how_to_continue(tmp_path, monkeypatch, capfd, files, line):
     def pressed(*_given, **_options):
         raise KeyboardInterrupt
 
@@ -281,7 +281,7 @@ ONE_FOR_EACH = "Write a list with one number for each channel, as in"
         ({"data": "missing.csv"}, r"missing\.csv"),
     ],
 )
-def test_wrong_arguments_are_one_message(few, tmp_path, changed, message):
+def test_wrong_arguments_raise_one_error(few, tmp_path, changed, message):
     given = {"model": small(), "data": few, "out": tmp_path / "out", "budget": Budget(minutes=0.001)} | changed
     with pytest.raises(InputError, match=message):
         tersor.compress(given.pop("model"), given.pop("data"), **given)
@@ -298,7 +298,7 @@ def test_wrong_arguments_are_one_message(few, tmp_path, changed, message):
         (["--pixels", "2"], "Invalid value for '--pixels'"),
     ],
 )
-def test_plain_arguments_are_checked_before_torch_is_imported(monkeypatch, capfd, given, message):
+def test_command_line_arguments_are_checked_before_torch_is_imported(monkeypatch, capfd, given, message):
     monkeypatch.setattr(
         sys, "argv", ["tersor", "compress", "net.py:make", "--weights", "w", "--data", "digits", *given]
     )
@@ -309,11 +309,11 @@ def test_plain_arguments_are_checked_before_torch_is_imported(monkeypatch, capfd
     assert message in capfd.readouterr().err
 
 
-def test_a_latency_without_batch_size_is_that_of_batch_1():
+def test_a_latency_limit_without_a_batch_size_is_for_batch_1():
     assert str(Budget(latency_ms=parse_latency(["2ms"]))) == "2 ms at batch 1"
 
 
-def test_latency_limits_may_be_one_option_or_several():
+def test_latency_limits_can_be_in_one_option_or_several():
     assert parse_latency(["1:2ms,128:8ms"]) == parse_latency(["2ms", "128:8ms"]) == {1: 2.0, 128: 8.0}
     assert parse_latency([]) == {}
     with pytest.raises(InputError, match="the latency has two limits for batch size 1"):
@@ -322,21 +322,21 @@ def test_latency_limits_may_be_one_option_or_several():
         parse_latency([""])
 
 
-def test_the_other_commands_find_the_files_of_a_search(without_time):
+def test_other_commands_find_the_files_of_a_search(without_time):
     folder = without_time[0].folder
     found = read_artifact(folder)
     assert found.model == folder / "model.onnx"
     assert found.files["original.onnx"] == folder / UNCHANGED
 
 
-def test_pick_after_a_search_that_measured_nothing(tmp_path):
+def test_pick_raises_if_the_search_measured_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "search.json").write_text("{}")
     with pytest.raises(InputError, match="stopped before it had measured anything"):
         read_front(tmp_path / "out")
 
 
-def test_the_unchanged_original_has_no_recipe(without_time, tmp_path):
+def test_the_unchanged_original_has_no_recipe_file(without_time, tmp_path):
     point = without_time[0].numbers.baselines[0]
     folder = SearchFolder(tmp_path / "out", {})
     for name in (UNCHANGED, "points/a/model.onnx"):
@@ -349,13 +349,13 @@ def test_the_unchanged_original_has_no_recipe(without_time, tmp_path):
         assert (folder.path / RECIPE).is_file() == kept
 
 
-def test_a_folder_that_holds_something_else_is_not_overwritten(few, tmp_path):
+def test_a_folder_with_other_files_is_not_overwritten(few, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="already exists"):
         tersor.compress(small(), few, out=tmp_path)
 
 
-def test_a_search_that_starts_again_with_other_arguments_prints_them(few, tmp_path, monkeypatch):
+def test_a_search_restarted_with_other_arguments_prints_them(few, tmp_path, monkeypatch):
     module, progress = importlib.import_module("tersor.search.compress"), RecordedProgress()
 
     def interrupted(*_):
@@ -374,7 +374,7 @@ def test_a_search_that_starts_again_with_other_arguments_prints_them(few, tmp_pa
 
 
 @pytest.mark.slow
-def test_images_that_the_original_has_seen_do_not_choose(few, tmp_path, monkeypatch):
+def test_validation_images_that_the_original_was_trained_on_are_replaced(few, tmp_path, monkeypatch):
     metrics = iter([10.0])
     workbench = importlib.import_module("tersor.search.workbench").Workbench
     monkeypatch.setattr(workbench, "test_metric", lambda *_: next(metrics, 50.0))
@@ -388,8 +388,8 @@ def test_images_that_the_original_has_seen_do_not_choose(few, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_search_on_the_digits(tmp_path, monkeypatch, capfd):
-    """Two minutes: branches and channels are removed, candidates are trained, and the winner's recipe runs."""
+def test_a_search_on_the_digits_meets_its_budget(tmp_path, monkeypatch, capfd):
+    """Two minutes: branches and channels are removed, candidates are trained, and the best recipe is valid."""
     weights = tmp_path / "resnet20.safetensors"
     models.save_weights(models.build("resnet20", 10), weights)
     out = tmp_path / "out"
@@ -415,7 +415,7 @@ def share_right(outputs, targets):
     return (outputs.argmax(1) == targets).double().mean()
 
 
-def test_a_metric_and_a_loss_of_the_user(few, tmp_path):
+def test_a_users_metric_and_loss_are_used(few, tmp_path):
     given = {"budget": Budget(minutes=0.001), "loss": own_loss, "out": tmp_path / "out"}
     result = tersor.compress(small(), few, metric=share_right, **given)
     assert result.numbers.metric == "share_right"
@@ -425,7 +425,7 @@ def test_a_metric_and_a_loss_of_the_user(few, tmp_path):
         tersor.compress(small(), few, **given)
 
 
-def test_a_metric_in_percent_is_refused(few, tmp_path):
+def test_a_metric_in_percent_raises(few, tmp_path):
     with pytest.raises(InputError, match=r"returned 50\. A search needs a metric from 0 to 1"):
         tersor.compress(small(), few, metric=lambda *_: 50.0, budget=Budget(minutes=0.001), out=tmp_path / "out")
 

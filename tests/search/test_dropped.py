@@ -1,4 +1,4 @@
-"""Every candidate of a search is in its report: as a point of the front, or with the reason why it is not."""
+"""Every candidate of a search is in its report: as a point of the front, or with the reason why it is not there."""
 
 import pytest
 from optuna.storages import InMemoryStorage
@@ -45,7 +45,7 @@ def test_every_trial_is_a_point_or_has_a_reason(tmp_path):
     assert all(f"<p>{name}: {reason}</p>" in page for name, reason in made.dropped.items())
 
 
-def test_a_dominated_candidate_names_the_point_that_is_better(tmp_path):
+def test_the_reason_for_a_dominated_candidate_names_the_better_point(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
     dominated = {point.name for point in made.dominated}
@@ -57,7 +57,7 @@ def test_a_dominated_candidate_names_the_point_that_is_better(tmp_path):
         assert better in points
 
 
-def test_the_use_of_the_test_images_is_counted(tmp_path):
+def test_every_use_of_the_test_images_is_counted(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
     (names,) = made.test_runs
@@ -83,7 +83,7 @@ def test_the_use_of_the_test_images_is_counted(tmp_path):
     assert "were used once" not in (search.folder.path / "report.html").read_text()
 
 
-def test_candidates_that_lose_nothing_are_not_said_to_lack_time(tmp_path, monkeypatch):
+def test_lossless_candidates_are_not_reported_as_lacking_time(tmp_path, monkeypatch):
     monkeypatch.setattr(search_fakes, "metric", lambda _candidate, _seconds: 95.0)
     search = searching(tmp_path / "out")
     made = run(search)
@@ -92,7 +92,7 @@ def test_candidates_that_lose_nothing_are_not_said_to_lack_time(tmp_path, monkey
     assert all("Not trained: its metric has not dropped" in reason for reason in made.dropped.values())
 
 
-def test_a_candidate_on_the_front_whose_further_training_fails_is_not_dropped(tmp_path, monkeypatch):
+def test_a_candidate_on_the_front_is_not_dropped_if_its_further_training_fails(tmp_path, monkeypatch):
     train = FakeBench.train
 
     def fails_later(bench, candidate, trained, seconds):
@@ -109,16 +109,16 @@ def test_a_candidate_on_the_front_whose_further_training_fails_is_not_dropped(tm
     assert not any(made.dropped[name].startswith("Failed") for name in kept & set(made.dropped))
 
 
-def test_what_the_user_named_is_tried_first_and_otherwise_listed(tmp_path, monkeypatch):
+def test_candidates_named_by_the_user_are_tried_first_or_listed_as_untried(tmp_path, monkeypatch):
     named = [Candidate("wide"), Candidate("deep"), Candidate(pixels=24)]
     monkeypatch.setitem(search_fakes.FakeLatency.of, named[2].name, 0.5)
-    search, told = searching(tmp_path / "out"), []
-    search.bench.example, search.bar.tell = lambda _candidate: None, told.append
+    search, lines = searching(tmp_path / "out"), []
+    search.bench.example, search.bar.tell = lambda _candidate: None, lines.append
     search.named, search.bench.broken = named, ("deep-8bit",)
     surveys.survey(search, Space(9, prunable=True, students=["wide", "deep"]))
     assert [what[1] for what in search.bench.log if what[0] == "build"][:3] == [each.name for each in named]
-    assert told[0] == "wide, 8 bits: 49.80 % before training, 0.300 ms at batch 1, 38.4 ms at batch 128"
-    assert told[1] == "deep, 8 bits failed: cannot be built"
+    assert lines[0] == "wide, 8 bits: 49.80 % before training, 0.300 ms at batch 1, 38.4 ms at batch 128"
+    assert lines[1] == "deep, 8 bits failed: cannot be built"
     short = searching(tmp_path / "short", minutes=0.2)
     short.named, short.bench.example = named, search.bench.example
     surveys.survey(short, Space(9, prunable=True, students=["wide", "deep"]))
@@ -127,7 +127,7 @@ def test_what_the_user_named_is_tried_first_and_otherwise_listed(tmp_path, monke
     assert reasons == ["24 pixels was not tried: there was no time for it"]
 
 
-def test_a_student_has_the_name_that_the_user_wrote(tmp_path):
+def test_a_student_is_reported_under_the_name_given_by_the_user(tmp_path):
     search = searching(tmp_path / "out")
     student = Candidate("net.py:small")
     search_fakes.FakeLatency.of[student.name] = 3.0
@@ -139,7 +139,7 @@ def test_a_student_has_the_name_that_the_user_wrote(tmp_path):
     )
 
 
-def test_every_reason_is_a_sentence(tmp_path):
+def test_every_reason_is_a_complete_sentence(tmp_path):
     search = searching(tmp_path / "out")
     run(search)
     reasons = dropped(search, [])

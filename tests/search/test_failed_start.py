@@ -1,4 +1,4 @@
-"""The folder of a search whose start failed, or that another search began."""
+"""The folder of a search whose start failed, or that was started by another search."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tersor.search.folder import BASELINES, LATENCIES, MODEL, STATE, SearchFolde
 
 
 def started(path, model):
-    """A search that was killed before it had measured anything."""
+    """A search that was killed before its first measurement."""
     folder = SearchFolder(path, {"model": model})
     with folder.held():
         (path / BASELINES / "original.onnx").write_text(model)
@@ -17,7 +17,7 @@ def started(path, model):
     return folder
 
 
-def test_a_start_that_fails_leaves_nothing(tmp_path):
+def test_a_failed_start_leaves_no_files(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
         with pytest.raises(InputError, match="no such model"), SearchFolder(tmp_path / name, {}).held():
@@ -28,7 +28,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path):
     assert [each.name for each in tmp_path.rglob("*")] == ["empty"], "nor the folders above it"
 
 
-def test_an_error_after_the_original_was_exported_keeps_the_folder(tmp_path):
+def test_an_interrupt_after_the_original_was_exported_keeps_the_folder(tmp_path):
     folder = SearchFolder(tmp_path / "out", {})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / MODEL).write_text("original")
@@ -38,7 +38,7 @@ def test_an_error_after_the_original_was_exported_keeps_the_folder(tmp_path):
     assert (tmp_path / "out" / STATE).is_file()
 
 
-def test_other_arguments_begin_again_where_nothing_was_measured(tmp_path):
+def test_other_arguments_restart_a_search_without_measurements(tmp_path):
     study = started(tmp_path, "net:MyNett").state.study
     assert SearchFolder(tmp_path, {"model": "net:MyNett"}).state.study == study
     folder = SearchFolder(tmp_path, {"model": "net:MyNet"})
@@ -49,7 +49,7 @@ def test_other_arguments_begin_again_where_nothing_was_measured(tmp_path):
     assert SearchFolder(tmp_path, {"model": "net:MyNet"}).state == folder.state
 
 
-def test_other_arguments_are_refused_once_the_baselines_are_measured(tmp_path):
+def test_other_arguments_raise_after_the_baselines_are_measured(tmp_path):
     folder = started(tmp_path, "net:MyNet")
     folder.state.baselines = [baseline("original", 90.0, 2.0, "float32")]
     folder.save()
@@ -61,7 +61,7 @@ def test_other_arguments_are_refused_once_the_baselines_are_measured(tmp_path):
         SearchFolder(tmp_path, given)
 
 
-def test_the_lock_of_a_killed_start_does_not_occupy_a_folder(tmp_path):
+def test_the_lock_file_of_a_killed_start_does_not_block_the_folder(tmp_path):
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "lock").touch()
     SearchFolder(tmp_path, {})

@@ -1,4 +1,4 @@
-"""The end of a search: the final measurement, the verdict, and advice for limits that are out of reach."""
+"""The end of a search: the final measurement, the verdict, and advice for limits that cannot be reached."""
 
 import math
 
@@ -15,11 +15,11 @@ from tersor.search.verdict_line import last_line, verdict_lines
 
 SIZES = (1, 128)
 ROOMY = Budget(max_drop=2.0)
-"""A trained candidate is within it, whatever candidates Optuna's sampler proposes: 4.5 and 5.0 draw others."""
+"""A budget that a trained candidate meets with any candidates of Optuna's sampler: versions 4.5 and 5.0 differ."""
 
 
 def timed_as(values):
-    """A final measurement: the speedup over the original in 8 bits by the name of the point, and the names it timed."""
+    """A fake final measurement of the speedup over the 8-bit original, and the list of the points that it timed."""
     names = []
 
     def speedup(search, best):
@@ -34,7 +34,7 @@ def timed_as(values):
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_the_table_has_the_latency_of_the_final_measurement(tmp_path, monkeypatch):
+def test_the_table_contains_the_latency_of_the_final_measurement(tmp_path, monkeypatch):
     speedup, names = timed_as(lambda point: 1.2 / point.latency_ms[1])
     search = searching(tmp_path / "out", budget=ROOMY)
     search.folder.state.baselines = [
@@ -58,7 +58,7 @@ def test_the_table_has_the_latency_of_the_final_measurement(tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_an_earlier_latency_that_is_more_precise_is_kept(tmp_path, monkeypatch):
+def test_a_more_precise_earlier_latency_is_kept(tmp_path, monkeypatch):
     search = searching(tmp_path / "out", budget=ROOMY)
     run(search)
     precise = {"latency_error": dict.fromkeys(SIZES, 0.001)}
@@ -71,7 +71,7 @@ def test_an_earlier_latency_that_is_more_precise_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_a_point_that_turns_out_slower_than_another_is_not_handed_over(tmp_path, monkeypatch):
+def test_a_point_that_turns_out_slower_than_another_is_not_chosen(tmp_path, monkeypatch):
     search = searching(tmp_path / "out", budget=ROOMY)
     made = run(search)
     first = made.best
@@ -94,7 +94,7 @@ def test_the_advice_names_limits_that_no_network_reached(tmp_path):
     assert "batch 128" not in advice
 
 
-def test_the_headline_names_the_baseline_and_has_intervals():
+def test_the_headline_names_the_baseline_and_contains_intervals():
     made = front_of(3)
     headline = verdict_lines(made)[0]
     assert headline.startswith(
@@ -103,7 +103,7 @@ def test_the_headline_names_the_baseline_and_has_intervals():
     )
 
 
-def test_the_headline_says_whether_the_network_is_smaller_or_larger():
+def test_the_headline_states_the_change_of_the_size():
     made = front_of(3)
     best, original = made.point(made.best), made.point(made.original)
     for share, size in (
@@ -116,7 +116,7 @@ def test_the_headline_says_whether_the_network_is_smaller_or_larger():
         assert size in verdict_lines(made.model_copy(update={"points": points}))[0]
 
 
-def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_chosen():
+def test_the_verdict_states_the_value_for_every_limit_and_the_reason_for_the_choice():
     limits = {"max_drop": 1.0, "latency_ms": {"1": 0.9}, "megabytes": 0.5}
     lines = verdict_lines(front_of(3).model_copy(update={"limits": limits}))
     assert lines[1:3] == [
@@ -139,7 +139,7 @@ def test_the_verdict_says_what_is_used_of_every_limit_and_why_the_network_was_ch
 
 
 @pytest.mark.parametrize(("drop", "warned"), [(0.5, True), (0.7, False), (None, False)])
-def test_a_drop_on_the_test_images_above_the_limit_is_a_warning(drop, warned):
+def test_a_drop_on_the_test_images_above_the_limit_causes_a_warning(drop, warned):
     made = front_of(3)
     limits = {"max_drop": drop, "latency_ms": {"1": 0.9}, "megabytes": None}
     best = made.point("best").model_copy(update={"test_drop_error": 0.25})
@@ -150,7 +150,7 @@ def test_a_drop_on_the_test_images_above_the_limit_is_a_warning(drop, warned):
     assert line == "On the 10000 test images: -0.60 points, with a standard error of 0.25." + warning * warned
 
 
-def test_the_speedup_over_the_original_has_the_errors_of_the_latencies():
+def test_the_speedup_over_the_original_includes_the_errors_of_the_latencies():
     made = front_of(3)
     best = made.point("best").model_copy(update={"latency_error": {1: 0.05, 128: 0.5}})
     lines = verdict_lines(made.model_copy(update={"points": [best, *made.points[1:]]}))
@@ -161,7 +161,7 @@ def test_the_speedup_over_the_original_has_the_errors_of_the_latencies():
     )
 
 
-def test_no_measured_network_is_not_called_no_faster_one(tmp_path):
+def test_a_search_without_measured_networks_is_not_reported_as_finding_no_faster_one(tmp_path):
     made = front_of(3).model_copy(update={"best": "original-8bit", "speedup": {}})
     assert "No faster network was found within the budget among " in verdict_lines(made)[0]
     latency = made.model_copy(update={"limits": {"max_drop": None, "latency_ms": {"1": 9.0}, "megabytes": None}})
@@ -173,11 +173,11 @@ def test_no_measured_network_is_not_called_no_faster_one(tmp_path):
     other = point.model_copy(update={"name": "b", "description": "b, 8 bits"})
     twice = alone.model_copy(update={"dominated": [*trained, other]})
     assert "within the budget among 2 measured networks, 1 of them trained." in verdict_lines(twice)[0]
-    told = last_line(alone, tmp_path)
-    assert "; a baseline that needs no search, chosen because no other network was measured in the given time. " in told
+    last = last_line(alone, tmp_path)
+    assert "; a baseline that needs no search, chosen because no other network was measured in the given time. " in last
 
 
-def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_path):
+def test_the_last_line_contains_the_network_its_metric_its_speedup_and_its_files(tmp_path):
     made = front_of(3)
     files = f"Use {tmp_path / 'model.onnx'}; report.html and all networks (points/ and baselines/) are in {tmp_path}."
     assert last_line(made, tmp_path) == (
@@ -207,14 +207,14 @@ def test_the_last_line_has_the_network_its_metric_its_gain_and_its_files(tmp_pat
 
 
 def with_another_runtime(made, milliseconds, **changed):
-    """The sample with other latencies of the original in ONNX Runtime, which is not the target runtime."""
+    """The sample with other latencies of the original in ONNX Runtime, while OpenVINO is the target runtime."""
     elsewhere = {"latency_ms": dict(zip(SIZES, milliseconds, strict=True)), "bytes": 10**5} | changed
     baselines = [each.model_copy(update=elsewhere if each.runtime == "onnxruntime" else {}) for each in made.baselines]
     return made.model_copy(update={"baselines": baselines})
 
 
 @pytest.mark.parametrize("best", ["best", "original-8bit"])
-def test_a_faster_file_of_another_runtime_is_in_the_verdict_and_in_the_last_line(tmp_path, best):
+def test_a_faster_file_in_another_runtime_is_mentioned_in_the_verdict_and_the_last_line(tmp_path, best):
     made = front_of(3).model_copy(update={"best": best, "limits": {"max_drop": 1, "latency_ms": {}, "megabytes": None}})
     error = dict.fromkeys(SIZES, 0.02)
     found = with_another_runtime(made, (0.5, 60.0), latency_error=error)
@@ -234,7 +234,7 @@ def test_a_faster_file_of_another_runtime_is_in_the_verdict_and_in_the_last_line
         assert "faster and needs no search" not in line
 
 
-def test_a_faster_file_of_another_runtime_that_exceeds_a_limit_is_not_recommended(tmp_path):
+def test_a_faster_file_in_another_runtime_is_not_recommended_if_it_exceeds_a_limit(tmp_path):
     missed = {"met": False, "shortfall": "it is slow", "limits": {"max_drop": 1, "latency_ms": {}, "megabytes": 0.05}}
     made = with_another_runtime(front_of(3).model_copy(update=missed), (0.1, 9.0))
     lacking = "It does not meet the budget: it is 0.100 MB, 2.00 times the limit."
@@ -250,7 +250,7 @@ def test_a_faster_file_of_another_runtime_that_exceeds_a_limit_is_not_recommende
     assert "faster and needs no search" not in verdict_lines(equal)[0], "not measurably faster"
 
 
-def test_a_saturated_metric_is_said():
+def test_a_saturated_metric_is_mentioned():
     made = front_of(3)
     saturated = "The 5000 validation images cannot rank the candidates: accuracy is 100 % for the original and for this"
     perfect = {each.name: each.model_copy(update={"validation": 100.0}) for each in (*made.points, *made.baselines)}

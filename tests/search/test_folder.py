@@ -1,4 +1,4 @@
-"""The folder of a search: what it holds, keeps and refuses; the range of the free baselines."""
+"""The folder of a search: its contents, what is kept, and errors; the range of the free baselines."""
 
 import json
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ def test_the_state_is_read_again_and_belongs_to_its_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{}", "damaged", '{"arguments": {}, "study": "a", "more": 1}'])
-def test_a_state_of_another_version_is_refused(tmp_path, text):
+def test_a_state_of_another_version_raises(tmp_path, text):
     (tmp_path / "search.json").write_text(text)
     with pytest.raises(InputError, match=r"Choose another folder with out=... \(`--out`\)\."):
         SearchFolder(tmp_path, {})
@@ -64,14 +64,14 @@ AGAIN = r"Repeat the search in another folder, or continue it with more time \(`
         ("damaged", f"is damaged.* {AGAIN}"),
     ],
 )
-def test_a_front_that_cannot_be_read(tmp_path, text, message):
+def test_an_unreadable_front_raises(tmp_path, text, message):
     if text is not None:
         (tmp_path / "front.json").write_text(text)
     with pytest.raises(InputError, match=message):
         read_front(tmp_path)
 
 
-def test_files_of_the_folder(tmp_path):
+def test_files_are_added_to_the_folder_and_temporary_ones_removed(tmp_path):
     folder = SearchFolder(tmp_path / "out", {})
     with folder.held():
         assert folder.original_right is None
@@ -100,7 +100,7 @@ def test_files_of_the_folder(tmp_path):
         assert {each.name for each in (folder.path / "trials").iterdir()} == {"lock"}
 
 
-def test_the_bar_counts_seconds_and_keeps_the_state_every_ten():
+def test_the_bar_counts_seconds_and_saves_the_state_every_ten_seconds():
     time, kept, progress = FakeTime(), [], RecordedProgress()
     clock = Clock(1.0, used=3.0, now=time)
     bar = TimeBar(progress, clock)
@@ -119,7 +119,7 @@ def test_the_bar_counts_seconds_and_keeps_the_state_every_ten():
 
 @pytest.fixture
 def ranged(tmp_path, monkeypatch):
-    """A search before its feasible range, and the list of the calls that it received."""
+    """A search before its feasible range is measured, and the list of its calls."""
     search = searching(tmp_path / "out")
     measured, search.folder.state.baselines = search.folder.state.baselines, []
     search.points, search.original, search.best = [], None, None
@@ -148,7 +148,7 @@ def ranged(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_the_range_is_measured_once_and_gives_the_costs(ranged, monkeypatch, seen):
+def test_the_feasible_range_is_measured_once_and_provides_the_costs(ranged, monkeypatch, seen):
     search, log = ranged
     monkeypatch.setattr(surveys, "_seen", lambda *_: log.append("seen") or seen)
     feasible_range(search)
@@ -171,7 +171,7 @@ def test_the_range_is_measured_once_and_gives_the_costs(ranged, monkeypatch, see
 
 
 @pytest.mark.parametrize(("step", "every"), [(0.01, 200), (40.0, 1)])
-def test_checkpoints_are_neither_rare_nor_more_than_one_a_step(ranged, monkeypatch, step, every):
+def test_the_checkpoint_interval_is_limited_in_both_directions(ranged, monkeypatch, step, every):
     search, _ = ranged
     monkeypatch.setattr(surveys, "_seen", lambda *_: False)
     search.folder.state.costs.step = step
@@ -179,7 +179,7 @@ def test_checkpoints_are_neither_rare_nor_more_than_one_a_step(ranged, monkeypat
     assert search.bench.checkpoint_every == every
 
 
-def test_an_original_that_cannot_be_trained_is_searched_all_the_same(ranged, monkeypatch):
+def test_a_search_continues_if_the_original_cannot_be_trained(ranged, monkeypatch):
     def fails(*_):
         raise InputError("no gradient")
 
@@ -193,7 +193,7 @@ def test_an_original_that_cannot_be_trained_is_searched_all_the_same(ranged, mon
     assert progress.lines == ["warning: the original cannot be trained: no gradient"]
 
 
-def test_the_range_in_words(tmp_path):
+def test_the_feasible_range_is_described_in_words(tmp_path):
     search = searching(tmp_path / "out", minutes=20.0, budget=Budget(max_drop=0.1))
     search.bench.time.work(60.0)
     first, second, *lines = describe_range(search)
@@ -223,17 +223,17 @@ def test_the_range_in_words(tmp_path):
     assert not any(line.startswith("warning") for line in lines)
 
 
-def test_a_busy_machine_is_said(tmp_path):
+def test_a_busy_machine_causes_a_warning(tmp_path):
     search = searching(tmp_path / "out")
     baselines = search.folder.state.baselines
-    for error, said in ((0.15, False), (0.59, True)):
+    for error, warns in ((0.15, False), (0.59, True)):
         baselines[1] = baselines[1].model_copy(update={"latency_error": {1: error, 128: 0.01}})
         lines = [line for line in describe_range(search) if line.startswith("warning: latencies are uncertain")]
-        assert bool(lines) == said
+        assert bool(lines) == warns
     assert "uncertain by up to 59 %, probably because other processes use the processor." in lines[0]
 
 
-def test_the_original_has_seen_images_on_which_it_is_much_better(tmp_path):
+def test_images_with_a_much_better_metric_are_recognized_as_training_images_of_the_original(tmp_path):
     search = searching(tmp_path / "out")
     search.bench.test_metric = lambda *_: 80.0
     for metric, seen in ((80.0, False), (85.0, False), (85.2, True)):
@@ -242,24 +242,24 @@ def test_the_original_has_seen_images_on_which_it_is_much_better(tmp_path):
         assert surveys._seen(search, tmp_path) is seen
 
 
-def test_the_space_has_fewer_bits_if_the_size_is_limited(tmp_path):
+def test_the_space_contains_fewer_bits_only_if_the_size_is_limited(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
     assert space_of(search, ["wide"], [24]) == Space(9, True, ["wide"], ("8", "mixed", "4"), [24])
-    told = []
-    search.bench.broken, search.bar.tell = (Candidate().name,), told.append
+    lines = []
+    search.bench.broken, search.bar.tell = (Candidate().name,), lines.append
     assert space_of(search, ["wide"], []) == Space(0, False, ["wide"], ("8", "mixed", "4"), [])
     search = searching(tmp_path / "other")
-    search.bench.broken, search.bar.tell = (Candidate().name,), told.append
+    search.bench.broken, search.bar.tell = (Candidate().name,), lines.append
     assert space_of(search, [], []).bits == ("8",)
-    kinds = [line.partition("so only ")[2].partition(" are tried: cannot be built")[0] for line in told]
+    kinds = [line.partition("so only ")[2].partition(" are tried: cannot be built")[0] for line in lines]
     assert kinds == ["students, image sizes and bits", "students and image sizes"]
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_a_single_slow_candidate_does_not_decide_the_cost_of_the_survey(tmp_path):
+def test_a_single_slow_candidate_does_not_determine_the_cost_of_the_survey(tmp_path):
     search = searching(tmp_path / "out")
     costs = search.folder.state.costs
-    costs.survey = costs.export = 40.0  # with the imports of the first export
+    costs.survey = costs.export = 40.0  # including the imports of the first export
     surveys._try(search, Candidate(branches=2))
     assert (costs.survey, costs.export) == pytest.approx((5.0, 3.0)), "the first survey replaces the estimate"
     search.bench.time.slowness = 5.0
@@ -268,7 +268,7 @@ def test_a_single_slow_candidate_does_not_decide_the_cost_of_the_survey(tmp_path
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_the_survey_stops_at_its_end_and_proposals_are_not_repeated(tmp_path):
+def test_the_survey_stops_in_time_and_repeats_no_proposal(tmp_path):
     search = searching(tmp_path / "out", minutes=4.0)
     began = search.clock.used
     survey(search, Space(1, prunable=True, students=["wide"]))
@@ -293,7 +293,7 @@ def test_the_survey_stops_at_its_end_and_proposals_are_not_repeated(tmp_path):
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_another_survey_tries_a_candidate_although_the_clock_moves_between_two_readings(tmp_path, monkeypatch):
+def test_a_further_survey_tries_a_candidate_although_the_clock_advances_between_two_readings(tmp_path, monkeypatch):
     search = searching(tmp_path / "out")
     search.folder.state.costs.survey = 150.0  # more than the share of the time that is left
     time = search.bench.time
@@ -310,7 +310,7 @@ def test_another_survey_tries_a_candidate_although_the_clock_moves_between_two_r
 
 @pytest.mark.usefixtures("fake_search")
 @pytest.mark.parametrize(("share", "tried"), [(0.4, True), (0.6, False)])
-def test_the_first_candidate_may_take_half_of_the_reserve(tmp_path, share, tried):
+def test_the_first_candidate_can_use_half_of_the_reserve(tmp_path, share, tried):
     search = searching(tmp_path / "out", minutes=1.0)
     reserve = search.reserve(more=1)
     search.folder.state.costs.survey = seconds_to_train(search) + share * reserve
@@ -322,14 +322,16 @@ def test_the_first_candidate_may_take_half_of_the_reserve(tmp_path, share, tried
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_a_surveyed_candidate_that_is_the_best_so_far_is_printed(tmp_path):
+def test_a_surveyed_candidate_that_is_the_best_so_far_is_reported(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 100.0}))
-    told = []
-    search.bar.tell = told.append
+    lines = []
+    search.bar.tell = lines.append
     surveys._try(search, Candidate(branches=1))
-    assert not told, "it lost more than the original"
+    assert not lines, "it lost more than the original"
     search = searching(tmp_path / "other", budget=Budget(max_drop=50))
-    search.bar.tell = told.append
+    search.bar.tell = lines.append
     found = surveys._try(search, Candidate(branches=2))
     assert search.best == found.point
-    assert told == [f"best so far, {found.of}: {found.point.validation:.2f} % before training, {found.point.latencies}"]
+    assert lines == [
+        f"best so far, {found.of}: {found.point.validation:.2f} % before training, {found.point.latencies}"
+    ]

@@ -1,4 +1,4 @@
-"""The front, the point that a budget picks, and how budgets are written."""
+"""The Pareto front, the point chosen for a budget, and the text form of budgets."""
 
 import json
 
@@ -36,7 +36,7 @@ POINTS = [
 
 
 @given(st.lists(st.tuples(st.integers(80, 90), st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=12))
-def test_the_front_is_what_nothing_dominates(values):
+def test_the_front_contains_exactly_the_points_that_are_not_dominated(values):
     points = [point(str(number), float(a), float(b), c) for number, (a, b, c) in enumerate(values)]
     kept = front(points)
     assert kept
@@ -59,7 +59,7 @@ def test_of_equal_points_the_first_is_kept():
     assert not dominates(kept[0], kept[0])
 
 
-def test_sizes_that_differ_by_less_than_one_percent_are_equal():
+def test_sizes_that_differ_by_less_than_one_percent_are_treated_as_equal():
     better, smaller = point("better", 90.0, 1.0, 27_517), point("smaller", 86.0, 1.0, 27_500)
     for points in ([better, smaller], [smaller, better]):
         assert front(points) == [better]
@@ -72,7 +72,7 @@ def test_sizes_that_differ_by_less_than_one_percent_are_equal():
     assert pick([better, much_smaller], Budget(max_drop=10), 90.0) == much_smaller
 
 
-def test_latencies_are_equal_if_the_interval_of_their_ratio_contains_one():
+def test_latencies_are_treated_as_equal_if_the_interval_of_their_ratio_contains_1():
     # the errors 3 % and 4 % of two independent ratios give 5 % for the ratio of both
     better, faster = point("better", 90.0, 1.04, error=0.03), point("faster", 89.5, 1.0, error=0.04)
     for points in ([better, faster], [faster, better]):
@@ -92,14 +92,14 @@ def test_small_differences_do_not_add_up():
         assert pick(points, Budget(max_drop=5), 90.0).name == "1", "equal to the fastest, and better"
 
 
-def test_of_points_that_are_equal_in_everything_the_first_stays():
+def test_of_points_that_are_equal_in_everything_the_first_is_kept():
     first, second = point("first", 90.0, 1.0, 1003, error=0.02), point("second", 90.0, 0.99, 1000, error=0.02)
     for points in ([first, second], [second, first]):
         assert front(points) == points[:1]
         assert pick(points, Budget(max_drop=1), 90.0) == points[0]
 
 
-def test_the_best_point_is_on_the_front_in_any_case():
+def test_the_best_point_is_always_on_the_front():
     assert [each.name for each in front(POINTS, POINTS[-1])] == ["tiny", "useless", "half", "int8", "slow"]
 
 
@@ -123,7 +123,7 @@ def test_a_budget_picks(budget, name):
     assert bool(shortfall(chosen, budget, 90.0)) is bool(violations(chosen, budget, 90.0))
 
 
-def test_what_a_point_lacks_is_said_in_numbers():
+def test_the_shortfall_of_a_point_is_described_with_numbers():
     text = shortfall(POINTS[3], Budget(max_drop=1, latency_ms={1: 0.1}, megabytes=0.05), 90.0)
     assert text == (
         "it loses 10.00 points, 9.00 more than allowed; it takes 0.300 ms at batch 1, 3.00 times the limit; "
@@ -150,7 +150,7 @@ def test_all_latencies_are_shown_with_their_errors():
     assert point("a", 90.0, 2.0, error=0.03).latencies == "2.00 ± 0.06 ms at batch 1, 40.0 ± 1.2 ms at batch 32"
 
 
-def test_an_excess_that_is_not_measurable_is_called_so():
+def test_an_excess_within_the_measurement_error_is_described_as_such():
     near = point("near", 90.0, 2.02, 50_017, error=0.02)
     assert shortfall(near, Budget(latency_ms={1: 2.0}, megabytes=0.05), 90.0) == (
         "it takes 2.02 ± 0.05 ms at batch 1, 1.00 % above the limit, within the measurement error; "
@@ -171,7 +171,7 @@ def test_an_excess_that_is_not_measurable_is_called_so():
         (parse_time, "2h", 120.0),
     ],
 )
-def test_quantities(read, text, value):
+def test_quantities_are_parsed(read, text, value):
     assert read(text) == pytest.approx(value)
 
 
@@ -183,7 +183,7 @@ def test_quantities(read, text, value):
         *[(parse_time, text) for text in ("", "45", "-1m", "0m", "m", "1e9m")],
     ],
 )
-def test_wrong_quantities_say_what_to_write(read, text):
+def test_errors_for_wrong_quantities_explain_what_to_write(read, text):
     with pytest.raises(InputError, match="Write"):
         read(text)
 
@@ -203,17 +203,17 @@ def test_wrong_quantities_say_what_to_write(read, text):
         {"latency_ms": {"1": 2.0}},
     ],
 )
-def test_impossible_budgets_are_refused(limits):
+def test_impossible_budgets_raise(limits):
     with pytest.raises(InputError, match="Write"):
         Budget(**limits)
 
 
-def test_a_budget_in_words():
+def test_a_budget_is_described_in_words():
     assert str(Budget()) == "at most 1 point lost"
     assert str(Budget(max_drop=2)) == "at most 2 points lost"
     assert str(Budget(latency_ms={1: 2.0}, megabytes=0.5)) == "2 ms at batch 1, 0.5 MB"
 
 
-def test_a_budget_is_read_from_its_numbers():
+def test_a_budget_is_restored_from_its_numbers():
     for budget in (Budget(max_drop=2), Budget(latency_ms={1: 2.0, 32: 9.0}), Budget(max_drop=0.5, megabytes=0.5)):
         assert Budget.of_numbers(json.loads(json.dumps(budget.as_numbers()))) == budget

@@ -22,7 +22,7 @@ def data_of(text):
     return json.loads(re.search(r'<script type="application/json" id="front-data">(.*?)</script>', text)[1])
 
 
-def test_two_hundred_trials_fit_in_three_megabytes(page):
+def test_a_page_of_two_hundred_trials_has_less_than_three_megabytes(page):
     assert page.stat().st_size < 3e6
     data = data_of(page.read_text())
     assert len(data["points"]) == 203
@@ -30,7 +30,7 @@ def test_two_hundred_trials_fit_in_three_megabytes(page):
     assert data["evidence"]["classes"] == evidence_for(front_of())["classes"]
 
 
-def test_the_page_runs_its_own_script_only_and_loads_nothing(page):
+def test_the_page_runs_only_its_own_script_and_loads_nothing(page):
     text = page.read_text()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
     assert re.search(r"script-src 'sha256-[A-Za-z0-9+/=]{44}'", policy)
@@ -40,7 +40,7 @@ def test_the_page_runs_its_own_script_only_and_loads_nothing(page):
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text)
 
 
-def test_the_share_of_the_peak_follows_from_rate_and_latency(page):
+def test_the_share_of_the_peak_is_computed_from_rate_and_latency(page):
     points = {each["name"]: each for each in data_of(page.read_text())["points"]}
     assert points["original"]["peak"]["1"] == pytest.approx(100 * 2e8 / 2e-3 / 2e11), "bfloat16"
     assert points["original-8bit"]["peak"]["1"] == pytest.approx(100 * 1e8 / 1e-3 / 4e11), "int8"
@@ -61,13 +61,13 @@ def test_a_share_above_the_peak_is_explained(factor, above, tmp_path):
     assert ("A share above 100 % has one of two causes." in text) is above
 
 
-def test_before_the_end_there_is_no_evidence(tmp_path):
+def test_before_the_end_of_a_search_there_is_no_evidence(tmp_path):
     text = write_front_page(tmp_path, front_of(3)).read_text()
     assert data_of(text)["evidence"] == {}
     assert "peak throughput" not in text.partition("<script")[0].lower()
 
 
-def test_places_in_a_chart_follow_from_its_axes():
+def test_positions_in_a_chart_are_computed_from_its_axes():
     made = front_of(30)
     made = made.model_copy(update={"limits": made.limits | {"megabytes": 0.01}})
     low = made.points[0].model_copy(update={"name": "low", "validation": 60.0})
@@ -102,7 +102,7 @@ def test_places_in_a_chart_follow_from_its_axes():
     assert alike.top - alike.bottom == pytest.approx(2 * 0.08 * 0.1)
 
 
-def test_the_script_gets_the_numbers_of_every_point(page):
+def test_the_script_gets_the_values_of_every_point(page):
     made = front_of()
     data = data_of(page.read_text())
     shown = {each["name"]: each for each in data["points"]}
@@ -121,7 +121,7 @@ def test_the_script_gets_the_numbers_of_every_point(page):
     assert order == sorted(order)
 
 
-def test_latencies_have_their_errors_in_the_table_the_charts_and_the_data_of_the_script(tmp_path):
+def test_latencies_have_errors_in_table_charts_and_script_data(tmp_path):
     made = front_of(0)
     best = made.points[0].model_copy(update={"latency_error": {1: 0.03, 128: 0.02}})
     text = write_front_page(tmp_path, made.model_copy(update={"points": [best], "dominated": []})).read_text()
@@ -135,7 +135,7 @@ def test_latencies_have_their_errors_in_the_table_the_charts_and_the_data_of_the
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_every_control_in_chromium(page):
+def test_every_control_works_in_chromium(page):
     with chromium() as browser:
         for width in (1280, 390):
             browser.open(page, width, "light")
@@ -151,7 +151,7 @@ def test_every_control_in_chromium(page):
         assert {url for url in browser.requests if not url.startswith("data:")} == {page.as_uri()}
 
 
-def test_the_command_renders_the_page_of_a_search_again(tmp_path, monkeypatch):
+def test_the_report_command_renders_the_page_of_a_search_again(tmp_path, monkeypatch):
     write(tmp_path, front_of(3))
     (tmp_path / "front.json").write_text(front_of(3).model_dump_json())
     page = write_front_page(tmp_path, front_of(3)).read_bytes()
@@ -165,7 +165,7 @@ def test_the_command_renders_the_page_of_a_search_again(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_a_search_that_is_not_finished_shows_its_points(tmp_path):
+def test_an_unfinished_search_shows_its_points(tmp_path):
     with chromium() as browser:
         browser.open(write_front_page(tmp_path, front_of(3)), 1280, "dark")
         assert browser.value("document.querySelectorAll('#chart circle').length") == 7
@@ -175,7 +175,7 @@ def test_a_search_that_is_not_finished_shows_its_points(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_without_its_script_the_page_has_charts_and_table(page):
+def test_without_scripts_the_page_shows_charts_and_table(page):
     with chromium() as browser:
         browser.ask("Emulation.setScriptExecutionDisabled", value=True)
         browser.open(page, 390, "light")

@@ -1,4 +1,4 @@
-"""What is removed from a trained candidate that has not used the allowed drop, by hand and in whole searches."""
+"""Further removal from a trained candidate that has not used the allowed drop, in single steps and full searches."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def add(search, candidate, rung, validation, milliseconds, *, stages=(), **chang
 
 
 def with_best(path, validation, milliseconds=0.6, candidate=None, budget=None, **changed):
-    """A search of 90 % whose best network so far is a trained candidate."""
+    """A search with a reference of 90 % in which a trained candidate is the best network so far."""
     search = searching(path, budget=budget)
     best = add(search, candidate or Candidate(branches=1), 1, validation, milliseconds, **changed)
     search.best = best.point
@@ -48,7 +48,7 @@ def with_best(path, validation, milliseconds=0.6, candidate=None, budget=None, *
         (88.0, 0.0, None),
     ],
 )
-def test_how_much_is_removed_depends_on_what_is_left_of_the_drop(tmp_path, validation, error, removed):
+def test_the_amount_of_removal_depends_on_the_unused_part_of_the_drop(tmp_path, validation, error, removed):
     search, best = with_best(tmp_path / "out", validation, drop_error=error)
     further = further_removals(search, [best], None, 100.0)
     if removed is None:
@@ -57,7 +57,7 @@ def test_how_much_is_removed_depends_on_what_is_left_of_the_drop(tmp_path, valid
         assert further == [Further(replace(best.of, later=(Removal(branches=removed),)), best)]
 
 
-def test_without_branches_channels_are_removed(tmp_path):
+def test_channels_are_removed_if_no_branches_are_left(tmp_path):
     search, best = with_best(tmp_path / "out", 89.8, candidate=Candidate(branches=8, keep_macs=0.5))
     (further,) = further_removals(search, [best], None, 100.0)
     assert further.candidate.later == (Removal(keep_macs=0.8),), "0.25 * 0.8 in steps of 0.05; one branch always stays"
@@ -69,7 +69,7 @@ def test_several_workers_remove_different_amounts(tmp_path):
     assert later == [1, 2, 3], "0.125, 0.25 and 0.375 of 8"
 
 
-def test_nothing_is_removed_from_a_student_a_baseline_or_without_time_or_a_drop(tmp_path):
+def test_nothing_is_removed_from_students_or_baselines_or_without_time_or_drop(tmp_path):
     search, best = with_best(tmp_path / "out", 90.0, candidate=Candidate("wide"))
     assert further_removals(search, [best], None, 100.0) == []
     search, best = with_best(tmp_path / "other", 90.0)
@@ -85,7 +85,7 @@ def test_nothing_is_removed_from_a_student_a_baseline_or_without_time_or_a_drop(
         assert further_removals(search, [best], None, 100.0) == []
 
 
-def test_a_removal_that_was_tried_is_not_tried_again(tmp_path):
+def test_a_removal_is_tried_only_once(tmp_path):
     search, best = with_best(tmp_path / "out", 90.0)
     (further,) = further_removals(search, [best], None, 100.0)
     search.study.fail(further.candidate, 2, "diverged")
@@ -96,7 +96,7 @@ def test_a_removal_that_was_tried_is_not_tried_again(tmp_path):
     assert further_removals(search, [best], None, 100.0) == [], "even if its rung had no time to train it"
 
 
-def test_training_another_candidate_is_preferred_if_it_promises_more(tmp_path, monkeypatch):
+def test_training_another_candidate_is_preferred_if_its_expected_gain_is_larger(tmp_path, monkeypatch):
     search, best = with_best(tmp_path / "out", 90.0)
     gained = -math.log(1 - 2 / 8)  # two of eight branches, at a probability of one half
     other = add(search, Candidate(branches=3), 1, 88.9, 0.4)
@@ -105,7 +105,7 @@ def test_training_another_candidate_is_preferred_if_it_promises_more(tmp_path, m
         assert len(further_removals(search, [best, other], other, 100.0)) == count
 
 
-def test_a_rung_of_a_further_removal_by_hand(tmp_path):
+def test_a_rung_of_a_further_removal_matches_values_computed_by_hand(tmp_path):
     search, best = with_best(tmp_path / "out", 89.9)
     search.folder.state.rungs = [Rung(members={best.of.name: 1}, until=0.0)] * 2
     available = halving.seconds_to_train(search)
@@ -119,7 +119,7 @@ def test_a_rung_of_a_further_removal_by_hand(tmp_path):
     assert halving._rung(search, 3, 1).until is None
 
 
-def test_the_stages_that_a_further_removal_starts_from_do_not_quantize():
+def test_the_stages_before_a_further_removal_do_not_quantize():
     stages = [Stage(name=name).model_dump(mode="json") for name in ("train-1", "quantize")]
     point = baseline("a", 90.0, 1.0, "int8")
     made = Record(candidate=Candidate().parameters, rung=1, point=point, stages=stages)
@@ -127,12 +127,12 @@ def test_the_stages_that_a_further_removal_starts_from_do_not_quantize():
 
 
 def search_with_slack(path, time=None, bench=None):
-    """A search in which training repairs every change fast, so that more can be removed."""
+    """A search in which training recovers the metric fast, so that more can be removed."""
     time = time or FakeTime()
     return searching(path, time=time, bench=bench or FakeBench(time), budget=Budget(max_drop=4.0))
 
 
-def test_a_search_removes_more_from_what_it_has_trained(tmp_path):
+def test_a_search_removes_more_from_a_trained_candidate(tmp_path):
     search = search_with_slack(tmp_path / "out")
     made = run(search)
     best = search.candidate_of(made.point(made.best))
@@ -149,7 +149,7 @@ def test_a_search_removes_more_from_what_it_has_trained(tmp_path):
     assert f"{best.later[0].branches} more branch" in made.point(made.best).description
 
 
-def test_an_interrupted_training_after_a_further_removal_goes_on(tmp_path):
+def test_an_interrupted_training_after_a_further_removal_is_resumed(tmp_path):
     time = FakeTime()
     whole = search_with_slack(tmp_path / "whole", time)
     run(whole)
@@ -167,7 +167,7 @@ def test_an_interrupted_training_after_a_further_removal_goes_on(tmp_path):
         assert any("then" in what[1] for what in trained)
 
 
-def test_a_removal_that_fails_is_a_failed_trial(tmp_path):
+def test_a_failing_removal_is_a_failed_trial(tmp_path):
     time = FakeTime()
 
     class Broken(FakeBench):
@@ -183,7 +183,7 @@ def test_a_removal_that_fails_is_a_failed_trial(tmp_path):
     assert 0.95 * search.clock.total <= search.clock.used <= 1.05 * search.clock.total
 
 
-def test_names_and_families_of_candidates_with_more_removed():
+def test_names_and_families_of_candidates_with_further_removals():
     candidate = Candidate(branches=3, later=(Removal(branches=1), Removal(keep_macs=0.8)))
     assert candidate.name == "original-branches3-then-branches1-then-macs80-8bit"
     assert str(candidate) == (

@@ -27,18 +27,18 @@ pytestmark = pytest.mark.usefixtures("fake_search")
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory):
-    """A search of ten minutes at its end, its front, and what each rung asked `promoted` for; tests only read it."""
-    asked = []
+    """A finished search of ten minutes, its front, and the arguments of `promoted` in each rung; tests only read it."""
+    requested = []
 
     def promote(search, trained, count, seconds, *, last):
-        asked.append((len(trained), count, seconds / seconds_to_train(search), last))
+        requested.append((len(trained), count, seconds / seconds_to_train(search), last))
         return promoted(search, trained, count, seconds, last=last)
 
     with pytest.MonkeyPatch.context() as patch:
         without_measurements(patch)
         patch.setattr(halving, "promoted", promote)
         search = searching(tmp_path_factory.mktemp("search") / "out")
-        return search, run(search), asked
+        return search, run(search), requested
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_time_given_is_used(finished):
     assert 0.95 * search.clock.total <= search.clock.used <= 1.05 * search.clock.total
 
 
-def test_of_the_free_baselines_only_the_original_in_8_bits_is_a_trial_and_only_once(tmp_path):
+def test_of_the_free_baselines_only_the_8_bit_original_is_recorded_as_a_trial_and_only_once(tmp_path):
     for _ in range(2):
         search = searching(tmp_path / "out")
         search.folder.state.seen = False
@@ -62,7 +62,7 @@ def test_of_the_free_baselines_only_the_original_in_8_bits_is_a_trial_and_only_o
 
 
 @pytest.mark.parametrize("moment", [30, 150, 300, 450])
-def test_the_plan_holds_when_the_machine_slows_down_by_half(tmp_path, moment):
+def test_the_plan_is_kept_if_the_machine_slows_down(tmp_path, moment):
     time = FakeTime()
     bench = FakeBench(time)
     search = searching(tmp_path / "out", time=time, bench=bench)
@@ -78,7 +78,7 @@ def test_the_plan_holds_when_the_machine_slows_down_by_half(tmp_path, moment):
     assert 0.95 * search.clock.total <= search.clock.used <= 1.05 * search.clock.total
 
 
-def test_the_rungs_get_smaller_and_one_candidate_gets_the_rest(finished):
+def test_rungs_get_smaller_and_one_candidate_gets_the_remaining_time(finished):
     search, _ = finished
     sizes = [len(rung.members) for rung in search.folder.state.rungs]
     assert len(sizes) <= len(RUNG_SIZES)
@@ -90,7 +90,7 @@ def test_the_rungs_get_smaller_and_one_candidate_gets_the_rest(finished):
     assert search.bench.trained[longest] > 0.4 * sum(search.bench.trained.values())
 
 
-def test_students_and_the_original_compete(finished):
+def test_students_and_pruned_originals_compete(finished):
     search, _ = finished
     first = search.folder.state.rungs[0].members
     assert "wide-8bit" in first
@@ -106,7 +106,7 @@ def test_no_point_of_the_front_is_dominated(finished):
     assert all(any(dominates(a, b) for a in made.points) for b in made.dominated)
 
 
-def test_the_test_set_is_used_once_for_points_that_are_handed_over(finished):
+def test_the_test_set_is_used_once_for_the_reported_points(finished):
     search, made = finished
     tests = [what for what in search.bench.log if what[0] == "test"]
     assert len(tests) == len(set(tests)) or sum(point.free for point in made.baselines) > 1
@@ -115,7 +115,7 @@ def test_the_test_set_is_used_once_for_points_that_are_handed_over(finished):
     assert search.bench.log.index(tests[0]) == len(search.bench.log) - len(tests)
 
 
-def test_a_budget_that_cannot_be_met_hands_over_the_nearest_point_and_says_what_would_help(tmp_path):
+def test_if_the_budget_cannot_be_met_the_nearest_point_is_chosen_with_advice(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(max_drop=0.1, latency_ms={1: 0.2}))
     made = run(search)
     assert not made.met
@@ -125,7 +125,7 @@ def test_a_budget_that_cannot_be_met_hands_over_the_nearest_point_and_says_what_
     assert read_front(tmp_path / "out") == made
 
 
-def test_hardly_any_time_hands_over_the_best_baseline(tmp_path):
+def test_with_hardly_any_time_the_best_baseline_is_chosen(tmp_path):
     search = searching(tmp_path / "out", minutes=0.1)
     made = run(search)
     assert made.best == Candidate().name
@@ -133,7 +133,7 @@ def test_hardly_any_time_hands_over_the_best_baseline(tmp_path):
     assert not search.folder.state.rungs
 
 
-def test_a_network_that_cannot_be_pruned_leaves_the_students(tmp_path):
+def test_students_are_trained_if_the_network_cannot_be_pruned(tmp_path):
     search = searching(tmp_path / "out")
     search.bench.broken = tuple(each.name for each in SPACE.first() if each.inherits)
     survey(search, Space(branches=0, prunable=False, students=["wide", "deep"]))
@@ -152,7 +152,7 @@ def test_a_broken_candidate_is_a_failed_trial_with_its_reason(tmp_path):
     assert len(attempts) == 1
 
 
-def test_without_a_drop_the_most_accurate_within_the_latency_is_chosen(tmp_path):
+def test_without_a_limit_on_the_drop_the_most_accurate_point_within_the_latency_is_chosen(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 0.8}))
     made = run(search)
     best = made.point(made.best)
@@ -172,14 +172,14 @@ def test_every_point_of_the_front_has_its_file_recipe_and_numbers(finished):
     assert (search.folder.path / "report.html").is_file()
 
 
-def test_without_the_time_of_a_step_the_number_of_steps_is_limited(tmp_path):
+def test_the_number_of_steps_is_limited_if_the_time_of_a_step_is_unknown(tmp_path):
     search = searching(tmp_path / "out")
     search.folder.state.costs.step = 0.0
     run(search)
     assert max(stages[-1].steps for _, stages in search.bench.given) <= 10**6
 
 
-def test_quantization_aware_training_is_chosen_with_a_metric_of_the_user_too(tmp_path):
+def test_quantization_aware_training_is_also_chosen_with_a_users_metric(tmp_path):
     time = FakeTime()
     bench = FakeBench(time, rounding=1.0)
     bench.experiment.task = FromFunctions(Classification(), None, lambda *_: 0.5)
@@ -190,7 +190,7 @@ def test_quantization_aware_training_is_chosen_with_a_metric_of_the_user_too(tmp
     assert {abs(round(record.rounding_loss, 6)) for record in search.study.records() if record.rung} == {0.0, 1.0}
 
 
-def test_the_seconds_steps_and_numbers_of_each_training(finished):
+def test_seconds_steps_and_names_of_each_training_are_recorded(finished):
     search, _ = finished
     records = {(record.of.name, record.rung): record for record in search.study.records() if record.rung}
     assert len(records) == sum(what[0] == "train" for what in search.bench.log)
@@ -212,7 +212,7 @@ def test_the_seconds_steps_and_numbers_of_each_training(finished):
             assert stages[0].steps == pytest.approx(10 * trained[name] / 0.1, abs=20)
 
 
-def test_the_first_rung_by_hand(tmp_path):
+def test_the_first_rung_matches_values_computed_by_hand(tmp_path):
     search = searching(tmp_path / "out")
     survey(search, SPACE)
     used, tested = search.clock.used, len(search.tested_at_the_end())
@@ -233,18 +233,18 @@ def test_the_first_rung_by_hand(tmp_path):
 
 
 def test_rungs_are_chosen_for_the_time_that_their_best_is_trained_further(observed):
-    search, _, asked = observed
+    search, _, requested = observed
     # the second of (16, 20, 70) percent, and the rest: after it, four fifths of the time are left for the best;
     # those that are not expected to end within the drop are left out
-    assert asked[0] == (6, 3, pytest.approx(0.8), False)
-    assert [each[1:] for each in asked[1:]] == [(1, pytest.approx(1.0), False), (1, pytest.approx(1.0), True)]
-    assert 6 >= asked[1][0] >= asked[2][0]
+    assert requested[0] == (6, 3, pytest.approx(0.8), False)
+    assert [each[1:] for each in requested[1:]] == [(1, pytest.approx(1.0), False), (1, pytest.approx(1.0), True)]
+    assert 6 >= requested[1][0] >= requested[2][0]
     ends = [rung.until for rung in search.folder.state.rungs]
     assert ends[-1] is None
     assert ends[:-1] == sorted(ends[:-1])
 
 
-def test_quantization_aware_training_gets_a_quarter_of_the_last_training(tmp_path):
+def test_quantization_aware_training_gets_a_quarter_of_the_last_training_steps(tmp_path):
     time = FakeTime()
     bench = FakeBench(time, rounding=1.0)
     search = searching(tmp_path / "out", time=time, bench=bench)
@@ -260,7 +260,7 @@ def test_quantization_aware_training_gets_a_quarter_of_the_last_training(tmp_pat
     assert len(alone) == 1, "only the last training quantizes"
 
 
-def test_a_training_that_is_shorter_than_those_before_is_settled(finished):
+def test_a_training_shorter_than_earlier_ones_is_marked_as_settled(finished):
     search, _ = finished
     before = max((record for record in search.study.records() if record.rung), key=lambda each: each.point.seconds)
     for limit, settled in ((before.point.seconds - 0.2, True), (before.point.seconds + 0.2, False)):

@@ -1,4 +1,4 @@
-"""The images of a search: how many channels they have, and how they are normalized."""
+"""The images of a search: their number of channels and their normalization."""
 
 import sys
 
@@ -50,12 +50,12 @@ def test_gray_images_are_read_with_one_channel(folder):
     assert (source.channels, source.mean, source.std, source.image_size) == (1, (0.4,), (0.2,), 8), "for `tersor run`"
 
 
-def test_a_gray_network_on_rgb_images_names_the_option(folder):
+def test_the_error_for_a_gray_network_on_rgb_images_names_the_option(folder):
     with pytest.raises(InputError, match=r"It takes images \(N, 1, H, W\).*--channels 1 for `tersor compress`"):
         experiment_of(request(folder), NO_PROGRESS)
 
 
-def test_images_of_a_function_keep_their_channels(folder, monkeypatch):
+def test_images_from_a_function_keep_their_channels(folder, monkeypatch):
     images = load(folder=folder, channels=1, validation=0.25)
     monkeypatch.setattr("tersor.data.datasets.import_function", lambda _: lambda: images)
     assert experiment_of(request("my_data:gray"), NO_PROGRESS).recipe.data.channels == 1
@@ -65,7 +65,7 @@ def test_images_of_a_function_keep_their_channels(folder, monkeypatch):
         experiment_of(request("my_data:gray", mean=(0.5, 0.5), std=(0.5, 0.5)), NO_PROGRESS)
 
 
-def test_options_of_reading_do_not_go_with_images_that_are_read(folder):
+def test_image_options_raise_for_images_that_are_already_loaded(folder):
     images, progress = load(folder=folder, channels=1, validation=0.25, mean=[0.5], std=[0.25]), RecordedProgress()
     assert experiment_of(request(images), progress).recipe.data.channels == 1
     assert "normalization: mean 0.5, std 0.25 (from the data)" in progress.lines
@@ -73,7 +73,7 @@ def test_options_of_reading_do_not_go_with_images_that_are_read(folder):
         request(images, channels=1, image_size=8)
 
 
-def test_the_shipped_students_take_gray_images(folder, tmp_path):
+def test_the_included_students_accept_gray_images(folder, tmp_path):
     experiment = experiment_of(request(folder, channels=1), NO_PROGRESS)
     bench = Workbench(experiment, {"wide_plain_8": None}, tmp_path, NO_PROGRESS)
     assert bench.student("wide_plain_8")(torch.zeros(1, 1, 16, 16)).shape == (1, 2)
@@ -83,7 +83,7 @@ def test_the_shipped_students_take_gray_images(folder, tmp_path):
     assert "(computed from the training images)" in "".join(progress.lines)
 
 
-def test_a_name_that_is_no_folder_either(tmp_path, monkeypatch):
+def test_a_name_that_is_neither_a_dataset_nor_a_folder_raises(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"unknown data name 'dta'.* There is no folder 'dta'\."):
         experiment_of(request("dta"), NO_PROGRESS)
     monkeypatch.chdir(tmp_path)
@@ -93,21 +93,21 @@ def test_a_name_that_is_no_folder_either(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "words"),
     [
         (["--max-drop", "2%"], "'2%' is not a number of points. Write a number such as 2."),
         (["--mean", "0.4;0.5"], "--mean is '0.4;0.5'. Write numbers with commas between them."),
         (["--image-size", "1.5"], "--image-size is '1.5'. Write pixels: 224, or height,width"),
     ],
 )
-def test_numbers_on_the_command_line(options, told, monkeypatch, capfd):
+def test_invalid_numbers_on_the_command_line_raise(options, words, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["tersor", "compress", "resnet20", "--weights", "w", "--data", "digits", *options])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
-    assert told in " ".join(capfd.readouterr().err.split())
+    assert words in " ".join(capfd.readouterr().err.split())
 
 
-def test_options_of_reading_belong_to_the_search():
+def test_image_options_are_arguments_of_the_search():
     assert "channels" not in request("digits").arguments
     assert request("digits", channels=1, mean=(0.4,), std=(0.2,)).arguments["mean"] == "(0.4,)"

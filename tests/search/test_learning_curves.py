@@ -1,4 +1,4 @@
-"""What is expected of more training."""
+"""The expected result of further training."""
 
 import math
 
@@ -28,7 +28,7 @@ def record(search, candidate, rung, validation, seconds, milliseconds=1.0):
     return made
 
 
-def test_the_drop_falls_as_a_power_of_time(tmp_path):
+def test_the_drop_falls_as_a_power_of_the_training_time(tmp_path):
     search = searching(tmp_path / "out")
     assert search.reference == 90
     student = record(search, Candidate("wide"), 1, 60.0, 10.0)
@@ -38,7 +38,7 @@ def test_the_drop_falls_as_a_power_of_time(tmp_path):
     assert expected(search, pruned, 5.0) == 80.0, "less time than was spent changes nothing"
 
 
-def test_two_trainings_give_the_exponent_as_far_as_they_are_precise(tmp_path):
+def test_two_trainings_determine_the_exponent_according_to_their_precision(tmp_path):
     search = searching(tmp_path / "out")
     record(search, Candidate(branches=3), 1, 80.0, 10.0)
     second = record(search, Candidate(branches=3), 2, 85.0, 40.0)  # half of the drop after four times the time
@@ -49,7 +49,7 @@ def test_two_trainings_give_the_exponent_as_far_as_they_are_precise(tmp_path):
     assert expected(search, noisy, 160.0) == pytest.approx(90 - 5 * 4**-INHERITED, abs=0.1)
 
 
-def test_the_error_of_an_expected_metric(tmp_path):
+def test_the_error_of_an_expected_metric_matches_values_computed_by_hand(tmp_path):
     search = searching(tmp_path / "out")
     first = record(search, Candidate(branches=3), 1, 86.0, 10.0)
     first = first.model_copy(update={"point": first.point.model_copy(update={"drop_error": 0.3})})
@@ -67,15 +67,15 @@ def test_the_error_of_an_expected_metric(tmp_path):
     assert error_of_expected(search, better, 100.0) == better.point.drop_error
 
 
-def test_a_student_that_is_far_below_the_limit_is_not_expected_to_reach_it(tmp_path):
-    """As measured: 60.9 % after 60 s of a search of 38 minutes, where at least 89.2 % is allowed."""
+def test_a_student_far_below_the_limit_is_not_expected_to_reach_it(tmp_path):
+    """Measured values: 60.9 % after 60 s of a search of 38 minutes that allows at least 89.2 %."""
     search = searching(tmp_path / "out")
     student = record(search, Candidate("wide"), 1, 90 - 29.28, 60.0, milliseconds=0.2)
     pruned = record(search, Candidate(branches=3), 1, 90 - 4.16, 60.0, milliseconds=0.5)
     assert hopeful(search, [student, pruned], 38 * 60.0) == [pruned]
 
 
-def test_a_network_better_than_the_original_stays_as_it_is(tmp_path):
+def test_the_metric_of_a_network_better_than_the_original_is_expected_not_to_change(tmp_path):
     search = searching(tmp_path / "out")
     assert expected(search, record(search, Candidate(branches=3), 1, 91.0, 10.0), 100.0) == 91.0
 
@@ -92,14 +92,14 @@ def test_a_fast_student_that_still_learns_is_kept(tmp_path):
     assert promoted(search, [sure, later], 1, 300.0) == [later]
 
 
-def test_of_a_doubtful_and_a_sure_candidate_the_sure_one_is_kept(tmp_path):
+def test_a_candidate_likely_to_meet_the_budget_is_preferred_to_an_unlikely_one(tmp_path):
     search = searching(tmp_path / "out")
     doubtful = record(search, Candidate("wide"), 1, 80.0, 40.0, milliseconds=0.4)
     sure = record(search, Candidate(branches=1), 1, 89.5, 40.0, milliseconds=0.5)
     assert promoted(search, [doubtful, sure], 1, 40.0) == [sure]
 
 
-def test_a_faster_candidate_gets_the_rest_of_the_time_if_the_favourite_is_within_the_budget(tmp_path):
+def test_a_faster_candidate_gets_the_remaining_time_if_the_best_one_already_meets_the_budget(tmp_path):
     search = searching(tmp_path / "out")
     done = record(search, Candidate(branches=1), 2, 89.5, 40.0, milliseconds=0.5)
     faster = record(search, Candidate(branches=3), 2, 88.5, 40.0, milliseconds=0.3)
@@ -109,7 +109,7 @@ def test_a_faster_candidate_gets_the_rest_of_the_time_if_the_favourite_is_within
     assert promoted(search, [done, faster], 1, 100.0) == [faster]
 
 
-def test_without_a_drop_the_best_expected_metric_is_promoted(tmp_path):
+def test_without_a_limit_on_the_drop_the_best_expected_metric_is_promoted(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 0.8}))
     slow = record(search, Candidate(branches=1), 1, 89.9, 40.0, milliseconds=0.9)
     good = record(search, Candidate(branches=3), 1, 89.0, 40.0, milliseconds=0.7)

@@ -25,7 +25,7 @@ from tersor.search.result import Choice, Result
 from tersor.search.verdict_line import verdict_lines
 
 
-def test_it_lists_the_front_and_picks_by_the_budget_of_the_search(tmp_path, monkeypatch, capfd):
+def test_pick_lists_the_front_and_uses_the_budget_of_the_search(tmp_path, monkeypatch, capfd):
     made = front_of(3)
     limits = {"max_drop": 0.1, "latency_ms": {}, "megabytes": None}
     (original, *_) = (point for point in made.points if point.name == "original")
@@ -43,7 +43,7 @@ def test_it_lists_the_front_and_picks_by_the_budget_of_the_search(tmp_path, monk
 
 
 @pytest.mark.parametrize(("lost", "warned"), [(1.6, True), (0.4, False)])
-def test_a_drop_on_the_test_images_above_the_limit_is_a_warning_of_pick(tmp_path, monkeypatch, capfd, lost, warned):
+def test_pick_warns_about_a_drop_on_the_test_images_above_the_limit(tmp_path, monkeypatch, capfd, lost, warned):
     made = front_of(3)
     best = made.point("best")
     changed = best.model_copy(update={"test": made.point("original").test - lost})
@@ -60,7 +60,7 @@ def test_a_drop_on_the_test_images_above_the_limit_is_a_warning_of_pick(tmp_path
     ("own", "more_than"),
     [({"max_drop": 0.5}, "the allowed drop of 0.5 points"), ({"megabytes": 9.0}, "1 point (the default limit)")],
 )
-def test_a_drop_is_a_warning_of_pick_without_a_limit_too(tmp_path, monkeypatch, capfd, own, more_than):
+def test_pick_warns_about_a_drop_even_without_a_given_limit(tmp_path, monkeypatch, capfd, own, more_than):
     made = front_of(3)
     best = made.point("best")
     changed = best.model_copy(update={"test": made.point("original").test - 5})
@@ -82,18 +82,20 @@ def test_a_result_is_printed_as_its_verdict(tmp_path):
     assert f"{tmp_path / 'model.onnx'}" in lines[-1]
 
 
-def test_an_error_larger_than_the_allowed_drop_is_said(tmp_path):
+def test_an_error_larger_than_the_allowed_drop_is_mentioned(tmp_path):
     made = front_of(3)
     best = made.point(made.best)
-    for error, said in ((0.5, False), (2.0, True)):
+    for error, warns in ((0.5, False), (2.0, True)):
         points = [each.model_copy(update={"drop_error": error}) if each == best else each for each in made.points]
         front = made.model_copy(update={"points": points, "limits": {**made.limits, "max_drop": 1.0}})
-        assert any("larger than the allowed drop. Use more validation" in line for line in verdict_lines(front)) == said
+        assert (
+            any("larger than the allowed drop. Use more validation" in line for line in verdict_lines(front)) == warns
+        )
         halved = verdict_lines(front.model_copy(update={"tests_chose": True}))
-        assert any("larger than the allowed drop. Use more test images" in line for line in halved) == said
+        assert any("larger than the allowed drop. Use more test images" in line for line in halved) == warns
 
 
-def test_a_point_is_chosen_by_its_name(tmp_path, monkeypatch, capfd):
+def test_a_point_can_be_chosen_by_name(tmp_path, monkeypatch, capfd):
     made = front_of(3)
     (tmp_path / "front.json").write_text(made.model_dump_json())
     result = Result(tmp_path, made)
@@ -111,7 +113,7 @@ def test_a_point_is_chosen_by_its_name(tmp_path, monkeypatch, capfd):
     assert f"chosen: {dominated.name}\n" in shown
 
 
-def test_a_wrong_name_of_a_point_gets_the_possible_ones_and_the_most_similar(tmp_path, monkeypatch, capfd):
+def test_the_error_for_a_wrong_point_name_lists_the_valid_names(tmp_path, monkeypatch, capfd):
     made = front_of(3)
     (tmp_path / "front.json").write_text(made.model_dump_json())
     names = dict.fromkeys(point.name for point in (*made.points, *made.baselines))
@@ -147,7 +149,7 @@ def test_a_wrong_name_of_a_point_gets_the_possible_ones_and_the_most_similar(tmp
         ({"budget": Budget(), "point": "best"}, "Give either the name of a point or limits."),
     ],
 )
-def test_wrong_arguments_of_pick_get_one_message(tmp_path, given, message):
+def test_wrong_arguments_of_pick_raise_one_error(tmp_path, given, message):
     with pytest.raises(InputError, match=re.escape(message)):
         Result(tmp_path, front_of(3)).pick(**given)
 
@@ -168,7 +170,7 @@ def test_a_point_that_is_equal_to_one_of_the_front_but_meets_the_budget_is_picke
 
 @pytest.fixture
 def searched(tmp_path):
-    """The folder of a search whose best point is 0.6 ms at batch 1."""
+    """The folder of a search whose best point has 0.6 ms at batch 1."""
     made, folder = front_of(3), tmp_path / "search"
     for each in made.points:
         file = folder / each.file
@@ -178,25 +180,25 @@ def searched(tmp_path):
     return folder
 
 
-def test_a_script_reads_whether_the_budget_is_met(searched, tmp_path, monkeypatch, capfd):
+def test_the_json_output_states_whether_the_budget_is_met(searched, tmp_path, monkeypatch, capfd):
     out = tmp_path / "p.onnx"
     for limits, met in ((["--latency", "1:0.001ms", "--out", out], False), (["--max-drop", 100], True)):
         monkeypatch.setattr(sys, "argv", ["tersor", "pick", str(searched), *map(str, limits), "--json"])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert not stopped.value.code
-        told = capfd.readouterr()
-        document = json.loads(told.out)
+        output = capfd.readouterr()
+        document = json.loads(output.out)
         assert set(document) == set(schema_of("pick")["properties"])
         assert (document["met"], document["shortfall"] == "") == (met, met)
         assert document["file"] == str(searched / document["point"]["file"] if met else out)
-        assert f"chosen: {document['point']['name']}" in told.err
-        (line,) = [each for each in told.err.splitlines() if each.startswith(("written: ", "file: "))]
+        assert f"chosen: {document['point']['name']}" in output.err
+        (line,) = [each for each in output.err.splitlines() if each.startswith(("written: ", "file: "))]
         assert (f"exceeds the budget: {document['shortfall']}" in line) == (not met)
     assert document["budget"] == "at most 100 points lost"
 
 
-def test_only_a_file_of_the_same_content_may_be_there_already(searched, tmp_path, monkeypatch, capfd):
+def test_an_existing_output_file_is_accepted_only_if_its_content_is_the_same(searched, tmp_path, monkeypatch, capfd):
     out = tmp_path / "p.onnx"
     for _ in range(2):
         assert f"written: {out}" in printed(["pick", searched, "--out", out], monkeypatch, capfd)
@@ -207,12 +209,14 @@ def test_only_a_file_of_the_same_content_may_be_there_already(searched, tmp_path
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
-    told = capfd.readouterr()
-    assert told.err == f"error: {out} already exists and will not be overwritten. Choose another file, or remove it.\n"
-    assert (told.out, out.read_bytes()) == ("", b"mine")
+    output = capfd.readouterr()
+    assert (
+        output.err == f"error: {out} already exists and will not be overwritten. Choose another file, or remove it.\n"
+    )
+    assert (output.out, out.read_bytes()) == ("", b"mine")
 
 
-def test_a_front_of_one_point_is_explained(tmp_path, monkeypatch, capfd):
+def test_a_front_with_a_single_point_is_explained(tmp_path, monkeypatch, capfd):
     made = front_of(3)
     one = made.model_copy(update={"points": made.points[:1], "dominated": made.points[1:], "best": made.points[0].name})
     sentence = f"The Pareto front has one point: of all networks measured in OpenVINO, {one.best} has the best accuracy"
@@ -230,7 +234,7 @@ def printed(arguments, monkeypatch, capfd):
     return capfd.readouterr().out
 
 
-def test_the_printed_front_has_the_error_of_each_latency():
+def test_the_printed_front_contains_the_error_of_each_latency():
     made = front_of(0)
     best = made.points[0].model_copy(update={"latency_error": {1: 0.03, 128: 0.02}})
     console = Console(width=80, record=True, file=io.StringIO())
@@ -245,7 +249,7 @@ def test_the_printed_front_has_the_error_of_each_latency():
     )
 
 
-def test_names_in_the_printed_front_are_folded_after_hyphens():
+def test_names_in_the_printed_front_are_wrapped_after_hyphens():
     front = front_of(0)
     long = "original-branches3-8bit-217steps-of-10000"
     best = point(long, 93.0, 0.5)
@@ -272,7 +276,7 @@ def test_all_columns_of_the_printed_front_fit_80_columns(sizes):
         assert printed.count(text) == 1, text
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_exported_completely_or_not_at_all(tmp_path, monkeypatch):
     file, out = tmp_path / "model.onnx", tmp_path / "copy.onnx"
     choice = Choice(front_of(1).points[0], file, "")
     with pytest.raises(InputError, match="is missing from the folder of the search"):

@@ -18,7 +18,7 @@ from tersor.search.study import Record, Study
 COSTS = Costs(survey=5.0, attach=4.0, export=6.0, step=0.1, test=2.0, finish=30.0, runs=0.05, open=1.5, layers=4.0)
 
 
-def test_the_clock_counts_the_seconds_of_earlier_processes():
+def test_the_clock_includes_the_seconds_of_earlier_processes():
     time = FakeTime()
     clock = Clock(2.0, used=30.0, now=time)
     assert (clock.total, clock.used, clock.left) == (120.0, 30.0, 90.0)
@@ -26,7 +26,7 @@ def test_the_clock_counts_the_seconds_of_earlier_processes():
     assert (clock.used, clock.left) == (130.0, -10.0)
 
 
-def test_the_seconds_of_each_kind_of_work_give_the_plan():
+def test_the_plan_is_computed_from_the_seconds_of_each_kind_of_work():
     assert [survey_seconds(left) for left in (100.0, 1000.0, 5000.0)] == [20.0, 120.0, 500.0]
     assert [speedup_seconds(total) for total in (50.0, 180.0, 2700.0)] == [1.5, 5.0, 5.0]
     assert COSTS.evidence(3) == pytest.approx(4 + 3 * (1.5 + 2 * 10 * 0.05))
@@ -42,7 +42,7 @@ def test_the_seconds_of_each_kind_of_work_give_the_plan():
     assert Costs().entrants(1.0) == 6
 
 
-def test_the_first_candidates_in_their_order():
+def test_the_first_candidates_are_in_a_fixed_order():
     first = Space(9, prunable=True, students=["a", "b", "c"], bits=("8", "mixed", "4"), pixels=(24,)).first()
     single = [Candidate(branches=3), Candidate("a"), Candidate(branches=4), Candidate("b"), Candidate(branches=6)]
     single += [Candidate("c"), Candidate(keep_macs=0.5), Candidate(branches=5), Candidate(keep_macs=0.25)]
@@ -52,7 +52,7 @@ def test_the_first_candidates_in_their_order():
     assert Space(1, prunable=False, students=["a", "b"]).first() == [Candidate("a"), Candidate("b")]
 
 
-def test_the_ranges_of_sampled_parameters():
+def test_the_ranges_of_sampled_parameters_follow_from_the_space():
     ranges = Space(9, prunable=True, students=[], bits=("8", "4")).distributions()
     assert ranges == {
         "branches": IntDistribution(0, 9),
@@ -66,7 +66,7 @@ def test_the_ranges_of_sampled_parameters():
     assert candidate_of({"branches": 2, "keep_macs": 1.0}) == Candidate(branches=2)
 
 
-def test_the_family_begins_with_the_usual_widths():
+def test_the_family_begins_with_common_widths():
     names = family(32)
     assert names[:3] == ["wide_plain_48", "wide_plain_32", "wide_plain_64"]
     assert len(set(names)) == len(names)
@@ -75,7 +75,7 @@ def test_the_family_begins_with_the_usual_widths():
     assert not family(7)
 
 
-def test_names_and_families_of_candidates():
+def test_names_and_families_of_candidates_describe_their_changes():
     assert (
         Candidate(branches=3, keep_macs=0.25, bits="mixed", pixels=24).name == "original-branches3-macs25-24px-mixedbit"
     )
@@ -97,7 +97,7 @@ def test_names_and_families_of_candidates():
     assert {name: each.family for name, each in families.items()} == {name: name for name in families}
 
 
-def test_the_stages_that_remove_and_quantize():
+def test_the_stages_of_a_candidate_remove_and_quantize():
     assert Candidate().removal == ()
     (both,) = Candidate(branches=3, keep_macs=0.5).removal
     (method,) = both.methods
@@ -118,7 +118,7 @@ def record(candidate, rung, validation=80.0):
     return Record(candidate=candidate.parameters, rung=rung, point=point)
 
 
-def test_a_study_is_read_again_from_its_storage():
+def test_a_study_is_restored_from_its_storage():
     storage = InMemoryStorage()
     study = Study(storage, "name", ["original", "wide"], 0)
     made = [record(Candidate(branches=3), 0), record(Candidate("wide", pixels=24), 2, 85.0)]
@@ -145,7 +145,7 @@ def test_a_study_is_read_again_from_its_storage():
     assert trials["training"][0].params == {"network": "wide", "bits": "8", "pixels": 24, "rung": 2}
 
 
-def test_a_proposal_is_stored_with_its_result_and_an_unfinished_one_fails():
+def test_a_proposal_is_stored_with_its_result_and_an_unfinished_one_counts_as_failed():
     storage = InMemoryStorage()
     study = Study(storage, "name", ["original"], 0)
     ranges = Space(9, prunable=True, students=[]).distributions()

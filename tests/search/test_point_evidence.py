@@ -8,7 +8,7 @@ from search_fakes import baseline
 from tersor.search import point_evidence
 
 
-def test_a_file_with_a_fixed_batch_is_profiled_at_that_batch_and_counts_its_runs(tmp_path, monkeypatch):
+def test_a_file_with_a_fixed_batch_size_is_profiled_at_that_size(tmp_path, monkeypatch):
     seen = []
 
     def profile(_file, _runtime, images, _names, runs):

@@ -1,4 +1,4 @@
-"""Which candidates are trained, by hand; the advice and the speedup at the end."""
+"""The choice of candidates to train, with values computed by hand; advice and speedup at the end."""
 
 import math
 from statistics import NormalDist
@@ -31,7 +31,7 @@ def add(search, candidate, rung, validation, milliseconds, **changed):
     return made
 
 
-def test_entrants_are_spread_over_the_latencies_and_one_third_are_students(tmp_path):
+def test_entrants_cover_the_latencies_and_one_third_are_students(tmp_path):
     search = searching(tmp_path / "out")
     pruned = [add(search, Candidate(branches=n), 0, 89.0 - 2 * n, 0.84 - 0.1 * n) for n in range(1, 7)]
     add(search, Candidate(branches=7), 0, 89.0, 0.86)  # not much faster than the original in 8 bits
@@ -47,7 +47,7 @@ def test_entrants_are_spread_over_the_latencies_and_one_third_are_students(tmp_p
     assert not entrants(search, 0)
 
 
-def test_changes_that_lost_most_of_the_metric_are_left_out_if_there_are_others(tmp_path):
+def test_changes_that_lost_most_of_the_metric_are_skipped_if_there_are_others(tmp_path):
     search = searching(tmp_path / "out")
     lost = add(search, Candidate(branches=5), 0, 0.4 * 90 - 0.1, 0.2)
     assert entrants(search, 6) == [lost]
@@ -55,7 +55,7 @@ def test_changes_that_lost_most_of_the_metric_are_left_out_if_there_are_others(t
     assert entrants(search, 6) == [kept]
 
 
-def test_without_a_faster_candidate_the_original_in_8_bits_is_trained(tmp_path):
+def test_the_8_bit_original_is_trained_if_no_candidate_is_faster(tmp_path):
     search = searching(tmp_path / "out")
     original = add(search, Candidate(), 0, 89.8, 1.0)
     add(search, Candidate(branches=1), 0, 89.0, 0.98)
@@ -67,7 +67,7 @@ def test_without_a_faster_candidate_the_original_in_8_bits_is_trained(tmp_path):
     assert entrants(search, 6) == [little], "a little faster is better than nothing"
 
 
-def test_what_loses_nothing_is_not_trained(tmp_path):
+def test_lossless_candidates_are_not_trained(tmp_path):
     search = searching(tmp_path / "out")
     lossless = add(search, Candidate(branches=1), 0, 90.0, 0.6)
     assert not entrants(search, 6)
@@ -83,7 +83,7 @@ def test_what_loses_nothing_is_not_trained(tmp_path):
     assert finish.advice(search, search.original) == [], "more time does not help"
 
 
-def test_an_extension_trains_another_candidate_if_its_last_one_cannot_be_improved(tmp_path):
+def test_an_extension_trains_another_candidate_if_the_last_one_cannot_be_improved(tmp_path):
     search = searching(tmp_path / "out")
     lossless = add(search, Candidate(branches=1), 0, 89.0, 0.6)
     add(search, lossless.of, 1, 90.0, 0.6)
@@ -99,7 +99,7 @@ def test_an_extension_trains_another_candidate_if_its_last_one_cannot_be_improve
 
 
 def hopeless_student(path):
-    """A search with 100 s for training, a student that lost 60 points in its first 30 s, and a change that lost 1.5."""
+    """A search with 100 s left, a student with a drop of 60 points after 30 s, and a change with a drop of 1.5."""
     search = searching(path)
     student = add(search, Candidate("wide"), 1, 30.0, 0.3, seconds=30.0)
     change = add(search, Candidate(branches=1), 1, 88.5, 0.6, seconds=30.0)
@@ -109,7 +109,7 @@ def hopeless_student(path):
     return search, student, change
 
 
-def test_a_candidate_that_ends_far_below_the_drop_is_not_trained_again(tmp_path):
+def test_a_candidate_expected_to_end_far_below_the_limit_is_not_trained_again(tmp_path):
     search, student, change = hopeless_student(tmp_path / "out")
     # 30 + 100 s: 60 * (130 / 30)^-0.6 = 24.9 points lost, with an error of a fifth of the gain
     assert expected(search, student, 130.0) == pytest.approx(65.1, abs=0.1)
@@ -121,7 +121,7 @@ def test_a_candidate_that_ends_far_below_the_drop_is_not_trained_again(tmp_path)
     assert hopeful(search, [student, change], 100.0) == [student, change], "there is no drop to end within"
 
 
-def test_without_a_promising_candidate_others_are_trained_then_more_surveyed_then_the_nearest_is_trained(tmp_path):
+def test_without_promising_candidates_others_are_trained_then_surveyed_then_the_nearest_is_trained(tmp_path):
     search, student, change = hopeless_student(tmp_path / "out")
     search.folder.state.rungs[0].members.pop(change.of.name)
     for surveyed in (student.of, Candidate()):
@@ -138,37 +138,37 @@ def test_without_a_promising_candidate_others_are_trained_then_more_surveyed_the
     assert used == pytest.approx(0.35 * seconds_to_train(search)), "as much as a first rung, and not all"
 
 
-def test_the_survey_goes_on_before_candidates_without_prospects_are_trained_again(tmp_path, monkeypatch):
+def test_the_survey_continues_before_unpromising_candidates_are_trained_again(tmp_path, monkeypatch):
     order, found = [], iter([True, False])
     monkeypatch.setattr(rest_of_time, "_survey_more", lambda *_: order.append("survey") or next(found))
     train_and_survey(searching(tmp_path / "out"), SPACE, order.append)
     assert order == [False, "survey", True, "survey", True]
 
 
-def test_for_the_best_metric_a_candidate_is_trained_up_to_the_ceiling(tmp_path):
+def test_to_maximize_the_metric_a_candidate_is_trained_up_to_the_maximum(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(latency_ms={1: 1.0}))
     better = add(search, Candidate(branches=1), 0, 99.9, 0.6)
     add(search, Candidate(branches=2), 0, 100.0, 0.5)
     assert entrants(search, 6) == [better]
 
 
-def test_a_search_without_a_candidate_to_improve_says_so_and_ends(tmp_path, monkeypatch):
+def test_a_search_without_an_improvable_candidate_ends_with_a_message(tmp_path, monkeypatch):
     search = searching(tmp_path / "out")
-    told = []
-    search.bar.tell = told.append
+    lines = []
+    search.bar.tell = lines.append
     add(search, Candidate(branches=1), 0, 90.0, 0.6)
     monkeypatch.setattr(rest_of_time, "survey", lambda *_: None)
     train_and_survey(search, SPACE, lambda _last: halve(search))
     assert not search.folder.state.rungs
-    assert len(told) == 1
-    assert told[0].startswith("training ends: no promising candidate can be improved by training. 10.0 of 10 minutes")
-    assert told[0].endswith(" of them reserved for the final measurements.")
+    assert len(lines) == 1
+    assert lines[0].startswith("training ends: no promising candidate can be improved by training. 10.0 of 10 minutes")
+    assert lines[0].endswith(" of them reserved for the final measurements.")
     assert finish.advice(search, search.original) == []
-    told.clear()
+    lines.clear()
     add(search, Candidate(branches=2), 0, 80.0, 0.5)
     search.folder.state.costs.step = 100.0
     train_and_survey(search, SPACE, lambda _last: halve(search))
-    assert told[0].startswith("training ends: training a candidate takes at least 33.4 minutes. "), (
+    assert lines[0].startswith("training ends: training a candidate takes at least 33.4 minutes. "), (
         "no time for twenty steps"
     )
 
@@ -181,7 +181,7 @@ def test_with_a_limit_on_the_size_fewer_bits_enter_and_larger_files_do_not(tmp_p
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
-def test_the_expected_improvement_by_hand(tmp_path, power):
+def test_the_expected_improvement_matches_values_computed_by_hand(tmp_path, power):
     search = searching(tmp_path / "out")
     made = add(search, Candidate(branches=3), 1, 88.0, 0.5, drop_error=0.3, seconds=10.0)
     # 16 times the time: the drop falls from 2 to 0.5, and a point is allowed; the error 0.3 of the images and that of
@@ -192,11 +192,11 @@ def test_the_expected_improvement_by_hand(tmp_path, power):
     slow = add(search, Candidate(branches=1), 1, 88.0, 1.1)
     assert improvement(search, slow, 160.0, power) == 0
     search.points = [search.original.model_copy(update={"validation": 50.0, "name": "lost"})]
-    gain = math.log(2.0 / 0.5)  # nothing is within the budget: relative to the slowest point
+    gain = math.log(2.0 / 0.5)  # no point meets the budget: relative to the slowest point
     assert improvement(search, made, 160.0, power) == pytest.approx(gain * probability**power)
 
 
-def test_the_line_about_a_training_has_the_errors_of_its_drop_and_its_latencies(tmp_path):
+def test_the_line_about_a_training_contains_the_errors_of_drop_and_latencies(tmp_path):
     search = searching(tmp_path / "out")
     made = add(search, Candidate(branches=3), 1, 88.0, 0.5, drop_error=0.3, latency_error={1: 0.03, 128: 0.02})
     assert rung_training._described(search, made) == (
@@ -248,7 +248,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
     assert not any("Larger drop" in line for line in finish.advice(search, search.original)), "it is slower"
 
 
-def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
+def test_advice_without_any_training_and_without_a_limit_that_helps(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
     out_of_reach = "Size: no network reached 0.1 MB; the smallest has 0.200 MB: original."
     continued = "Continue the search, with a total time of at least 11 minutes."
@@ -265,7 +265,7 @@ def test_advice_without_a_training_and_without_a_limit_that_helps(tmp_path):
     assert finish.advice(search, search.points[0]) == []
 
 
-def test_advice_where_every_limit_is_met_but_not_all_at_once(tmp_path):
+def test_advice_if_every_limit_is_met_but_not_all_at_once(tmp_path):
     limits = {1: 0.6, 128: 70.0}
     search = searching(tmp_path / "out", budget=Budget(latency_ms=limits, megabytes=0.1))
     point = add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0).point
@@ -280,7 +280,7 @@ def test_advice_where_every_limit_is_met_but_not_all_at_once(tmp_path):
     )
 
 
-def test_the_speedup_is_measured_over_the_fastest_baseline_of_each_batch_size(tmp_path, monkeypatch):
+def test_the_speedup_is_measured_against_the_fastest_baseline_of_each_batch_size(tmp_path, monkeypatch):
     search = searching(tmp_path / "out", minutes=1.0)
     search.folder.state.baselines.append(
         baseline("slow", 90.0, 3.0, "int8").model_copy(update={"latency_ms": {1: 0.9, 128: 999.0}})
@@ -323,7 +323,7 @@ def test_the_speedup_is_measured_over_the_fastest_baseline_of_each_batch_size(tm
     assert finish._speedup(search, smaller) == {}, "other images cannot be compared"
 
 
-def test_the_front_says_what_was_measured(tmp_path, monkeypatch):
+def test_the_front_contains_the_measured_values(tmp_path, monkeypatch):
     latencies([Candidate()])
     search = searching(tmp_path / "out", minutes=10.0, budget=Budget(max_drop=0.15))
     search.bench.experiment.data.test = range(25)

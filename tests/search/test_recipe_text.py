@@ -9,7 +9,7 @@ from tersor.recipe.data_source import YOUR_DATA
 from tersor.search.candidate import Candidate
 
 
-def test_the_recipe_of_a_search_in_python_says_what_to_write(tmp_path):
+def test_the_recipe_of_a_search_in_python_contains_comments_with_what_to_write(tmp_path):
     search = searching(tmp_path / "out")
     shared = search.bench.experiment
     shared.data = SimpleNamespace(train=SimpleNamespace(channels=1), mean=(0.25,), std=(0.5,))
@@ -23,7 +23,7 @@ def test_the_recipe_of_a_search_in_python_says_what_to_write(tmp_path):
     assert (data.channels, data.mean, data.std) == (1, (0.25,), (0.5,))
 
 
-def test_the_recipe_of_a_search_in_the_shell_has_no_comments(tmp_path):
+def test_the_recipe_of_a_search_on_the_command_line_has_no_comments(tmp_path):
     search = searching(tmp_path / "out")
     network = Network(name="resnet20", weights="w.safetensors")
     search.bench.experiment.recipe = search.bench.experiment.recipe.model_copy(update={"model": network})

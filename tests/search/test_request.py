@@ -68,7 +68,7 @@ def test_every_argument_is_compared_when_a_search_is_resumed():
     assert text["model"].startswith("Sequential ")
 
 
-def test_another_weights_file_of_the_same_name_is_noticed(tmp_path):
+def test_a_changed_weights_file_with_the_same_name_is_detected(tmp_path):
     weights, student = tmp_path / "w.pt", tmp_path / "s.pt"
     given = {"model": "resnet20", "weights": weights, "students": (f"resnet8={student}",)}
     for file in (weights, student):
@@ -82,7 +82,7 @@ def test_another_weights_file_of_the_same_name_is_noticed(tmp_path):
         before = after
 
 
-def test_a_folder_may_end_in_a_slash(tmp_path):
+def test_a_folder_can_end_with_a_slash(tmp_path):
     assert request(data=f"{tmp_path}/").arguments == request(data=tmp_path).arguments
 
 
@@ -94,7 +94,7 @@ def test_a_folder_may_end_in_a_slash(tmp_path):
         (lambda outputs, _: outputs.mean() / missing, "missing"),  # noqa: F821
     ],
 )
-def test_a_loss_is_tried_before_the_search(monkeypatch, loss, message):
+def test_a_loss_is_tested_before_the_search(monkeypatch, loss, message):
     monkeypatch.setattr(requests, "prepare", prepared)
     with pytest.raises(InputError, match=message):
         experiment_of(request(loss=loss), NO_PROGRESS)
@@ -105,7 +105,7 @@ def prepared(recipe, *, model, data, progress, own_mean):
     return Experiment(recipe, recipe.task.build(), model, model, data, True, True)
 
 
-def test_students_have_the_weights_files_that_were_given(tmp_path):
+def test_students_get_their_weights_files(tmp_path):
     file = tmp_path / "w=1.safetensors"
     file.write_text("")
     found = request(students=("resnet20", f"wide={file}")).weights_of_students()
@@ -114,7 +114,7 @@ def test_students_have_the_weights_files_that_were_given(tmp_path):
         request(students=("wide=missing",)).weights_of_students()
 
 
-def test_the_experiment_of_a_request(monkeypatch):
+def test_the_experiment_is_built_from_the_request(monkeypatch):
     def prepare(recipe, *, model, data, progress, own_mean):
         assert not own_mean or recipe.data.name == "your.module:splits"
         return Experiment(recipe, recipe.task.build(), model, model, data, True, True)
@@ -146,7 +146,7 @@ def test_the_experiment_of_a_request(monkeypatch):
     assert named.model is None, "`prepare` builds it"
 
 
-def test_only_images_that_keep_their_meaning_are_mirrored_or_cropped():
+def test_images_are_mirrored_or_cropped_only_if_that_keeps_their_meaning():
     assert requests._augmentation(request(), images(10)) == "crop_flip"
     assert requests._augmentation(request(task="detection"), images(10)) == "flip"
     assert requests._augmentation(request(), images(10, gray=True)) == "none"
@@ -157,7 +157,7 @@ def test_only_images_that_keep_their_meaning_are_mirrored_or_cropped():
     assert requests._augmentation(request(), mixed) == "crop_flip"
 
 
-def test_the_source_of_the_data_is_a_folder_a_csv_file_or_a_name(tmp_path):
+def test_the_source_of_the_data_can_be_a_folder_a_csv_file_or_a_name(tmp_path):
     assert requests._source(request(data=str(tmp_path), limit=5)) == DataSource(folder=tmp_path, limit=5)
     assert requests._source(request(data=Path("x.csv"))) == DataSource(csv=Path("x.csv"))
     assert requests._source(request(data="digits")) == DataSource(name="digits")
@@ -168,22 +168,22 @@ def test_the_source_of_the_data_is_a_folder_a_csv_file_or_a_name(tmp_path):
 
 
 @pytest.mark.parametrize(("train", "validation", "shares"), [(1991, 9, [0.1]), (1990, 9, [0.1, 0.25]), (9, 0, [0.1])])
-def test_of_few_images_a_larger_share_is_held_out(monkeypatch, train, validation, shares):
-    asked = []
+def test_for_few_images_a_larger_fraction_is_held_out(monkeypatch, train, validation, shares):
+    requested = []
 
     def load(**options):
-        asked.append(options)
+        requested.append(options)
         return dataclasses.replace(splits(), train=range(train), validation=range(validation))
 
     monkeypatch.setattr(requests, "load", load)
     found, source = requests._loaded(request(data="digits"), DataSource(name="digits", limit=train))
-    assert [each["validation"] for each in asked] == shares
-    assert all((each["seed"], each["name"], each["limit"]) == (3, "digits", train) for each in asked)
+    assert [each["validation"] for each in requested] == shares
+    assert all((each["seed"], each["name"], each["limit"]) == (3, "digits", train) for each in requested)
     assert source.validation == shares[-1]
     assert len(found.train) == train
 
 
-def test_the_share_to_hold_out_is_that_of_the_user(monkeypatch):
+def test_the_held_out_fraction_can_be_given_by_the_user(monkeypatch):
     loaded = []
 
     def load(**options):
@@ -215,7 +215,7 @@ def methods_of(stage):
     return {type(each).__name__: each for each in stage.methods}
 
 
-def test_a_changed_original_learns_from_the_original_at_every_resolution():
+def test_a_changed_original_is_distilled_from_the_original_at_every_resolution():
     stage = staged(small(), small())
     assert (stage.name, stage.steps, stage.batch_size) == ("train-1", 160, 5), "eight batches in an epoch of 40 images"
     assert (stage.optimizer.name, stage.optimizer.learning_rate) == ("sgd", 0.02)
@@ -228,13 +228,13 @@ def test_a_changed_original_learns_from_the_original_at_every_resolution():
     assert list(features.layers) == list(features.teacher_layers) == ["2", "5"]
 
 
-def test_the_size_of_a_batch_follows_the_number_of_images():
+def test_the_batch_size_depends_on_the_number_of_images():
     assert staged(small(), small(), train=10).batch_size == 2
     assert staged(small(), small(), train=8 * 127).batch_size == 127
     assert staged(small(), small(), train=8 * 130).batch_size == 128
 
 
-def test_a_network_from_random_weights_warms_up_and_learns_from_the_last_feature_map():
+def test_a_network_with_random_weights_has_a_warm_up_and_uses_the_last_feature_map():
     stage = staged(small(), small(), fresh=True)
     assert stage.optimizer.learning_rate == 0.1
     assert stage.lr_schedule.warmup_epochs == 2.0, "a tenth of 160 steps, eight in an epoch"
@@ -242,7 +242,7 @@ def test_a_network_from_random_weights_warms_up_and_learns_from_the_last_feature
     assert (features.layers, features.regressor) == ((), False), "the default: the last layer"
 
 
-def test_other_channels_have_a_regressor():
+def test_different_channel_counts_require_a_regressor():
     wide = nn.Sequential(*(each for each in small()))
     wide[3], wide[4], wide[8] = nn.Conv2d(4, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.Linear(16, 2)
     features = methods_of(staged(wide, small()))["FitNet"]
@@ -250,7 +250,7 @@ def test_other_channels_have_a_regressor():
     assert list(features.layers) == ["2", "5"]
 
 
-def test_without_batch_norms_adamw_trains_and_without_maps_there_is_no_feature_loss():
+def test_without_batchnorm_adamw_is_used_and_without_feature_maps_there_is_no_feature_loss():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     stage = staged(plain, plain, settled=True)
     assert (stage.optimizer.name, stage.optimizer.weight_decay) == ("adamw", 0.05)
@@ -258,7 +258,7 @@ def test_without_batch_norms_adamw_trains_and_without_maps_there_is_no_feature_l
     assert methods_of(stage).keys() == {"SoftTargets"}
 
 
-def test_quantization_aware_training_learns_the_steps_of_the_grids(monkeypatch):
+def test_quantization_aware_training_uses_lsq(monkeypatch):
     monkeypatch.setattr(training_stages, "attach", lambda *_: None)
     stage = staged(small(), small(), name="quantize")
     assert stage.optimizer.learning_rate == 0.002

@@ -1,4 +1,4 @@
-"""A search that was interrupted or gets more time, and its end, on fake networks and a fake clock."""
+"""Interrupted and extended searches, and the end of a search, with fake networks and a fake clock."""
 
 import importlib
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ SPEEDUP = finish._speedup
 pytestmark = pytest.mark.usefixtures("fake_search")
 
 
-def test_ctrl_c_at_any_moment_leaves_a_valid_folder_and_the_search_goes_on(tmp_path):
+def test_ctrl_c_at_any_time_leaves_a_valid_folder_and_the_search_can_be_resumed(tmp_path):
     whole = searching(tmp_path / "whole")
     run(whole)
     pieces = len(whole.bench.log)
@@ -49,7 +49,7 @@ def test_ctrl_c_at_any_moment_leaves_a_valid_folder_and_the_search_goes_on(tmp_p
         )
 
 
-def test_a_finished_trial_is_never_run_twice(tmp_path):
+def test_a_finished_trial_is_never_repeated(tmp_path):
     search = searching(tmp_path / "out")
     run(search)
     once = [what for what in search.bench.log if what[0] == "train"]
@@ -60,7 +60,7 @@ def test_a_finished_trial_is_never_run_twice(tmp_path):
     assert again.bench.log[position:] == [], "not even on the test images"
 
 
-def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
+def test_more_time_for_a_finished_search_is_used_for_the_last_candidate(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
     (last,) = search.folder.state.rungs[-1].members
@@ -75,7 +75,7 @@ def test_more_time_for_a_finished_search_goes_to_the_last_candidate(tmp_path):
     assert again.point(again.best).seconds > made.point(made.best).seconds
 
 
-def test_after_quantization_aware_training_more_time_trains_the_float_network(tmp_path):
+def test_after_quantization_aware_training_more_time_is_used_to_train_the_float_network(tmp_path):
     time = FakeTime()
     search = searching(tmp_path / "out", time=time, bench=FakeBench(time, rounding=1.0))
     run(search)
@@ -91,7 +91,7 @@ def test_after_quantization_aware_training_more_time_trains_the_float_network(tm
     assert after == [[*kept, new], [*kept, new, "quantize"]]
 
 
-def test_a_resumed_training_has_the_stage_of_the_interrupted_one_and_keeps_the_cost_of_attaching(tmp_path):
+def test_a_resumed_training_has_the_stage_of_the_interrupted_one_and_the_same_cost_of_attaching(tmp_path):
     whole = searching(tmp_path / "whole")
     run(whole)
     trainings = [place for place, what in enumerate(whole.bench.log) if what[0] == "train"]
@@ -115,7 +115,7 @@ def test_a_resumed_training_has_the_stage_of_the_interrupted_one_and_keeps_the_c
         assert resumed.folder.state.costs.attach == attach
 
 
-def test_more_time_for_a_finished_search_without_training_surveys_and_trains(tmp_path):
+def test_more_time_for_a_finished_search_without_training_is_used_to_survey_and_train(tmp_path):
     search = searching(tmp_path / "out", minutes=0.1)
     run(search)
     search.folder.state.finished = True
@@ -126,7 +126,7 @@ def test_more_time_for_a_finished_search_without_training_surveys_and_trains(tmp
     assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
 
 
-def test_an_extended_search_that_is_interrupted_is_not_finished_and_goes_on_with_its_last_candidate(tmp_path):
+def test_an_interrupted_extension_is_unfinished_and_continues_with_its_last_candidate(tmp_path):
     search = searching(tmp_path / "out")
     run(search)
     (last,) = search.folder.state.rungs[-1].members
@@ -154,26 +154,26 @@ def _only_the_end(monkeypatch):
 
 @pytest.mark.usefixtures("_only_the_end")
 @pytest.mark.parametrize("export", [3.0, 60.0])
-def test_an_extension_surveys_where_it_cannot_train_and_says_why_it_ends(tmp_path, monkeypatch, export):
-    """The first minute is too short for a candidate; in the extension, a training run is possible or not."""
+def test_an_extension_surveys_if_it_cannot_train_and_states_why_it_ends(tmp_path, monkeypatch, export):
+    """The first minute is too short for a candidate; in the extension, training is possible or not."""
     monkeypatch.setattr(compress, "write_evidence", lambda *_: None)
-    search, told = searching(tmp_path / "out", minutes=0.2), []
+    search, lines = searching(tmp_path / "out", minutes=0.2), []
     compress._run(search, SimpleNamespace(pixels=()))
     assert not search.folder.state.rungs
     search.folder.state.costs.attach = export
     search.save()
     longer = searching(tmp_path / "out", minutes=2.0, time=search.bench.time, bench=search.bench)
-    longer.bar.tell = told.append
+    longer.bar.tell = lines.append
     before = len(longer.study.records())
     compress._run(longer, SimpleNamespace(pixels=()))
-    assert told[0].startswith("resuming: 0.")
-    assert told[0].endswith(f" of 2 minutes are used; measurements of candidates so far: {before}")
+    assert lines[0].startswith("resuming: 0.")
+    assert lines[0].endswith(f" of 2 minutes are used; measurements of candidates so far: {before}")
     assert len(longer.study.records()) > before + 4
     trained = bool(longer.folder.state.rungs)
     assert trained is (export < 60)
     if not trained:
         assert longer.clock.used > 0.6 * longer.clock.total
-        assert any(line.startswith("training ends: training a candidate takes at least 2") for line in told)
+        assert any(line.startswith("training ends: training a candidate takes at least 2") for line in lines)
 
 
 @pytest.mark.usefixtures("_only_the_end")
@@ -189,7 +189,7 @@ def test_an_error_in_the_evidence_does_not_undo_the_end_of_a_search(tmp_path, mo
 
 
 @pytest.mark.usefixtures("_only_the_end")
-def test_the_time_of_the_evidence_counts_and_it_gets_the_predictions_of_the_test(tmp_path, monkeypatch):
+def test_the_time_of_the_evidence_is_counted_and_it_gets_the_predictions_on_the_test_images(tmp_path, monkeypatch):
     search = searching(tmp_path / "out", minutes=0.1)
     given = []
 
@@ -208,8 +208,8 @@ def test_the_time_of_the_evidence_counts_and_it_gets_the_predictions_of_the_test
 
 @pytest.mark.usefixtures("_only_the_end")
 @pytest.mark.parametrize("gain", [20.0, 0.01])
-def test_three_minutes_end_within_five_percent_with_all_that_the_end_takes(tmp_path, monkeypatch, gain):
-    """The final measurement uses all of the time that it may, and three points are timed if the first ones are slow."""
+def test_a_search_of_three_minutes_ends_within_five_percent_of_its_time(tmp_path, monkeypatch, gain):
+    """The final measurement uses all its time, and three points are timed if the first ones are slow."""
     search = searching(tmp_path / "out", minutes=3.0, budget=Budget(max_drop=20))
     costs, work = search.folder.state.costs, search.bench.time.work
     costs.layers, costs.open, costs.runs, costs.test = 4.0, 1.0, 0.05, 1.0
@@ -230,7 +230,7 @@ def test_three_minutes_end_within_five_percent_with_all_that_the_end_takes(tmp_p
     assert made.minutes_used == pytest.approx(3.0, rel=0.05)
 
 
-def test_searches_of_equally_named_folders_do_not_share_a_study_and_a_moved_folder_keeps_its_own(tmp_path):
+def test_searches_in_equally_named_folders_have_different_studies_and_a_moved_folder_keeps_its_own(tmp_path):
     folders = [SearchFolder(tmp_path / parent / "out", {}) for parent in ("a", "b")]
     names = [folder.state.study for folder in folders]
     assert names[0] != names[1]

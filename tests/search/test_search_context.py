@@ -1,4 +1,4 @@
-"""The points of a search: measured, added, handed over and read again; tests at its end."""
+"""The points of a search: recorded, compared, chosen and read again; the use of the test images at the end."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def exported(search, name, right=None):
     return Exported(file, 88.0, 10**6, 50_000, right)
 
 
-def test_a_record_holds_what_was_measured(tmp_path):
+def test_a_record_contains_the_measured_values(tmp_path):
     search = searching(tmp_path / "out")
     search.folder.keep_original_right(RIGHT)
     changed = RIGHT.copy()
@@ -62,7 +62,7 @@ def test_a_record_holds_what_was_measured(tmp_path):
     assert not search.record(Candidate(), exported(search, "c"), rung=1).point.free
 
 
-def test_images_of_another_size_are_timed_with_one_of_theirs(tmp_path):
+def test_networks_for_another_image_size_are_timed_with_an_image_of_that_size(tmp_path):
     search = searching(tmp_path / "out")
     seen = []
     search.bench.example = lambda candidate: f"image of {candidate.pixels}"
@@ -73,7 +73,7 @@ def test_images_of_another_size_are_timed_with_one_of_theirs(tmp_path):
     assert seen == [None, "image of 24"]
 
 
-def test_a_better_point_is_handed_over_and_shown(tmp_path):
+def test_a_better_point_becomes_the_best_and_is_shown(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(max_drop=1.0))
     for name, validation, milliseconds, best in (
         ("slower", 90.0, 1.2, Candidate().name),
@@ -94,7 +94,7 @@ def test_a_better_point_is_handed_over_and_shown(tmp_path):
     assert search.original.name == "original"
 
 
-def test_an_equal_copy_does_not_replace_the_winner_and_a_better_one_of_the_same_size_does(tmp_path):
+def test_an_equal_copy_does_not_replace_the_best_point(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(max_drop=5.0))
     for name, validation, size, best in (
         ("winner", 89.0, 50_017, "winner"),
@@ -111,7 +111,7 @@ def test_an_equal_copy_does_not_replace_the_winner_and_a_better_one_of_the_same_
     assert (search.folder.path / "model.onnx").read_text() == "longer"
 
 
-def test_an_earlier_process_left_points_and_costs(tmp_path):
+def test_points_and_costs_of_an_earlier_process_are_restored(tmp_path):
     search = searching(tmp_path / "out")
     state = search.folder.state
     state.baselines.append(baseline("original-openvino", 90.0, 0.1, "int8").model_copy(update={"runtime": "openvino"}))
@@ -143,7 +143,7 @@ def test_an_earlier_process_left_points_and_costs(tmp_path):
     assert (state.finished, state.extended, state.survey_until) == (False, True, None), "and surveys"
 
 
-def test_the_points_of_the_front_and_free_ones_run_on_the_test_images(tmp_path):
+def test_points_of_the_front_and_free_baselines_are_evaluated_on_the_test_images(tmp_path):
     search = searching(tmp_path / "out")
     data = search.bench.experiment.data
     data.classes = ("a", "b", "c")
@@ -188,7 +188,7 @@ def test_the_points_of_the_front_and_free_ones_run_on_the_test_images(tmp_path):
     assert tested_points.run_on_test_images(search)["original"].by_class == []
 
 
-def test_agreement_with_every_point_or_with_the_original_alone():
+def test_agreement_is_computed_with_every_point_or_only_with_the_original():
     predicted = {"a": torch.tensor([0, 1, 1]), "b": torch.tensor([0, 1, 0])}
     found = _agreement(Classification(), "a", tested_points.Tested(0.0, None, []), predicted, "a")
     assert found == {"a": 100.0, "b": 66.667}
@@ -196,7 +196,7 @@ def test_agreement_with_every_point_or_with_the_original_alone():
     assert _agreement(Classification(), "c", tested_points.Tested(0.0, None, []), predicted, "a") == {}
 
 
-def test_examples_are_images_on_which_points_differ(monkeypatch):
+def test_examples_are_images_on_which_predictions_differ(monkeypatch):
     monkeypatch.setattr(point_evidence, "image_entry", lambda _images, index: {"index": index})
     monkeypatch.setattr(point_evidence, "_EXAMPLES", 3)
     first = torch.zeros(10, dtype=torch.int64)
@@ -208,7 +208,7 @@ def test_examples_are_images_on_which_points_differ(monkeypatch):
     assert _examples({}, None) == _examples({"a": first}, None) == []
 
 
-def test_layers_and_operators_of_a_file_have_the_time_of_a_whole_batch(tmp_path, monkeypatch):
+def test_layers_and_operators_of_a_file_have_times_for_the_whole_batch(tmp_path, monkeypatch):
     search = searching(tmp_path / "out")
     search.bench.example = lambda _candidate: None
     layers = [SimpleNamespace(name="bn", channels=8, bits=8), SimpleNamespace(name="other", channels=4, bits=32)]

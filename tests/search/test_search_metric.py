@@ -16,7 +16,7 @@ class Balanced(Classification):
         return self.score_by_class(pairs, 2).mean().item()
 
 
-def test_a_classification_with_its_own_score_has_no_right_and_wrong_images():
+def test_a_classification_task_with_its_own_score_has_no_correct_images():
     predictions, targets = torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1])
     assert measured(Classification(), predictions, targets).right.tolist() == [True, True, True, False]
     assert (measured(Balanced(), predictions, targets).metric, measured(Balanced(), predictions, targets).right) == (
@@ -25,7 +25,7 @@ def test_a_classification_with_its_own_score_has_no_right_and_wrong_images():
     )
 
 
-def test_errors_are_refused_and_shares_of_the_user_are_not():
+def test_error_metrics_raise_and_a_users_metric_is_accepted():
     refuse_other_metrics(FromFunctions(Segmentation(), None, lambda *_: 0.5))
     with pytest.raises(InputError, match="higher is better"):
         refuse_other_metrics(Regression())

@@ -1,4 +1,4 @@
-"""What a search says about the validation images."""
+"""Warnings of a search about its validation images."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("fake_search")
 
 
 @pytest.mark.parametrize(
-    ("validation", "test", "seen", "told"),
+    ("validation", "test", "seen", "words"),
     [
         (97.0, 90.0, True, "the original was trained on the validation images"),
         (93.0, 90.0, False, "may have been trained on the validation images: accuracy 93.00 % there, 90.00 % on"),
@@ -22,11 +22,13 @@ pytestmark = pytest.mark.usefixtures("fake_search")
         (88.0, 90.0, False, ""),
     ],
 )
-def test_an_original_that_knows_the_validation_images(tmp_path, monkeypatch, validation, test, seen, told):
+def test_an_original_trained_on_the_validation_images_causes_a_warning(
+    tmp_path, monkeypatch, validation, test, seen, words
+):
     monkeypatch.setattr(FakeBench, "test_metric", lambda *_: test, raising=False)
     monkeypatch.setattr(FakeBench, "measured", lambda *_: Measured(validation), raising=False)
     search, lines = searching(tmp_path / "out", bench=FakeBench(FakeTime())), []
     monkeypatch.setattr(search.bar, "tell", lines.append)
     assert _seen(search, Path("original.onnx")) == seen
-    assert len(lines) == bool(told)
-    assert told in "".join(lines)
+    assert len(lines) == bool(words)
+    assert words in "".join(lines)

@@ -1,4 +1,4 @@
-"""Which images train, choose and test."""
+"""Which images are used for training, choosing and testing."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def splits():
     return Splits(images(0, 40), images(40, 10), images(50, 20), ("a", "b"), (0.5,) * 3, (0.25,) * 3)
 
 
-def test_half_of_the_test_images_choose_and_the_images_that_were_held_out_train(tmp_path):
+def test_with_test_images_for_the_choice_half_of_them_choose_and_held_out_images_are_trained_on(tmp_path):
     changed = bench(splits(), tmp_path).choosing_on_test_images().experiment
     assert values(changed.data.train) == list(range(50))
     assert changed.data.train.targets.tolist() == [*([0, 1] * 20), *([0, 1] * 5)]
@@ -52,7 +52,7 @@ def test_half_of_the_test_images_choose_and_the_images_that_were_held_out_train(
     assert (changed.recipe.data.validation, changed.recipe.data.mean) == (0.0, (0.5,) * 3), "for `tersor run`"
 
 
-def test_limited_training_images_stay_as_they_are(tmp_path):
+def test_limited_training_images_are_not_changed(tmp_path):
     changed = bench(splits(), tmp_path, limit=40).choosing_on_test_images().experiment
     assert values(changed.data.train) == list(range(40))
     assert changed.recipe.data.validation == 0.1
@@ -92,7 +92,7 @@ def with_network(tmp_path, students=None, **source):
     return Workbench(experiment, students or {}, tmp_path, NO_PROGRESS, checkpoint_every=7)
 
 
-def test_the_recipe_of_a_candidate_names_what_changes(tmp_path):
+def test_the_recipe_of_a_candidate_contains_its_changes(tmp_path):
     weights = tmp_path / "w.safetensors"
     of = with_network(tmp_path, {"resnet20": None, "resnet56": weights})
     stages = (Stage(name="a"),)
@@ -105,7 +105,7 @@ def test_the_recipe_of_a_candidate_names_what_changes(tmp_path):
     assert student.stages == stages
 
 
-def test_a_student_has_random_weights_of_the_seed_or_those_of_its_file(tmp_path):
+def test_a_student_has_seeded_random_weights_or_those_of_its_file(tmp_path):
     weights = tmp_path / "w.safetensors"
     models.save_weights(Small(), weights)
     of = with_network(tmp_path, {OWN: weights, "resnet20": None})
@@ -119,17 +119,17 @@ def test_a_student_has_random_weights_of_the_seed_or_those_of_its_file(tmp_path)
     assert of.experiment_of(Candidate(), ()).model is of.experiment.model
 
 
-def test_images_of_another_size_are_loaded_once(tmp_path, monkeypatch):
-    of, asked = with_network(tmp_path, validation=0.2), []
+def test_images_of_another_size_are_loaded_only_once(tmp_path, monkeypatch):
+    of, loaded = with_network(tmp_path, validation=0.2), []
 
     def load(**options):
-        asked.append(options)
+        loaded.append(options)
         return splits()
 
     monkeypatch.setattr("tersor.search.workbench.load", load)
     first = of.experiment_of(Candidate(pixels=24), ())
     assert of.experiment_of(Candidate(pixels=24), ()).data is first.data
-    (options,) = asked
+    (options,) = loaded
     assert (options["image_size"], options["validation"], options["name"]) == (24, 0.2, "digits")
     assert (options["mean"], options["std"]) == ((0.5,) * 3, (0.25,) * 3), "those of the original"
     assert len(first.data.validation) == 10
@@ -141,7 +141,7 @@ def test_images_of_another_size_are_loaded_once(tmp_path, monkeypatch):
     assert of.example(Candidate(pixels=24)).shape == (1, 3, 8, 8)
 
 
-def test_validation_images_are_the_training_images_where_there_are_none(tmp_path):
+def test_without_validation_images_the_training_images_are_used(tmp_path):
     of = with_network(tmp_path)
     assert len(of.validation.images) == 10
     none = replace(splits(), validation=View(images(0, 1), torch.arange(0)))
@@ -149,7 +149,7 @@ def test_validation_images_are_the_training_images_where_there_are_none(tmp_path
     assert len(alone.validation.images) == 40
 
 
-def test_a_training_resumes_from_the_stages_before_it(tmp_path):
+def test_a_training_resumes_from_its_earlier_stages(tmp_path):
     of = with_network(tmp_path)
     candidate = Candidate()
     one = of.stage(candidate, "train-1", 2, of.experiment.model)
@@ -169,7 +169,7 @@ def test_a_training_resumes_from_the_stages_before_it(tmp_path):
     assert of.pace(of.experiment.model, 2) > 0
 
 
-def test_the_pace_has_no_average_of_statistics(tmp_path, monkeypatch):
+def test_measuring_the_pace_does_not_average_batchnorm_statistics(tmp_path, monkeypatch):
     of, progress, models_used = with_network(tmp_path), RecordedProgress(), []
 
     def recorded(attachment, *arguments, **options):
@@ -184,7 +184,7 @@ def test_the_pace_has_no_average_of_statistics(tmp_path, monkeypatch):
     assert network[0].momentum == 0.1
 
 
-def test_a_network_that_is_built_is_a_copy(tmp_path):
+def test_build_returns_a_copy_of_the_network(tmp_path):
     of = with_network(tmp_path)
     built = of.build(Candidate())
     assert built is not of.experiment.model
@@ -210,7 +210,7 @@ class Residual(nn.Module):
         return self.head(features.mean((2, 3)))
 
 
-def test_a_candidate_starts_from_the_checkpoints_of_the_one_before_its_last_removal(tmp_path):
+def test_a_candidate_starts_from_the_checkpoints_before_its_last_removal(tmp_path):
     given = bench(splits(), tmp_path)
     of = Workbench(replace(given.experiment, model=Residual(), teacher=Residual()), {}, tmp_path, NO_PROGRESS)
     parent, child = Candidate(branches=1), Candidate(branches=1, later=(Removal(branches=1),))

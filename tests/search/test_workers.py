@@ -1,4 +1,4 @@
-"""Trainings in several processes: the plan with made-up durations, and real Ray workers."""
+"""Training in several processes: the plan with simulated durations, and real Ray workers."""
 
 import importlib
 import os
@@ -34,7 +34,7 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not inst
 
 
 class FakeWorkers:
-    """Workers that train in made-up time.
+    """Workers that train in simulated time.
 
     Attributes:
         broken: names of candidates whose workers die.
@@ -87,7 +87,7 @@ def test_more_workers_train_more_candidates_in_the_same_time(tmp_path, count):
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_a_worker_that_dies_loses_its_trial_only(tmp_path):
+def test_a_dying_worker_loses_only_its_own_trial(tmp_path):
     search, _ = searched(tmp_path / "whole", 2)
     lost = next(iter(search.folder.state.rungs[0].members))
     search, _ = searched(tmp_path / "out", 2, broken=(lost,))
@@ -97,7 +97,7 @@ def test_a_worker_that_dies_loses_its_trial_only(tmp_path):
     assert not search.study._failures(), "a resumed search trains it"
 
 
-def test_checkpoints_travel_as_bytes(tmp_path):
+def test_checkpoints_are_transferred_as_bytes(tmp_path):
     (tmp_path / "a" / "01-train").mkdir(parents=True)
     (tmp_path / "a" / "01-train" / "clock.json").write_bytes(b"{}")
     (tmp_path / "a" / "recipe").write_bytes(b"text")
@@ -111,7 +111,7 @@ def test_checkpoints_travel_as_bytes(tmp_path):
     assert read_folder(tmp_path / "none") == {}
 
 
-def test_wrong_places_are_refused(tmp_path):
+def test_invalid_placements_raise(tmp_path):
     with pytest.raises(InputError, match="workers is 0"):
         Placement(0)
     with pytest.raises(InputError, match="--workers 4"):
@@ -120,7 +120,7 @@ def test_wrong_places_are_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("fake_search")
-def test_without_ray_workers_are_refused(tmp_path, monkeypatch):
+def test_workers_without_ray_raise(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     given = {"budget": Budget(minutes=0.01), "out": tmp_path / "out"}
     with pytest.raises(InputError, match="pip install ray"):
@@ -157,7 +157,7 @@ class Loss:
 
 
 class FakeRay:
-    """A cluster on which an actor is its number.
+    """A cluster in which an actor is represented by its number.
 
     Attributes:
         initialized: whether the process uses Ray already.
@@ -229,8 +229,8 @@ def ray(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("address", [None, "auto"])
-def test_the_search_makes_and_removes_the_folders_of_its_workers(tmp_path, ray, address):
-    """Ray ends workers without any clean-up of their own."""
+def test_the_search_creates_and_removes_the_folders_of_its_workers(tmp_path, ray, address):
+    """Ray ends workers without running their clean-up."""
     bench = SimpleNamespace(students={}, tests_choose=False, folder=tmp_path)
 
     def interrupted():
@@ -263,18 +263,18 @@ def workers_of(ray, count, address="auto"):
 
 
 @pytest.mark.parametrize(("count", "threads"), [(1, 4), (2, 3), (3, 2), (4, 1), (7, 1)])
-def test_a_worker_fits_on_a_machine(ray, count, threads):
+def test_each_worker_fits_on_one_machine(ray, count, threads):
     assert workers_of(ray, count).count == count
     assert ray.reserved[0] == threads
     assert ray.address == "auto"
 
 
-def test_more_workers_than_cores_are_refused(ray):
+def test_more_workers_than_cores_raise(ray):
     with pytest.raises(InputError, match=r"workers is 8, but the cluster at auto has 7 cores. Use fewer workers"):
         workers_of(ray, 8)
 
 
-def test_without_an_address_no_running_cluster_is_used(ray):
+def test_without_an_address_a_running_cluster_is_not_used(ray):
     workers_of(ray, 2, None)
     assert ray.address == "local"
     ray.initialized = True
@@ -282,7 +282,7 @@ def test_without_an_address_no_running_cluster_is_used(ray):
         workers_of(ray, 2, None)
 
 
-def test_a_cluster_that_is_not_there_and_a_machine_without_ray_are_told_apart(ray):
+def test_a_missing_cluster_and_a_machine_without_ray_have_different_errors(ray):
     ray.refused = ConnectionError("no reply")
     with pytest.raises(InputError, match=r"^there is no Ray cluster at auto: no reply\. .*`--ray-address`\) out\.$"):
         workers_of(ray, 2)
@@ -290,7 +290,7 @@ def test_a_cluster_that_is_not_there_and_a_machine_without_ray_are_told_apart(ra
         workers_of(ray, 2, None)
 
 
-def test_workers_that_do_not_start_are_left_out(ray):
+def test_workers_that_do_not_start_are_skipped(ray):
     ray.pending = (1,)
     assert workers_of(ray, 2).count == 1
     ray.pending, ray.folders = (0, 1), []
@@ -303,7 +303,7 @@ def test_workers_that_do_not_start_are_left_out(ray):
         workers_of(ray, 2)
 
 
-def test_a_lost_worker_is_no_failure_of_its_candidate(ray, tmp_path):
+def test_a_lost_worker_is_not_a_failure_of_its_candidate(ray, tmp_path):
     workers, candidate = Workers(ray, [1], tmp_path), Candidate()
     ray.broken = OSError("The node\ndied.")
     lost = workers._received(candidate, None)
@@ -314,7 +314,7 @@ def test_a_lost_worker_is_no_failure_of_its_candidate(ray, tmp_path):
         workers._received(candidate, None)
 
 
-def test_a_worker_uses_the_folder_that_it_is_given(tmp_path, monkeypatch):
+def test_a_worker_uses_the_given_folder(tmp_path, monkeypatch):
     scratch = tmp_path / "tersor-x" / "0"
     made = []
     monkeypatch.setattr(workers_module, "experiment_of", lambda *_: None)
@@ -330,7 +330,7 @@ def test_a_worker_uses_the_folder_that_it_is_given(tmp_path, monkeypatch):
 
 @needs_ray
 @pytest.mark.slow
-def test_two_workers_of_a_local_cluster_train_and_one_that_dies_is_replaced(tmp_path, monkeypatch):
+def test_two_workers_of_a_local_cluster_train_and_a_dying_one_is_replaced(tmp_path, monkeypatch):
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))

@@ -1,4 +1,4 @@
-"""A tiny network, images and targets for each task, and data sets of them that a recipe can name."""
+"""A tiny network, images and targets for each task, and datasets that a recipe can name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLASSES = ("nothing", "dark", "bright")
 
 
 class Trunk(nn.Module):
-    """Two convolutions, and a head that the task decides."""
+    """Two convolutions, and a head that depends on the task."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def pooled(outputs: int) -> nn.Module:
 
 
 class Mask(Trunk):
-    """Returns a dict, as torchvision's segmentation networks do."""
+    """Returns a dict like the segmentation networks of torchvision."""
 
     def forward(self, images):
         return {"out": super().forward(images)}
@@ -56,7 +56,7 @@ class Boxes(nn.Module):
 
 
 class Several(Trunk):
-    """Returns a tensor and a dict, of no known task."""
+    """Returns a tensor and a dict that belong to no known task."""
 
     def forward(self, images):
         features = self.conv2(self.conv1(images).relu()).relu()
@@ -64,7 +64,7 @@ class Several(Trunk):
 
 
 class CountsError(Task):
-    """The user's own task: the largest error of a value, with an own loss."""
+    """A user's own task: the largest error of a value, with a custom loss."""
 
     metric = "largest error"
     unit = ""
@@ -78,7 +78,7 @@ class CountsError(Task):
 
 
 def network(task: str) -> nn.Module:
-    """A network for a task, with weights that are always the same."""
+    """A network for a task, always with the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = {
@@ -94,7 +94,7 @@ def network(task: str) -> nn.Module:
 
 
 def targets(task: str, images: torch.Tensor):
-    """Targets of uint8 images (N, 3, H, W) for a task; None where the original gives them."""
+    """Targets of uint8 images (N, 3, H, W) for a task; None if they are the outputs of the original."""
     gray = images.float().mean(1)
     mean = gray.mean((1, 2))
     if task == "segmentation":

@@ -1,4 +1,4 @@
-"""The distance between two outputs in its three forms, and what a task reads from a user's batch."""
+"""Three forms of the distance between outputs, and reading a user's batch for a task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def outputs(seed, images=4):
     return {"values": values, "maps": [torch.randn(images, 2, 5, 5, generator=draw) * 100], "best": values.argmax(1)}
 
 
-def test_relative_values_have_the_distance_of_the_outputs():
+def test_distances_of_relative_values_equal_the_relative_error_of_the_outputs():
     one, other = outputs(0), outputs(1)
     scales = {key: relative_values(each) for key, each in (("values", other["values"]), ("maps", other["maps"][0]))}
     assert relative_values(other).square().sum() == pytest.approx(4)  # the distance from zero is 1 for each image
@@ -35,13 +35,13 @@ def test_relative_values_have_the_distance_of_the_outputs():
     torch.testing.assert_close(sum(squared), 4 * relative_squared_error(one, other))
 
 
-def test_gradients_of_relative_values_are_those_of_the_values():
+def test_relative_values_have_the_expected_gradients():
     values = torch.tensor([[3.0], [4.0]], requires_grad=True)
     relative_values((values,)).sum().backward()
     torch.testing.assert_close(values.grad, torch.full((2, 1), 2**0.5 / 5))
 
 
-def test_the_error_over_all_batches_divides_their_sums():
+def test_the_error_over_all_batches_is_the_ratio_of_sums():
     halves = [(outputs(0, 2), outputs(1, 2)), (outputs(2, 2), outputs(3, 2))]
     joined = [
         {"values": torch.cat([each["values"] for each in both]), "maps": torch.cat([each["maps"][0] for each in both])}
@@ -67,7 +67,7 @@ BOXES = [{"boxes": torch.zeros(number, 4), "labels": torch.zeros(number)} for nu
         ("embedding", torch.arange(3), None),
     ],
 )
-def test_a_task_reads_the_targets_of_the_first_images(task, targets, expected):
+def test_a_task_reads_the_first_images_and_targets_of_a_batch(task, targets, expected):
     found = read_batch((IMAGES, targets), tasks.build(task), 2)
     assert len(found.images) == 2
     if isinstance(targets, dict):
@@ -81,5 +81,5 @@ def test_a_task_reads_the_targets_of_the_first_images(task, targets, expected):
     assert len(read_batch(Batch(IMAGES, targets), tasks.build(task)).images) == 3
 
 
-def test_the_errors_of_one_number_for_each_image():
+def test_relative_errors_of_one_value_per_image():
     assert relative_errors(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0])).tolist() == [0.5, 0.0]

@@ -30,7 +30,7 @@ stages:
 OWN = "networks:CountsError"
 
 
-class Told(NullProgress):
+class RecordedLines(NullProgress):
     def __init__(self):
         self.lines = []
 
@@ -40,16 +40,16 @@ class Told(NullProgress):
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """Runs a recipe with short measurements: folder, numbers, page, and what was said."""
+    """A function that runs a recipe with short measurements and returns folder, numbers, page, and printed lines."""
 
     def run(task, kind, method="group_lasso"):
         measure = pipeline.measure
         monkeypatch.setattr(pipeline, "measure", lambda *given, **options: measure(*given, **options, seconds=0.01))
         monkeypatch.setattr(measurement, "installed_runtimes", lambda: ["onnxruntime"])
-        recipe, told = parse(RECIPE.replace("TASK", task).replace("METHOD", method), "recipe.yaml"), Told()
-        folder = pipeline.run(recipe, model=network(kind), data=splits(kind), out=tmp_path / "run", progress=told)
+        recipe, lines = parse(RECIPE.replace("TASK", task).replace("METHOD", method), "recipe.yaml"), RecordedLines()
+        folder = pipeline.run(recipe, model=network(kind), data=splits(kind), out=tmp_path / "run", progress=lines)
         numbers = json.loads((folder / "numbers.json").read_text())
-        return folder, numbers, (folder / "report.html").read_text(), told.lines
+        return folder, numbers, (folder / "report.html").read_text(), lines.lines
 
     return run
 
@@ -71,11 +71,11 @@ def text_of(page):
     ],
 )
 def test_a_run_is_measured_and_reported_in_the_metric_of_its_task(ran, task, kind, drawn):
-    folder, numbers, page, told = ran(task, kind)
+    folder, numbers, page, lines = ran(task, kind)
     built = parse(RECIPE.replace("TASK", task).replace("METHOD", "group_lasso"), "recipe.yaml").task.build()
     named = {"name": built.metric, "unit": built.unit, "higher_is_better": built.higher_is_better}
     assert numbers["metric"] == named
-    assert any(f"tune: {built.metric} " in line and "8 validation images" in line for line in told)
+    assert any(f"tune: {built.metric} " in line and "8 validation images" in line for line in lines)
     shown = text_of(page)
     assert "ccuracy" not in shown
     assert "ccuracy" not in json.dumps(numbers)
@@ -87,14 +87,14 @@ def test_a_run_is_measured_and_reported_in_the_metric_of_its_task(ran, task, kin
     assert [each["class"] for each in outputs["classes"]] == list(splits(kind).classes)
 
 
-def test_a_run_is_evaluated_again_with_the_same_score(ran, monkeypatch):
+def test_evaluating_a_run_again_gives_the_same_score(ran, monkeypatch):
     folder, numbers, *_ = ran("segmentation", "segmentation")
     found = evaluate(folder, "networks:segmentation_splits", None, progress=NullProgress())
     assert found.score == pytest.approx(numbers["artifact"]["score"])
     assert str(found).startswith(f"mIoU {found.score:.2f} % on 16 test images")
 
 
-def test_a_task_stays_the_same_in_a_written_recipe():
+def test_a_task_is_unchanged_in_a_written_recipe():
     for task in ("segmentation", "{segmentation: {num_classes: 4, ignore_index: 0}}", OWN, "classification"):
         recipe = parse(RECIPE.replace("TASK", task).replace("METHOD", "soft_targets"), "recipe.yaml")
         assert parse(write(recipe), "again") == recipe
@@ -114,12 +114,12 @@ def test_a_task_stays_the_same_in_a_written_recipe():
         ("{segmentation: {}, detection: {}}", "task must be a name, or a name with parameters"),
     ],
 )
-def test_an_invalid_task_is_refused_with_the_recipe(task, message):
+def test_an_invalid_task_in_a_recipe_raises(task, message):
     with pytest.raises(InputError, match=message):
         parse(RECIPE.replace("TASK", task).replace("METHOD", "soft_targets"), "recipe.yaml")
 
 
-def test_the_users_code_is_imported_by_the_run_only():
+def test_parsing_a_recipe_does_not_import_the_users_task():
     assert parse(RECIPE.replace("TASK", "nowhere:Task").replace("METHOD", "soft_targets"), "recipe.yaml").task.is_own
 
 
@@ -131,13 +131,13 @@ def test_the_users_code_is_imported_by_the_run_only():
         ("segmentation", "distance", "the images have no targets"),
     ],
 )
-def test_data_and_networks_of_another_task_are_refused(task, kind, message):
+def test_data_and_networks_that_do_not_match_the_task_raise(task, kind, message):
     recipe = parse(RECIPE.replace("TASK", task).replace("METHOD", "soft_targets"), "recipe.yaml")
     with pytest.raises(InputError, match=message):
         prepare(recipe, model=network(kind), data=splits(kind), progress=NullProgress())
 
 
-def test_explain_says_the_task_and_the_shapes_of_its_outputs():
+def test_explain_shows_the_task_and_the_shapes_of_its_outputs():
     text = RECIPE.replace("TASK", "distance").replace("METHOD", "group_lasso").replace("teacher: original\n", "")
     recipe = parse(
         text.replace("networks:network", "networks:several").replace("networks:splits", "networks:unlabelled"),
@@ -156,5 +156,5 @@ def test_explain_says_the_task_and_the_shapes_of_its_outputs():
     assert "-> (3, 16, 16)" in lines[1]
 
 
-def test_every_task_has_a_network_here():
+def test_there_is_a_test_network_for_every_task():
     assert all(network(name) is not None for name in tasks.NAMES)

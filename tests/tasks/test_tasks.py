@@ -1,4 +1,4 @@
-"""Every task: loss, metric and agreement against values that are computed by hand."""
+"""Every task: loss, metric and agreement, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOX = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
 
 
 class Own(Task):
-    """A task as a user writes it."""
+    """A user's own task."""
 
     metric = "largest error"
     higher_is_better = False
@@ -48,7 +48,7 @@ def test_every_task_is_built_by_name(name):
     assert tasks.build(task) is task
 
 
-def test_a_task_of_the_user_is_built_from_its_path():
+def test_a_users_task_is_built_from_its_path():
     task = tasks.build(f"{__name__}:Own")
     assert isinstance(task, Own)
     assert tasks.name_of(task) == f"{__name__}:Own"
@@ -71,12 +71,12 @@ def test_a_task_of_the_user_is_built_from_its_path():
         (3, {}, "the task is of type int"),
     ],
 )
-def test_invalid_tasks_are_refused(name, parameters, message):
+def test_invalid_tasks_raise(name, parameters, message):
     with pytest.raises(InputError, match=message):
         tasks.build(name, **parameters)
 
 
-def test_classification():
+def test_loss_score_and_agreement_of_classification():
     task = tasks.build("classification")
     assert torch.equal(
         task.loss({"logits": LOGITS, "hidden": LOGITS[:, None]}, LABELS), F.cross_entropy(LOGITS, LABELS)
@@ -98,26 +98,26 @@ def test_classification():
         ([0.5, 1.0], r"Write labels.long\(\)"),
     ],
 )
-def test_labels_that_are_not_class_numbers_of_the_logits_are_one_message(targets, message):
+def test_labels_that_are_not_class_indices_of_the_logits_raise(targets, message):
     with pytest.raises(InputError, match=message):
         tasks.build("classification").loss(torch.randn(2, 4), torch.tensor(targets))
 
 
-def test_one_logit_is_a_class_above_zero_and_a_probability_is_refused():
+def test_a_single_logit_is_compared_with_zero_and_probabilities_raise():
     task = tasks.build("classification")
     assert task.predictions(torch.tensor([[-2.0], [0.5], [3.0]])).tolist() == [0, 1, 1]
     with pytest.raises(InputError, match="logits or probabilities"):
         task.predictions(torch.tensor([[0.2], [0.8]]))
 
 
-def test_label_smoothing_belongs_to_the_loss_of_classes():
+def test_label_smoothing_is_supported_by_classification_only():
     smooth = with_label_smoothing(tasks.build("classification"), 0.2)
     assert torch.equal(smooth.loss(LOGITS, LABELS), F.cross_entropy(LOGITS, LABELS, label_smoothing=0.2))
     with pytest.raises(InputError, match=r"label_smoothing is 0.2, but the loss of Regression does not support it"):
         with_label_smoothing(tasks.build("regression"), 0.2)
 
 
-def test_segmentation_ignores_pixels_and_counts_classes_that_occur():
+def test_segmentation_ignores_pixels_and_averages_over_occurring_classes():
     task = tasks.build("segmentation", num_classes=4)
     targets = torch.tensor([[[0, 0], [1, 255]]])
     logits = F.one_hot(torch.tensor([[[0, 1], [1, 2]]]), 4).permute(0, 3, 1, 2).float()
@@ -132,7 +132,7 @@ def test_segmentation_ignores_pixels_and_counts_classes_that_occur():
     assert task.agreement(mask, torch.zeros_like(mask)).tolist() == [0.25]
 
 
-def test_segmentation_in_a_lower_resolution_than_the_masks():
+def test_segmentation_logits_can_have_a_lower_resolution_than_the_masks():
     task = tasks.build("segmentation")
     logits = torch.randn(2, 3, 4, 4)
     targets = task.predictions(logits).long().repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -141,7 +141,7 @@ def test_segmentation_in_a_lower_resolution_than_the_masks():
     torch.testing.assert_close(task.loss(logits, targets), F.cross_entropy(larger, targets))
 
 
-def test_multilabel():
+def test_loss_score_and_agreement_of_multilabel_classification():
     task = tasks.build("multilabel")
     logits, targets = torch.tensor([[1.0, -1.0, -1.0], [1.0, 1.0, -1.0]]), torch.tensor([[1, 0, 0], [0, 1, 0]])
     assert task.loss(logits, targets) == F.binary_cross_entropy_with_logits(logits, targets.float())
@@ -177,7 +177,7 @@ def test_detection_scores_boxes_and_compares_confident_ones():
     assert task.score([(task.predictions(batched), targets)]) == pytest.approx(100)
 
 
-def test_many_boxes_are_scored_without_a_warning():
+def test_images_with_many_boxes_are_scored_without_a_warning():
     task = tasks.build("detection")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -209,7 +209,7 @@ EXPECTED = "a detector returns a dict of boxes, scores, labels for each image"
         (torch.zeros(2, 6), f"{EXPECTED}, not a tensor of shape (2, 6)."),
     ],
 )
-def test_what_a_detector_lacks_is_named(outputs, message):
+def test_the_error_for_invalid_detections_names_the_missing_part(outputs, message):
     with pytest.raises(InputError) as caught:
         tasks.build("detection").predictions(outputs)
     assert str(caught.value) == message
@@ -224,12 +224,12 @@ def test_what_a_detector_lacks_is_named(outputs, message):
         ("embedding", None, r"not an object of type NoneType\.$"),
     ],
 )
-def test_the_shape_of_a_wrong_tensor_is_named(name, outputs, end):
+def test_the_error_for_a_wrong_tensor_contains_its_shape(name, outputs, end):
     with pytest.raises(InputError, match=end):
         tasks.build(name).predictions(outputs)
 
 
-def test_regression_takes_one_value_for_each_image_too():
+def test_regression_accepts_targets_with_one_value_per_image():
     task = tasks.build("regression")
     outputs, targets = torch.tensor([[1.0], [3.0]]), torch.tensor([2.0, 5.0])
     assert task.loss(outputs, targets) == pytest.approx(2.5)
@@ -263,7 +263,7 @@ def test_distance_is_the_relative_error_over_all_tensors_of_the_outputs():
         task.loss(outputs, outputs["a"])
 
 
-def test_an_error_inside_a_task_of_the_user_is_one_message_with_its_line():
+def test_an_error_in_a_users_task_is_reported_with_its_line():
     outputs = {"values": torch.ones(2)}
     with pytest.raises(InputError, match=rf"loss of Own failed in {__file__}, line \d+ .*: RuntimeError: The size"):
         Own().loss(outputs, torch.ones(3))
@@ -272,7 +272,7 @@ def test_an_error_inside_a_task_of_the_user_is_one_message_with_its_line():
 
 
 class WithFunctions(Own):
-    """Its loss is a static method, its score a class method, its agreement an object that is called."""
+    """The loss is a static method, the score a class method, the agreement a callable object."""
 
     agreement = torch.nn.PairwiseDistance()
 
@@ -285,7 +285,7 @@ class WithFunctions(Own):
         return sum(float(outputs) for outputs, _ in pairs)
 
 
-def test_methods_of_a_task_may_be_static_methods_class_methods_and_objects():
+def test_methods_of_a_task_can_be_static_methods_class_methods_and_callable_objects():
     task = WithFunctions()
     assert task.loss(torch.ones(2), torch.zeros(2)) == 1
     assert task.score([(torch.ones(1), None)]) == 1
@@ -294,7 +294,7 @@ def test_methods_of_a_task_may_be_static_methods_class_methods_and_objects():
         task.loss(torch.ones(2), torch.ones(3))
 
 
-def test_the_objective_takes_the_targets_from_the_original():
+def test_the_objective_uses_the_outputs_of_the_teacher_as_targets_of_distance():
     student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     batch = Batch(torch.randn(2, 4))
     task = tasks.build("distance")
@@ -302,12 +302,12 @@ def test_the_objective_takes_the_targets_from_the_original():
     torch.testing.assert_close(losses["labels"], task.loss(student(batch.images), teacher(batch.images)))
 
 
-def test_scores_in_words():
+def test_scores_are_formatted():
     assert tasks.build("classification").shown(71.2) == "71.20 %"
     assert tasks.build("regression").shown(0.12345) == "0.1235"
 
 
-def test_functions_of_the_user_replace_parts_of_a_task():
+def test_a_users_loss_and_metric_replace_those_of_a_task():
     base = tasks.build("multilabel")
     logits, targets = torch.tensor([[1.0, -1.0]]), torch.tensor([[1, 1]])
     own = FromFunctions(base, lambda outputs, _: outputs.sum(), None)
@@ -336,7 +336,7 @@ def test_functions_of_the_user_replace_parts_of_a_task():
     assert not FromFunctions(distance, None, None).higher_is_better
 
 
-def test_a_metric_of_torchmetrics_is_computed_over_all_batches():
+def test_a_torchmetrics_metric_is_computed_over_all_batches():
     metric = MeanAbsoluteError()
     own = FromFunctions(tasks.build("regression"), None, metric)
     assert not own.higher_is_better
@@ -345,7 +345,7 @@ def test_a_metric_of_torchmetrics_is_computed_over_all_batches():
     assert own.metric == "MeanAbsoluteError"
 
 
-def test_the_logits_among_several_outputs():
+def test_the_logits_are_found_among_several_outputs():
     maps = LOGITS[..., None, None]
     assert logits_in({"hidden": LOGITS, "out": maps}, 4, ("logits", "out")) is maps
     assert logits_in({"hidden": LOGITS, "out": maps}, 2) is LOGITS
@@ -357,14 +357,14 @@ def test_the_logits_among_several_outputs():
     assert described({"a": [LOGITS, 3]}) == "a dict with a (a list of shape (4, 3), a int)"
 
 
-def test_outputs_have_logits_where_the_task_has_them():
+def test_outputs_have_logits_only_if_the_task_has_them():
     assert torch.equal(Outputs({"logits": LOGITS, "hidden": LOGITS}).logits, LOGITS)
     with pytest.raises(InputError, match="has no logits for the task"):
         _ = Outputs((LOGITS, LOGITS)).logits
 
 
 @pytest.mark.parametrize("name", tasks.NAMES)
-def test_a_metric_needs_images_and_targets(name):
+def test_a_metric_without_images_or_targets_raises(name):
     task = tasks.build(name)
     with pytest.raises(InputError, match="without images"):
         task.score([])

@@ -1,4 +1,4 @@
-"""The Python functions on one network of each task."""
+"""The Python functions with one network of each task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tersor.core.errors import InputError
         ],
     ],
 )
-def test_quantize_export_and_compare_in_the_metric_of_the_task(name, tmp_path):
+def test_quantize_export_and_compare_use_the_metric_of_the_task(name, tmp_path):
     model, loader = network(name), batches(name)
     images = loader[0] if isinstance(loader[0], torch.Tensor) else loader[0][0]
     quantized = tersor.quantize(model, loader, task=name)
@@ -41,7 +41,7 @@ def test_quantize_export_and_compare_in_the_metric_of_the_task(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["segmentation", "distance"])
-def test_prune_needs_no_task(name):
+def test_prune_works_without_a_task(name):
     model, loader = network(name), batches(name)
     pruned = tersor.prune(model, loader, keep_macs=0.7)
     assert sum(each.numel() for each in pruned.parameters()) < sum(each.numel() for each in model.parameters())
@@ -62,7 +62,7 @@ def test_distill_brings_a_student_closer_to_the_outputs_of_its_teacher(name):
     assert float(distance.loss(student(images), teacher(images)).detach()) < 0.7 * before
 
 
-def test_a_network_of_no_known_task_is_compressed_without_labels(tmp_path):
+def test_a_network_of_an_unknown_task_is_compressed_without_labels(tmp_path):
     original, images = network("distance"), batches("distance")
     pruned = tersor.prune(original, images, keep_macs=0.7)
     before = float(tasks.build("distance").loss(pruned(images[0]), original(images[0])).detach())
@@ -86,14 +86,14 @@ def wrong_loss(outputs, targets):
     return outputs.no_such_method() + targets
 
 
-def test_an_error_inside_a_loss_is_one_message_with_its_line():
+def test_an_error_in_a_users_loss_is_reported_with_its_line():
     line = wrong_loss.__code__.co_firstlineno + 1
     words = f"the loss wrong_loss failed in {__file__}, line {line} .*: AttributeError: 'Tensor' object has no"
     with pytest.raises(InputError, match=words):
         tersor.distill(network("regression"), network("regression"), batches("regression"), loss=wrong_loss)
 
 
-def test_an_error_inside_a_metric_is_one_message_with_its_line(tmp_path):
+def test_an_error_in_a_users_metric_is_reported_with_its_line(tmp_path):
     model, loader = network("regression"), batches("regression")
     path = tersor.export(model, loader[0][0], tmp_path / "model.onnx")
     with pytest.raises(InputError, match=rf"the metric wrong_metric failed in {__file__}, line .*: KeyError: 'scores'"):
@@ -104,7 +104,7 @@ def wrong_metric(outputs, targets):
     return {"values": outputs - targets}["scores"]
 
 
-def test_distill_takes_a_loss_and_targets_of_any_kind():
+def test_distill_accepts_a_loss_and_any_targets():
     student, teacher, seen = network("regression"), network("regression"), []
 
     def largest(outputs, targets):
@@ -119,7 +119,7 @@ def test_distill_takes_a_loss_and_targets_of_any_kind():
         tersor.distill(student, teacher, [torch.randn(8, 3, SIDE, SIDE)], loss=largest)
 
 
-def test_compare_takes_a_metric(tmp_path):
+def test_compare_accepts_a_metric(tmp_path):
     model, loader = network("regression"), batches("regression")
     path = tersor.export(model, loader[0][0], tmp_path / "model.onnx")
 
@@ -132,7 +132,7 @@ def test_compare_takes_a_metric(tmp_path):
     assert tersor.compare(model, path, [loader[0][0]], seconds=0.01, metric=error)["artifact"]["error"] is None
 
 
-def test_a_task_that_does_not_fit_is_refused_before_anything_runs():
+def test_a_task_that_does_not_match_the_network_raises_before_anything_runs():
     with pytest.raises(InputError, match=r"a segmentation network returns logits .* not a tensor of shape \(2, 2\)"):
         tersor.distill(network("regression"), network("regression"), batches("regression"), task="segmentation")
     with pytest.raises(InputError, match="two outputs cannot be compared"):

@@ -1,4 +1,4 @@
-"""Targets, losses and metrics that cannot be right are one message, not a wrong number."""
+"""Invalid targets, losses and metrics raise one error and do not give a wrong number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MASKS_THAT_DO_NOT_FIT = [
 
 
 @pytest.mark.parametrize(("masks", "message"), MASKS_THAT_DO_NOT_FIT)
-def test_masks_that_do_not_fit_are_refused_in_training_and_in_measurements(masks, message):
+def test_invalid_masks_raise_in_training_and_in_measurements(masks, message):
     task = tasks.build("segmentation")
     with pytest.raises(InputError, match=message):
         task.loss(LOGITS, masks)
@@ -37,12 +37,12 @@ def test_masks_that_do_not_fit_are_refused_in_training_and_in_measurements(masks
 
 
 @pytest.mark.parametrize(("masks", "message"), MASKS_THAT_DO_NOT_FIT[1:])
-def test_masks_that_do_not_fit_have_no_score(masks, message):
+def test_invalid_masks_raise_when_scored(masks, message):
     with pytest.raises(InputError, match=message):
         score(tasks.build("segmentation"), MASKS, masks)
 
 
-def test_whole_numbers_and_ignored_pixels_fit():
+def test_masks_with_integer_valued_floats_and_ignored_pixels_are_valid():
     task = tasks.build("segmentation")
     masks = MASKS.float()
     masks[0] = 255
@@ -51,7 +51,7 @@ def test_whole_numbers_and_ignored_pixels_fit():
 
 
 @pytest.mark.parametrize("value", [-1, 2, 0.5])
-def test_labels_of_a_multilabel_network_are_0_or_1(value):
+def test_multilabel_targets_other_than_0_and_1_raise(value):
     task = tasks.build("multilabel")
     targets = torch.full((2, 3), value)
     with pytest.raises(InputError, match="Pass 0 or 1"):
@@ -60,7 +60,7 @@ def test_labels_of_a_multilabel_network_are_0_or_1(value):
         score(task, torch.ones(2, 3, dtype=torch.bool), targets)
 
 
-def test_a_metric_that_is_nan_is_refused():
+def test_a_metric_that_is_nan_raises():
     with pytest.raises(InputError, match="mean absolute error is nan"):
         score(tasks.build("regression"), torch.zeros(2, 1), torch.full((2,), math.nan))
     with pytest.raises(InputError, match="mIoU is nan"):
@@ -68,7 +68,7 @@ def test_a_metric_that_is_nan_is_refused():
 
 
 @pytest.mark.parametrize("value", [torch.zeros(2), "good", None])
-def test_a_metric_of_the_user_returns_one_number(value):
+def test_a_users_metric_that_does_not_return_one_number_raises(value):
     def error(outputs, targets):
         return value
 
@@ -76,7 +76,7 @@ def test_a_metric_of_the_user_returns_one_number(value):
         score(FromFunctions(tasks.build("regression"), None, error), torch.zeros(2, 1), torch.zeros(2))
 
 
-def test_a_metric_of_the_user_is_averaged_over_the_images_of_targets_in_a_dict():
+def test_a_users_metric_is_weighted_by_the_number_of_images_for_targets_in_a_dict():
     task = FromFunctions(tasks.build("regression"), None, lambda outputs, _: outputs.mean())
     pairs = [(torch.full((count,), value), {"values": torch.zeros(count)}) for count, value in ((3, 1.0), (1, 5.0))]
     assert task.score(pairs) == 2
@@ -90,13 +90,13 @@ def test_a_metric_of_the_user_is_averaged_over_the_images_of_targets_in_a_dict()
         (lambda *_: None, "the loss returned a NoneType"),
     ],
 )
-def test_a_loss_that_cannot_train_is_refused(loss, message):
+def test_a_loss_that_cannot_be_trained_with_raises(loss, message):
     task = FromFunctions(tasks.build("regression"), loss, None)
     with pytest.raises(InputError, match=message):
         loss_of(task, torch.zeros(2, requires_grad=True), torch.zeros(2))
 
 
-def test_student_and_teacher_have_the_same_classes():
+def test_student_and_teacher_with_different_numbers_of_classes_raise():
     student, teacher = (torch.nn.Conv2d(3, classes, 1) for classes in (2, 3))
     with pytest.raises(InputError, match="student returns logits of 2 classes, the teacher of 3"):
         task_of_both(tasks.build("segmentation"), student, teacher, torch.zeros(2, 3, 4, 4))
@@ -110,12 +110,12 @@ def test_student_and_teacher_have_the_same_classes():
         ({"score": abs}, "has no loss and no metric"),
     ],
 )
-def test_a_task_of_the_user_is_complete(members, message):
+def test_an_incomplete_task_of_a_user_raises(members, message):
     with pytest.raises(InputError, match=message):
         tasks.build(type("Own", (Task,), members)())
 
 
-def test_a_score_may_be_a_tensor():
+def test_a_score_can_be_a_tensor():
     members = {"metric": "x", "loss": abs, "score": lambda *_: torch.tensor(3.0)}
     assert score(tasks.build(type("Own", (Task,), members)()), MASKS, MASKS) == 3
 
@@ -135,18 +135,18 @@ def boxed(boxes, labels=(1,)):
         (boxed([[2.0, 2.0, 9.0, 9.0]]) * 2, "not a list of 1 dicts .* for each image"),
     ],
 )
-def test_boxes_of_another_form_are_refused(targets, message):
+def test_boxes_with_a_wrong_form_raise(targets, message):
     found = [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}]
     with pytest.raises(InputError, match=message):
         score(tasks.build("detection"), found, targets)
 
 
-def test_values_are_tensors():
+def test_targets_that_are_not_tensors_raise():
     with pytest.raises(InputError, match="the targets are of type list"):
         tasks.build("regression").loss(torch.zeros(2, 1), ["a", "b"])
 
 
-def test_a_loss_of_a_method_is_a_scalar():
+def test_a_loss_term_that_is_not_a_scalar_raises():
     class Vector(LossTerm):
         name = "vector"
 
@@ -158,11 +158,11 @@ def test_a_loss_of_a_method_is_a_scalar():
         objective(Batch(torch.zeros(4, 3), None))
 
 
-def test_a_class_is_no_metric():
+def test_a_class_instead_of_a_metric_instance_raises():
     with pytest.raises(InputError, match=r"metric is the class BinaryAccuracy.*an instance"):
         task_of("multilabel", metric=BinaryAccuracy)
 
 
-def test_an_error_inside_a_metric_of_torchmetrics_is_one_message():
+def test_an_error_in_a_torchmetrics_metric_is_reported():
     with pytest.raises(InputError, match=r"the metric BinaryAccuracy failed in .*torchmetrics.*same shape"):
         score(FromFunctions(tasks.build("multilabel"), None, BinaryAccuracy()), torch.zeros(2, 3), torch.zeros(2, 4))

@@ -56,7 +56,7 @@ def step(model, optimizer):
     optimizer.step()
 
 
-def test_hooks_are_called_around_the_step():
+def test_hooks_are_called_before_and_after_the_step():
     model, optimizer = setting()
     calls = []
     Recorder(model, calls, "a").bind(optimizer, start=7)
@@ -120,7 +120,7 @@ def scheduled_in_a_chain(model):
         (3, 0, None),
     ],
 )
-def test_an_incomplete_schedule_is_a_warning(made, start, steps, expected):
+def test_an_incomplete_schedule_causes_a_warning(made, start, steps, expected):
     model, optimizer = setting()
     attached = made(model)
     if start is not None:
@@ -139,8 +139,8 @@ def test_an_incomplete_schedule_is_a_warning(made, start, steps, expected):
 
 
 @pytest.mark.parametrize("method", [QAT(), LSQ(), PSGD(), GroupLasso(), DPF(), RigL(), SoftTargets(), FitNet()])
-def test_finish_warns_if_no_step_was_done_unless_the_method_needs_no_bind(method):
-    """As docs/how-to/own-loop.md says: losses without a schedule are not checked."""
+def test_finish_warns_without_steps_unless_the_method_does_not_need_bind(method):
+    """As described in docs/how-to/own-loop.md: losses without a schedule are not checked."""
     data, networks = [torch.randn(4, 3, 8, 8)], [build("resnet20", 10) for _ in range(2)]
     for bound in (False, True):
         student = copy.deepcopy(networks[0])
@@ -161,7 +161,7 @@ def test_finish_warns_if_no_step_was_done_unless_the_method_needs_no_bind(method
         assert all(str(each.message).endswith(" call bind(optimizer) before the first step.") for each in caught)
 
 
-def test_an_optimizer_of_another_network_is_refused():
+def test_an_optimizer_of_another_network_raises():
     model, _ = setting()
     _, other = setting()
     with pytest.raises(InputError, match=r"the SGD has no parameter of the attached network. Create it with attached"):
@@ -174,7 +174,7 @@ def test_an_empty_chain_has_no_terms():
     assert (chain.terms, chain.label_weight) == ((), 1.0)
 
 
-def test_the_weight_of_a_term_rises_linearly_to_one():
+def test_the_weight_of_a_term_rises_linearly_to_1_in_the_warmup():
     term = WarmupLossTerm()
     attached = WarmupAttachment(nn.Linear(1, 1), term, steps=4, label_weight=0.5, layers=[("a", "b")])
     seen = [term.warmup.item()]
@@ -187,12 +187,12 @@ def test_the_weight_of_a_term_rises_linearly_to_one():
     assert term.warmup == 1
 
 
-def test_without_a_loss_of_its_own_the_labels_count_once_or_not_at_all():
+def test_without_its_own_loss_a_method_has_label_weight_0_or_1():
     model = nn.Linear(1, 1)
     assert [without_loss(model, weight).label_weight for weight in (0.0, 0.3, 2.0)] == [0, 1, 1]
 
 
-def test_tensors_among_the_metrics_become_numbers():
+def test_tensors_in_metrics_are_converted_to_numbers():
     class Counting(Attachment):
         @property
         def metrics(self):
@@ -208,7 +208,7 @@ class Measured(Attachment):
         return {"own": 1, "losses": {}}
 
 
-def test_a_metric_with_the_name_of_another_field_is_refused():
+def test_a_metric_with_a_reserved_name_raises():
     model, _ = setting()
     with pytest.raises(InputError, match=r"Measured.metrics has the name 'losses', which numbers.json uses"):
         Chain(model, [Measured(model)], ["m:A"]).metrics  # noqa: B018
@@ -220,7 +220,7 @@ class OwnSteps(Scheduled):
 
 
 @pytest.mark.parametrize("chained", [False, True])
-def test_steps_are_counted_although_a_class_overrides_after_step(chained):
+def test_steps_are_counted_even_if_a_class_overrides_after_step(chained):
     model, optimizer = setting()
     own = OwnSteps(model)
     own.parts = ["a name of the user's class"]

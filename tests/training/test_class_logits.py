@@ -1,4 +1,4 @@
-"""Losses on logits of pixels and positions, against the loss of each position alone."""
+"""Losses on logits of pixels and positions, compared with the loss of each single position."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = [(2, 5), (2, 5, 7), (2, 5, 3, 4)]
 
 
 class Given(nn.Module):
-    """Returns these outputs, whatever the images."""
+    """Returns the given outputs for any images."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -48,7 +48,7 @@ def each_position(logits):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_soft_targets_average_the_positions(shape):
+def test_soft_target_loss_is_averaged_over_positions(shape):
     student, teacher = drawn(shape)
     found = SoftTargetTerm(3.0, 0.5)(Batch(torch.zeros(2)), student, teacher)
     positions = zip(each_position(student.outputs), each_position(teacher.outputs), strict=True)
@@ -57,7 +57,7 @@ def test_soft_targets_average_the_positions(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dist_takes_positions_as_images(shape):
+def test_dist_treats_positions_like_images(shape):
     student, teacher = drawn(shape)
     found = CorrelationTerm(DIST(beta=0.5, gamma=2.0, temperature=2.0))(Batch(torch.zeros(2)), student, teacher)
     rows = [torch.cat(each_position(each.outputs)).div(2).softmax(1) for each in (student, teacher)]
@@ -66,7 +66,7 @@ def test_dist_takes_positions_as_images(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dkd_takes_the_class_of_each_position(shape):
+def test_dkd_uses_the_class_of_each_position(shape):
     student, teacher = drawn(shape)
     targets = torch.randint(5, (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(3))
     found = DecoupledTerm(DKD(temperature=2.0))(Batch(torch.zeros(2), targets), student, teacher)
@@ -76,7 +76,7 @@ def test_dkd_takes_the_class_of_each_position(shape):
 
 
 @pytest.mark.parametrize("own_loss", [None, F.mse_loss])
-def test_dkd_leaves_pixels_without_a_class_out_and_takes_the_nearest_of_a_larger_mask(own_loss):
+def test_dkd_ignores_pixels_without_a_class_and_downsamples_larger_masks(own_loss):
     student, teacher = drawn((2, 5, 3, 4))
     task = tasks.build("segmentation", ignore_index=9)
     context = ForwardContext(task=task if own_loss is None else FromFunctions(task, own_loss, None))
@@ -90,7 +90,7 @@ def test_dkd_leaves_pixels_without_a_class_out_and_takes_the_nearest_of_a_larger
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 1)])
-def test_independent_classes_are_distributions_of_their_own(shape):
+def test_independent_classes_are_separate_distributions(shape):
     student, teacher = drawn(shape, "multilabel" if shape[1] > 1 else "classification")
     found = SoftTargetTerm(2.0, 1.0)(Batch(torch.zeros(3)), student, teacher)
     p, q = ((each.outputs / 2).sigmoid() for each in (student, teacher))
@@ -98,7 +98,7 @@ def test_independent_classes_are_distributions_of_their_own(shape):
     torch.testing.assert_close(found, 4 * divergence.mean())
 
 
-def test_dist_of_independent_classes_correlates_their_probabilities():
+def test_dist_correlates_the_probabilities_of_independent_classes():
     student, teacher = drawn((6, 4), "multilabel")
     found = CorrelationTerm(DIST(gamma=0, temperature=1))(Batch(torch.zeros(6)), student, teacher)
     expected = correlation_distance(student.outputs.sigmoid(), teacher.outputs.sigmoid())
@@ -125,20 +125,20 @@ LOGITS, PIXELS = torch.randn(2, 3), torch.randn(2, 3, 4, 4)
         (DCIL(), "regression", LOGITS, None, "dcil .* the task regression has none. Write mutual: false"),
     ],
 )  # fmt: skip
-def test_what_the_task_lacks_is_one_error_before_the_training(method, task, outputs, targets, message):
+def test_a_method_that_the_task_does_not_support_raises_before_training(method, task, outputs, targets, message):
     network = Given(outputs)
     network.conv = nn.Conv2d(3, 3, 1)
     with pytest.raises(InputError, match=message):
         method.attach(network, context_of(task, outputs, targets))
 
 
-def test_without_data_the_task_alone_decides():
+def test_without_data_only_the_task_is_checked():
     with pytest.raises(InputError, match="the task distance has none"):
         SoftTargets().attach(Given(LOGITS), AttachContext(teacher=Given(LOGITS), task=tasks.build("distance")))
     assert SoftTargets().attach(Given(LOGITS), AttachContext(teacher=Given(LOGITS))).terms
 
 
-def test_logits_of_different_shapes_are_refused():
+def test_logits_of_different_shapes_raise():
     with pytest.raises(
         InputError, match=r"student have the shape \(2, 3, 4, 4\) and those of the teacher \(2, 3, 8, 8\)"
     ):
@@ -152,7 +152,7 @@ def test_logits_of_different_shapes_are_refused():
 
 @pytest.mark.parametrize("method", [SoftTargets(), SoftTargets(standardize=True), DKD(), DIST()])
 @pytest.mark.parametrize("classes", [1, 5])
-def test_a_teacher_of_other_classes_is_refused_in_an_own_loop_without_data(method, classes):
+def test_a_teacher_with_other_classes_raises_in_a_users_loop_without_data(method, classes):
     student, teacher = nn.Linear(3, 10), nn.Linear(3, classes)
     attached = method.attach(student, AttachContext(teacher=teacher, steps=1))
     objective = Objective(attached.model, attached.terms, teacher, label_weight=attached.label_weight)
@@ -165,14 +165,14 @@ def test_a_teacher_of_other_classes_is_refused_in_an_own_loop_without_data(metho
         objective((torch.randn(4, 3), torch.tensor([3, 1, 4, 1])))
 
 
-def test_the_check_draws_no_random_numbers():
+def test_checking_logits_draws_no_random_numbers():
     loader = torch.utils.data.DataLoader(torch.zeros(4, 3, 4, 4), batch_size=2, shuffle=True)
     state = torch.get_rng_state()
     require_logits(AttachContext(data=loader), "soft_targets", network=Given(LOGITS))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_targets_of_another_shape_than_the_positions_are_an_error_of_the_step():
+def test_targets_with_a_shape_other_than_the_positions_raise_in_the_step():
     student, teacher = drawn((2, 5, 7))
     with pytest.raises(InputError, match=r"Given targets: shape \(2, 3\)"):
         DecoupledTerm(DKD())(Batch(torch.zeros(2), torch.zeros(2, 3).long()), student, teacher)
@@ -188,7 +188,7 @@ class Values(nn.Module):
 
 
 @pytest.mark.parametrize("task", ["distance", "regression"])
-def test_dcil_trains_its_dense_path_on_the_loss_of_any_task(task):
+def test_dcil_trains_its_dense_path_with_the_loss_of_any_task(task):
     torch.manual_seed(0)
     model, teacher, goal = Values(), Values(), tasks.build(task)
     batch = Batch(torch.randn(2, 3, 6, 6), torch.randn(2, 2))

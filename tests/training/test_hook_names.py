@@ -9,7 +9,7 @@ class Slipped(Attachment):
         """Would never be called."""
 
     def clip(self):
-        """A method of the user's own."""
+        """A user's own method."""
 
 
 class Right(Attachment):
@@ -17,7 +17,7 @@ class Right(Attachment):
         """A hook."""
 
 
-def test_a_method_with_nearly_the_name_of_a_hook_is_named():
+def test_a_method_with_nearly_the_name_of_a_hook_is_reported():
     model = nn.Linear(1, 1)
     assert misspelled_hooks(Slipped(model)) == [
         "Slipped.before_steps is not a hook and is not called during training. Did you mean before_step?"

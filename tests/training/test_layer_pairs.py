@@ -11,7 +11,7 @@ from tersor.training.layer_pairs import LayerPair, match_layer, match_layers
 
 
 def halving(depth, channels=2):
-    """Every layer halves height and width."""
+    """A network in which every layer halves height and width."""
     widths = [3, *(channels * (number + 1) for number in range(depth))]
     return nn.Sequential(*(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)))
 
@@ -36,7 +36,7 @@ def test_of_networks_of_different_depth_the_last_resolutions_are_paired():
     assert match_layers(teacher, student, (), (), DATA, method="fitnet")[0].common_size == (8, 4)
 
 
-def test_a_single_pair_is_the_last_or_the_one_that_is_named():
+def test_a_single_pair_contains_the_last_or_the_named_layers():
     student, teacher = halving(2), halving(3)
     assert match_layer(student, teacher, "", "", DATA, method="crd").paths == ("1", "2")
     assert match_layer(student, teacher, "0", "", DATA, method="crd").paths == ("0", "0")
@@ -53,7 +53,7 @@ def test_a_single_pair_is_the_last_or_the_one_that_is_named():
         match_layers(student, teacher, (), (), [], method="crd")
 
 
-def test_tokens_have_a_width_and_a_square():
+def test_tokens_have_a_channel_count_and_a_square_size():
     maps, tokens = torch.Size((2, 8, 5, 3)), torch.Size((2, 17, 24))
     pair = LayerPair("a", "b", maps, tokens)
     assert (pair.student_channels, pair.teacher_channels) == (8, 24)

@@ -116,7 +116,7 @@ def test_a_linear_model_learns(optimizer, schedule):
     assert "cpu" in progress.lines[0] or torch.cuda.is_available()
 
 
-def test_the_same_seed_gives_the_same_bits_and_the_global_random_state_is_unchanged():
+def test_the_same_seed_is_bit_identical_and_the_global_random_state_is_unchanged():
     results = []
     for seed in (3, 3, 4):
         model = convolutional()
@@ -263,7 +263,7 @@ def small():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize(("accumulate", "ema"), [(1, None), (3, 0.9)])
 @pytest.mark.parametrize("until", [1, 4, 8, 11])
-def test_a_resumed_training_ends_with_the_same_bits(optimizer, accumulate, ema, until):
+def test_resumed_training_is_bit_identical(optimizer, accumulate, ema, until):
     options = OptimizerOptions(name=optimizer, learning_rate=0.01)
     training = Training(optimizer=options, accumulate=accumulate, ema=ema)
 
@@ -280,7 +280,7 @@ def test_a_resumed_training_ends_with_the_same_bits(optimizer, accumulate, ema, 
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_a_resumed_training_keeps_seconds_and_losses():
+def test_resumed_training_keeps_seconds_and_losses():
     stopped = InMemoryCheckpointer(until=6)
     with pytest.raises(KeyboardInterrupt):
         fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
@@ -312,7 +312,7 @@ def test_a_resumed_training_keeps_seconds_and_losses():
     assert nothing_left.losses.keys() == whole.losses.keys()
 
 
-def test_resuming_with_another_number_of_processes_is_refused():
+def test_resuming_with_another_number_of_processes_raises():
     stopped = InMemoryCheckpointer(until=2)
     with pytest.raises(KeyboardInterrupt):
         fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
@@ -327,7 +327,7 @@ def test_resuming_with_another_number_of_processes_is_refused():
         )
 
 
-def test_ctrl_c_finishes_and_saves_the_step():
+def test_ctrl_c_finishes_the_step_and_saves_it():
     class Presses(Attachment):
         def before_step(self, step, optimizer):
             if step == 2:
@@ -357,7 +357,7 @@ class Breaks(LossTerm):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("accumulate", "at"), [(1, 4), (2, 7)])
-def test_a_loss_that_is_not_finite_stops_before_the_update(value, accumulate, at):
+def test_a_nonfinite_loss_stops_before_the_update(value, accumulate, at):
     model = linear()
     hooked = Hooked(model, [Breaks(at, value)])
     training = Training(accumulate=accumulate, optimizer=PLAIN_SGD, lr_schedule=STEADY)
@@ -370,18 +370,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value, accumulate, at
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_without_a_checkpoint_the_message_says_so():
+def test_the_error_says_that_no_checkpoint_was_written():
     with pytest.raises(NonFiniteLoss, match="none was written"):
         fit(Attachment(linear(), [Breaks(2, float("nan"))]), Toy(), Training(), steps=2)
 
 
-def test_a_loss_that_is_not_finite_in_the_first_step_is_not_due_to_the_learning_rate():
+def test_a_nonfinite_loss_in_the_first_step_is_not_attributed_to_the_learning_rate():
     with pytest.raises(NonFiniteLoss, match="'fragile' is nan before any update of the weights") as raised:
         fit(Attachment(linear(), [Breaks(1, float("nan"))]), Toy(), Training(), steps=1)
     assert "learning_rate" not in str(raised.value)
 
 
-def test_weights_that_are_not_finite_after_the_last_step_are_an_error():
+def test_nonfinite_weights_after_the_last_step_raise():
     wild = OptimizerOptions(learning_rate=1e38, momentum=0, weight_decay=1e3)
     with pytest.raises(NonFiniteWeights, match="toy: the last step made weights"):
         fit(Attachment(linear()), Toy(), Training(optimizer=wild, lr_schedule=STEADY), steps=1, name="toy")
@@ -423,7 +423,7 @@ def test_the_weights_of_a_term_are_trained():
     assert not torch.equal(weights(term), before)
 
 
-def test_mean_losses_are_of_the_last_epoch():
+def test_reported_losses_are_means_over_the_last_epoch():
     class Counts(LossTerm):
         name = "count"
         calls = 0
@@ -436,7 +436,7 @@ def test_mean_losses_are_of_the_last_epoch():
     assert fitted.losses["count"] == pytest.approx((9 + 10 + 11 + 12) / 4)
 
 
-def test_bfloat16():
+def test_training_in_bfloat16():
     fitted = fit(Attachment(linear()), Toy(), Training(precision="bfloat16"), steps=40)
     assert fitted.precision == "bfloat16"
     assert fitted.losses["labels"] < 0.6
@@ -449,18 +449,18 @@ def test_zero_steps_change_nothing():
     assert torch.equal(weights(model), before)
 
 
-def test_no_batch_is_an_error_that_names_the_batch_size():
+def test_a_set_smaller_than_one_batch_raises_and_names_the_batch_size():
     with pytest.raises(InputError, match="fewer images than one batch of 128"):
         fit(Attachment(linear()), Toy(count=4, batch_size=8), Training(), steps=1)
 
 
-def test_a_warm_up_as_long_as_the_stage_is_an_error():
+def test_a_warm_up_as_long_as_the_stage_raises():
     training = Training(lr_schedule=LearningRateSchedule(warmup_epochs=2))
     with pytest.raises(InputError, match=r"warm-up of 2 epochs \(16 steps\).*stage of 16 steps"):
         fit(Attachment(linear()), Toy(), training, steps=16)
 
 
-def test_no_loss_is_an_error():
+def test_training_without_a_loss_raises():
     with pytest.raises(InputError, match="no loss: label_weight is 0"):
         fit(Attachment(linear(), label_weight=0.0), Toy(), Training(), steps=1)
 
@@ -498,7 +498,7 @@ def test_two_processes_equal_one_that_accumulates_twice_as_many_batches(tmp_path
     torch.testing.assert_close(first, weights(alone))
 
 
-def test_a_time_limit_ends_the_training_with_the_lowest_rates_and_a_resumed_one_gets_its_own_time(monkeypatch):
+def test_a_time_limit_shortens_the_schedule_and_a_resumed_training_gets_its_own_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("tersor.training.history.time.perf_counter", lambda: now[0])
 

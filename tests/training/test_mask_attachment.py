@@ -1,4 +1,4 @@
-"""The gradient of a masked weight, to the bit; and what is told of masks that move."""
+"""The exact gradient of masked weights, and the reported values of changing masks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def masked(gradient):
 
 
 def shown_gradients(model):
-    """Of the weights that are seen, by a network that has nothing else."""
+    """The gradients of the masked weights, computed with a network without masks."""
     plain = network()
     with torch.no_grad():
         for place in (0, 2):
@@ -52,7 +52,7 @@ def shown_gradients(model):
 
 
 @pytest.mark.parametrize("gradient", ["masked", "straight_through", "split"])
-def test_what_is_shown_and_its_gradient(gradient):
+def test_masked_weights_and_their_gradients(gradient):
     model, _ = masked(gradient)
     for place in (0, 2):
         mask, dense = mask_of(model[place]).mask, dense_weight(model[place])
@@ -65,7 +65,7 @@ def test_what_is_shown_and_its_gradient(gradient):
 
 
 @pytest.mark.parametrize("gradient", ["masked", "straight_through", "split"])
-def test_the_dense_weight_and_its_gradient(gradient):
+def test_dense_weights_and_their_gradients(gradient):
     model, _ = masked(gradient)
     factor = torch.randn(4, 3, 3, 3)
     with masks_and_quantizers_disabled(model):
@@ -90,8 +90,8 @@ def step(model, optimizer):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_kept_never_moves_a_masked_weight(name):
-    """Also one that momentum was gathered for before it was masked; the others move as if nothing held them."""
+def test_with_the_masked_gradient_masked_weights_do_not_move(name):
+    """Also if momentum was accumulated before a weight was masked; the other weights move as without masks."""
     model, attached = masked("masked")
     masks = {place: mask_of(model[place]).mask for place in (0, 2)}
     later = {place: mask.clone() for place, mask in masks.items()}
@@ -120,8 +120,8 @@ def test_kept_never_moves_a_masked_weight(name):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_all_is_a_step_of_the_dense_weights(name):
-    """The gradient of what is shown moves all of w, and decay is on all of it."""
+def test_with_the_straight_through_gradient_dense_weights_are_trained(name):
+    """The gradient of the masked weights is applied to all weights, and weight decay too."""
     model, attached = masked("straight_through")
     optimizer = optimizers(model)[name]
     attached.bind(optimizer)
@@ -139,7 +139,7 @@ def test_all_is_a_step_of_the_dense_weights(name):
 
 
 @pytest.mark.parametrize("method", [WeightPruning(sparsity_schedule="linear"), DPF(), DCIL()], ids=type)
-def test_structure_holds_the_gradient(method):
+def test_the_structure_contains_the_gradient_mode(method):
     attached = method.attach(network(), AttachContext(steps=10))
     found = structure(attached.model)
     again = rebuild(network(), found)
@@ -148,10 +148,10 @@ def test_structure_holds_the_gradient(method):
     wanted = {WeightPruning: "masked", DPF: "straight_through", DCIL: "split"}[type(method)]
     assert [mask_of(again[place]).gradient for place in (0, 2)] == [wanted, wanted]
     attached.finish()
-    assert {each["gradient"] for told in structure(attached.model)["weights"].values() for each in told} == {"masked"}
+    assert {each["gradient"] for log in structure(attached.model)["weights"].values() for each in log} == {"masked"}
 
 
-def test_what_is_told_of_moving_masks():
+def test_steps_sparsity_and_changes_of_masks_are_reported():
     model = network()
     layers = {"0": model[0], "2": model[2]}
     insert_masks(layers, "straight_through", "a method")
@@ -167,19 +167,19 @@ def test_what_is_told_of_moving_masks():
         if step % 2:
             masks.append(torch.cat([mask_of(layer).mask.flatten() for layer in layers.values()]).clone())
     attached.finish()
-    [told] = attached.metrics["masks"]
-    assert told["steps"] == [2, 4, 6, 8, 10, 12]
+    [log] = attached.metrics["masks"]
+    assert log["steps"] == [2, 4, 6, 8, 10, 12]
     size = len(masks[0])
-    assert told["sparsity"] == pytest.approx([int((~mask).sum()) / size for mask in masks[1:]], abs=1e-6)
-    assert told["sparsity"] == sorted(told["sparsity"])
-    assert told["sparsity"][2:] == [round(round(0.5 * size) / size, 6)] * 4
+    assert log["sparsity"] == pytest.approx([int((~mask).sum()) / size for mask in masks[1:]], abs=1e-6)
+    assert log["sparsity"] == sorted(log["sparsity"])
+    assert log["sparsity"][2:] == [round(round(0.5 * size) / size, 6)] * 4
     changed = [int((old != new).sum()) / size for old, new in itertools.pairwise(masks)]
-    assert told["changed"] == pytest.approx(changed, abs=1e-6)
-    assert told["changed"][3] == told["changed"][5] == 0
-    assert told["changed"][4] > 0.1, "masked weights came back"
+    assert log["changed"] == pytest.approx(changed, abs=1e-6)
+    assert log["changed"][3] == log["changed"][5] == 0
+    assert log["changed"][4] > 0.1, "masked weights came back"
 
 
-def test_a_method_that_never_sets_its_masks_is_a_warning():
+def test_a_method_that_never_sets_its_masks_causes_a_warning():
     model = network()
     insert_masks({"0": model[0]}, "masked", "a method")
     attached = MaskedAttachment(model, {"0": model[0]})
@@ -190,14 +190,14 @@ def test_a_method_that_never_sets_its_masks_is_a_warning():
         attached.finish()
 
 
-def test_masks_that_no_step_has_set_are_a_warning():
+def test_masks_not_set_in_any_step_cause_a_warning():
     model = network()
     insert_masks({"0": model[0]}, "masked", "a method")
     with pytest.warns(CompressionWarning, match=r"after 0 optimizer steps, and no mask was set: the sparsity is 0. In"):
         MaskedAttachment(model, {"0": model[0]}).finish()
 
 
-def test_a_log_of_a_long_stage_is_thinned():
+def test_the_log_of_a_long_stage_is_thinned():
     log = MaskLog()
     every = log_interval(5000)
     for number in range(5000):
@@ -226,20 +226,20 @@ def test_a_resumed_chain_has_the_log_of_each_part():
         resumed.parts[0].load_state_dict({"mask_log": torch.zeros(3)})
 
 
-def test_one_stage_one_method_that_masks_a_layer():
+def test_two_methods_that_mask_the_same_layer_in_one_stage_raise():
     with pytest.raises(InputError, match="masks 0, which an earlier method"):
         chain([DPF(), WeightPruning()], network(), AttachContext(steps=10))
     apart = chain([DPF(layers=("0",)), WeightPruning(layers=("2",))], network(), AttachContext(steps=10))
     assert [len(part.masked) for part in apart.parts] == [1, 1]
     apart.begin()
-    assert [len(told["steps"]) for told in apart.metrics["masks"]] == [0, 1], "each tells of its own"
+    assert [len(log["steps"]) for log in apart.metrics["masks"]] == [0, 1], "each tells of its own"
     model = network()
     chain([WeightPruning(sparsity=0.5)], model, AttachContext())
     chain([DPF(sparsity=0.8)], model, AttachContext(steps=10))
     assert [type(each) for each in model[0].parametrizations.weight] == [Mask]
 
 
-def test_what_is_masked_does_not_move_in_later_stages_either():
+def test_masked_weights_do_not_move_in_later_stages():
     model = network()
     first = chain([WeightPruning(sparsity=0.5)], model, AttachContext())
     first.begin()
@@ -257,7 +257,7 @@ def test_what_is_masked_does_not_move_in_later_stages_either():
     assert moved[2][~before[2][0]].any(), "dpf moves what it masks"
 
 
-def test_masks_lie_under_grids():
+def test_insert_masks_sets_the_gradient_mode_of_an_existing_mask():
     model = network()
     parametrize.register_parametrization(model[0], "weight", Mask(model[0].weight.shape))
     insert_masks({"0": model[0]}, "split", "a method")
@@ -272,7 +272,7 @@ def test_masks_lie_under_grids():
         ({"0": torch.ones(4, dtype=torch.bool)}, r"must be bool of shape \(4, 3, 3, 3\), got bool \(4,\)"),
     ],
 )
-def test_masks_of_the_wrong_form_are_refused_and_none_is_set(masks, message):
+def test_masks_of_a_wrong_form_raise_and_none_is_set(masks, message):
     _, attached = masked("masked")
     before = attached.sparsity
     with pytest.raises(InputError, match=message):
@@ -280,7 +280,7 @@ def test_masks_of_the_wrong_form_are_refused_and_none_is_set(masks, message):
     assert attached.sparsity == before
 
 
-def test_an_attachment_needs_masks_and_masks_a_gradient():
+def test_missing_masks_and_an_unknown_gradient_mode_raise():
     model = network()
     with pytest.raises(InputError, match=r"the layer '0' has no mask\. Call insert_masks"):
         MaskedAttachment(model, {"0": model[0]})

@@ -79,7 +79,7 @@ def average(source):
     return torch.stack([batch.images.mean((0, 2, 3)) for batch in source]).mean(0), variances.mean(0)
 
 
-def test_statistics_that_the_momentum_leaves_behind_are_averaged_over_the_images():
+def test_statistics_that_lag_behind_are_recomputed_from_the_images():
     model, lines = trained(network(0.01), 8)
     mean, variance = average(Shifted())
     assert torch.allclose(model[0].running_mean, mean)
@@ -93,7 +93,7 @@ def test_statistics_that_the_momentum_leaves_behind_are_averaged_over_the_images
 
 
 class LateChanges(Attachment):
-    """A method that changes a share of the weights at one step."""
+    """A method that changes a fraction of the weights in one step."""
 
     def __init__(self, model, step, share):
         super().__init__(model)
@@ -107,8 +107,8 @@ class LateChanges(Attachment):
 @pytest.mark.parametrize(
     ("step", "share", "again"), [(20, 0.2, False), (20, 0.6, True), (10, 0.6, False), (40, 0.06, True)]
 )
-def test_a_late_change_of_masks_is_averaged_again_where_its_share_is_large(step, share, again):
-    """After 20 batches 0.9^20 = 12 % of the statistics are left: 2 % for a share of 0.2, 7 % for 0.6."""
+def test_statistics_are_recomputed_after_a_late_large_change_of_masks(step, share, again):
+    """After 20 batches, 0.9^20 = 12 % of the old statistics remain: 2 % for a share of 0.2, 7 % for 0.6."""
     progress = Lines()
     fit(LateChanges(network(0.1), step, share), Shifted(), TRAINING, steps=40, progress=progress, name="short")
     lines = [line for line in progress.lines if "BatchNorm" in line]
@@ -117,7 +117,7 @@ def test_a_late_change_of_masks_is_averaged_again_where_its_share_is_large(step,
     assert all(line.endswith(ending) for line in lines)
 
 
-def test_the_batches_after_a_change_are_counted_with_accumulation():
+def test_batches_after_a_change_are_counted_with_accumulation():
     attachment, progress = LateChanges(network(0.1), 8, 0.5), Lines()
     fit(attachment, Shifted(), TRAINING.model_copy(update={"accumulate": 4}), steps=12, progress=progress)
     assert [line for line in progress.lines if "BatchNorm" in line]  # 16 batches leave 0.9^16 * 0.5 = 9 %
@@ -134,25 +134,25 @@ def test_at_most_a_thousand_images_are_used():
 
 
 @pytest.mark.parametrize(("momentum", "steps", "again"), [(0.1, 28, True), (0.1, 29, False), (0.5, 5, False)])
-def test_enough_steps_leave_the_statistics_to_the_momentum(momentum, steps, again):
+def test_after_enough_steps_statistics_are_not_recomputed(momentum, steps, again):
     assert bool(trained(network(momentum), steps)[1]) == again
 
 
-def test_accumulated_batches_count():
+def test_accumulated_batches_are_counted():
     model = network(0.1)
     progress = Lines()
     fit(Attachment(model), Shifted(), TRAINING.model_copy(update={"accumulate": 4}), steps=8, progress=progress)
     assert not any("BatchNorm" in line for line in progress.lines)
 
 
-def test_an_epoch_that_is_no_multiple_of_the_accumulated_batches_has_fewer():
+def test_fewer_batches_are_counted_if_the_epoch_is_not_a_multiple_of_accumulate():
     progress, training = Lines(), TRAINING.model_copy(update={"accumulate": 4})
     fit(Attachment(network(0.1)), Shifted(batches=5), training, steps=9, progress=progress)
     (line,) = (line for line in progress.lines if "BatchNorm" in line)
     assert line.endswith("too few batches (24)")
 
 
-def test_a_last_batch_of_few_images_does_not_count_as_much_as_the_others():
+def test_a_small_last_batch_is_not_used():
     source = Shifted()
     mean, variance = average(source)
     source.all.append(Batch(torch.full((2, 3, 4, 4), 50.0), torch.tensor([0, 1])))
@@ -162,7 +162,7 @@ def test_a_last_batch_of_few_images_does_not_count_as_much_as_the_others():
     assert "averages over 64 training images" in lines[0]
 
 
-def test_frozen_statistics_stay():
+def test_frozen_statistics_are_not_recomputed():
     model = network(0.01)
     model[0] = freezable(model[0])
     model[0].freeze()
@@ -196,14 +196,14 @@ class Stored(Checkpointer):
 
 
 @pytest.mark.parametrize("step", [4, 8])
-def test_a_resumed_training_ends_with_the_same_statistics(step):
+def test_resumed_training_has_the_same_statistics(step):
     stored = Stored()
     whole, _ = trained(network(0.01), 8, checkpointer=stored)
     resumed, _ = trained(network(0.01), 8, checkpointer=Stored((step, stored.saved[step])))
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
-def test_an_interrupted_average_leaves_the_network_as_it_was():
+def test_an_interrupted_recomputation_does_not_change_the_network():
     model = network(0.01).train()
     source = Shifted()
     objective = Objective(model)

@@ -1,4 +1,4 @@
-"""A network whose images are normalized with other values than in its training."""
+"""A check whether images are normalized with the values used in the training of a network."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def batches(mean, std, *, labeled=True, channels=3):
         (IMAGENET, "but 100.0 % with mean 0.485 0.456 0.406 and std 0.229 0.224 0.225. Give the mean"),
     ],
 )
-def test_a_better_common_normalization_is_a_warning(trained, words):
+def test_a_better_common_normalization_causes_a_warning(trained, words):
     found = normalization_warning("net", Brightness(*trained), batches(*DATA), CLASSIFICATION, *DATA)
     assert found.startswith("net classifies ")
     assert " of 128 images correctly with mean 0.3 0.3 0.3 and std 0.2 0.2 0.2, " in found
     assert words in found
 
 
-def test_gray_images():
+def test_gray_images_are_checked():
     gray = (0.3,), (0.2,)
     network = Brightness((0.0,), (1.0,))
     found = normalization_warning("net", network, batches(*gray, channels=1), CLASSIFICATION, *gray)
     assert "with mean 0 and std 1. Give" in found
 
 
-def test_the_right_normalization_and_what_is_no_classifier_are_no_warning():
+def test_no_warning_for_the_right_normalization_or_without_a_classifier():
     for values in (NONE, IMAGENET, DATA):
         assert not normalization_warning("net", Brightness(*values), batches(*values), CLASSIFICATION, *values)
     unlabeled = batches(*DATA, labeled=False)

@@ -37,7 +37,7 @@ def batch():
     return Batch(torch.randn(6, 4, generator=draw), torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
-def test_cross_entropy_without_terms(batch):
+def test_without_terms_the_loss_is_the_cross_entropy(batch):
     model = network().eval()
     objective = Objective(model, task=Classification(label_smoothing=0.1)).eval()
     losses = objective(batch)
@@ -46,7 +46,7 @@ def test_cross_entropy_without_terms(batch):
     assert torch.equal(losses["labels"], expected)
 
 
-def test_the_teacher_is_not_trained(batch):
+def test_the_teacher_gets_no_gradients(batch):
     teacher = network()
     objective = Objective(network(), [Mean(2.0)], teacher)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -76,7 +76,7 @@ def test_terms_with_the_same_name_are_added(batch):
     torch.testing.assert_close(twice["mean"], 3 * twice["other"])
 
 
-def test_the_teacher_stays_in_eval_and_gets_no_gradient(batch):
+def test_the_teacher_stays_in_eval_mode_and_gets_no_gradients(batch):
     teacher = network()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     objective = Objective(network(), [Mean(1.0)], teacher).train()
@@ -106,7 +106,7 @@ def test_autocast_runs_the_networks_in_bfloat16_and_returns_losses_in_float32(ba
     assert model.weight.dtype == torch.float32
 
 
-def test_a_network_with_several_outputs_in_training_mode_is_refused(batch):
+def test_a_network_with_several_outputs_in_training_mode_raises(batch):
     class WithHeads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -121,12 +121,12 @@ def test_a_network_with_several_outputs_in_training_mode_is_refused(batch):
         objective.train()(batch)
 
 
-def test_no_labels_and_no_term_is_an_error(batch):
+def test_neither_labels_nor_terms_raises(batch):
     with pytest.raises(InputError, match="the images have no labels, and no method adds a loss"):
         Objective(network())(Batch(batch.images))
 
 
-def test_a_batch_of_images_alone_has_no_labels():
+def test_a_batch_of_images_only_has_no_labels():
     images = torch.randn(4, 3, 2, 2)
     for batch in (images, (images,), [images]):
         assert labels_of(batch) is None
@@ -147,18 +147,18 @@ class Named(LossTerm):
         return student.logits.mean()
 
 
-def test_a_term_that_does_not_initialize_its_base_class_is_refused():
+def test_a_term_that_does_not_call_super_init_raises():
     with pytest.raises(InputError, match=r"NoInit.__init__ does not .* call super\(\).__init__\(\) first"):
         Objective(network(), [NoInit()])
 
 
 @pytest.mark.parametrize("name", ["", "labels"])
-def test_an_empty_or_reserved_name_of_a_term_is_refused(name):
+def test_an_empty_or_reserved_name_of_a_term_raises(name):
     with pytest.raises(InputError, match=f"the loss Named has the name '{name}'. Write `name` in the class"):
         Objective(network(), [Named(name)])
 
 
-def test_terms_of_two_classes_with_the_same_name_are_refused():
+def test_terms_of_two_classes_with_the_same_name_raise():
     with pytest.raises(InputError, match="the losses Mean and Named have the same name 'mean'"):
         Objective(network(), [Mean(1.0), Named("mean")])
 
@@ -174,7 +174,7 @@ class Detached(LossTerm):
         return self.weight * student.logits.detach().square().mean()
 
 
-def test_a_loss_without_gradient_is_refused(batch):
+def test_a_loss_without_a_gradient_raises(batch):
     objective = Objective(network(), [Detached(1.0)])
     with pytest.raises(InputError, match="the loss detached has no gradient with respect to the network's weights"):
         objective(batch)
@@ -182,11 +182,11 @@ def test_a_loss_without_gradient_is_refused(batch):
         assert objective(batch)["detached"] > 0
 
 
-def test_a_loss_of_zero_may_have_no_gradient_yet(batch):
+def test_a_loss_of_zero_can_have_no_gradient(batch):
     assert Objective(network(), [Detached(0.0)])(batch)["detached"] == 0
 
 
-def test_a_frozen_network_has_losses_without_gradient(batch):
+def test_losses_of_a_frozen_network_can_have_no_gradient(batch):
     assert Objective(network().requires_grad_(requires_grad=False))(batch)["labels"] > 0
 
 
@@ -197,12 +197,12 @@ class OfLayer(LossTerm):
         return student.layers["0"].mean()
 
 
-def test_a_layer_that_was_not_requested_names_both_arguments(batch):
+def test_the_error_for_a_layer_that_was_not_requested_names_both_arguments(batch):
     with pytest.raises(InputError, match=r"layer '0' was not requested; requested: 1. .*to Attachment.*to Objective"):
         Objective(network(), [OfLayer()], layers=[("1", "1")])(batch)
 
 
-def test_a_pair_of_images_and_targets_is_a_batch(batch):
+def test_a_pair_of_images_and_targets_is_accepted_as_a_batch(batch):
     objective = Objective(network().eval()).eval()
     assert torch.equal(objective((batch.images, batch.targets))["labels"], objective(batch)["labels"])
     with pytest.raises(
@@ -218,7 +218,7 @@ class Compared(LossTerm):
         return (student.logits - teacher.logits).square().mean()
 
 
-def test_a_teacher_that_only_the_objective_lacks_is_named(batch):
+def test_a_teacher_missing_only_in_the_objective_is_named_in_the_error(batch):
     chained = Compared()
     chained.of_method, chained.had_teacher = "my:Method", True
     for term in (chained, OutputDistance(1.0)):
@@ -233,7 +233,7 @@ class OfStem(OfLayer):
         return student.layers["0"].square().mean()
 
 
-def test_the_loss_of_a_frozen_layer_has_no_gradient(batch):
+def test_the_loss_of_a_frozen_layer_raises_unless_another_loss_has_a_gradient(batch):
     model = network()
     stem = next(iter(model.children()))
     stem.requires_grad_(requires_grad=False)

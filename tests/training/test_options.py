@@ -18,12 +18,12 @@ def test_a_given_learning_rate_is_used_for_all_weights():
     assert training.learning_rate() == training.learning_rate(trained=True) == 0.3
 
 
-def test_the_optimizer_gets_the_learning_rate_that_was_written_out():
+def test_the_optimizer_gets_the_resolved_learning_rate():
     training = Training().with_learning_rate(trained=True)
     assert optimizer_for(nn.Linear(2, 2), training).param_groups[0]["lr"] == training.learning_rate(trained=True)
 
 
-def test_the_optimizer_has_the_options_and_the_trainable_parameters():
+def test_the_optimizer_gets_the_options_and_the_trainable_parameters():
     network = nn.Linear(2, 2)
     network.bias.requires_grad_(False)
     options = {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01}

@@ -19,7 +19,7 @@ LABELS = torch.arange(8) % 4
 
 
 class Small(nn.Module):
-    """Two convolutions, between which `function` gets the features of the first and of the images."""
+    """Two convolutions; `function` gets the features of the first one and the images."""
 
     def __init__(self, function=None):
         super().__init__()
@@ -44,39 +44,39 @@ def written(features, _images):
 
 @pytest.fixture(autouse=True)
 def units(monkeypatch):
-    """A processor with bfloat16 units."""
+    """Simulate a processor with bfloat16 units."""
     monkeypatch.setattr(device, "cpu_flags", lambda: {"amx_bf16"})
 
 
 @pytest.mark.parametrize("function", [interpolated, written])
 def test_a_network_that_fails_in_bfloat16_is_trained_in_float32(function):
-    said = []
+    notes = []
     networks = {"the student": Small(), "the teacher": Small(function)}
-    chosen = with_usable_precision(Training(), networks, IMAGES, said.append)
+    chosen = with_usable_precision(Training(), networks, IMAGES, notes.append)
     assert chosen == Training(precision="float32")
-    (note,) = said
+    (note,) = notes
     assert note.startswith("the teacher does not run under bfloat16 autocast (")
     assert note.endswith("): training in float32")
 
 
 @pytest.mark.parametrize("training", [Training(), Training(precision="bfloat16"), Training(precision="float32")])
-def test_other_options_stay(training):
+def test_usable_options_are_not_changed(training):
     network = Small() if training.precision == "auto" else Small(interpolated)
-    said = []
-    assert with_usable_precision(training, {"the network": network, "none": None}, IMAGES, said.append) is training
-    assert said == []
+    notes = []
+    assert with_usable_precision(training, {"the network": network, "none": None}, IMAGES, notes.append) is training
+    assert notes == []
 
 
-def test_an_error_that_float32_has_too_is_left_to_the_training():
+def test_a_network_that_also_fails_in_float32_is_not_changed():
     def fails(_features, _images):
         raise RuntimeError("always")
 
-    said = []
-    assert with_usable_precision(Training(), {"the network": Small(fails)}, IMAGES, said.append) == Training()
-    assert said == []
+    notes = []
+    assert with_usable_precision(Training(), {"the network": Small(fails)}, IMAGES, notes.append) == Training()
+    assert notes == []
 
 
-def test_distill_warns_and_trains():
+def test_distill_warns_and_trains_in_float32():
     student = Small(interpolated)
     before = student.first.weight.clone()
     loader = [(IMAGES, LABELS)] * 2

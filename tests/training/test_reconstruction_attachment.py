@@ -55,7 +55,7 @@ def run_recipe(method, folder, progress=None):
 
 
 @pytest.mark.parametrize("method", ["brecq", pytest.param("adaround", marks=pytest.mark.slow)])
-def test_an_interrupted_reconstruction_resumes_to_the_same_bits(method, tmp_path):
+def test_an_interrupted_reconstruction_is_resumed_bit_identically(method, tmp_path):
     expected = run_recipe(method, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(method, tmp_path / "stopped", Stops(4))
@@ -75,7 +75,7 @@ class RecordedLines(NullProgress):
 
 
 @pytest.mark.parametrize("method", [AdaRound(bits=2, iterations=1), BRECQ(bits=2, iterations=1)])
-def test_first_and_last_layer_have_eight_bits(method):
+def test_first_and_last_layers_have_8_bits(method):
     data = [torch.randn(32, 3, 16, 16)]
     attached = method.attach(resnet8().eval(), AttachContext(data=data))
     attached.begin()
@@ -84,6 +84,6 @@ def test_first_and_last_layer_have_eight_bits(method):
 
 
 @pytest.mark.parametrize("method", [AdaRound(), BRECQ()])
-def test_without_images_it_says_what_to_pass(method):
+def test_missing_images_raise(method):
     with pytest.raises(InputError, match=r"needs images to calibrate with\. Pass a few hundred: AttachContext\(data="):
         method.attach(build("resnet20", 10), AttachContext())

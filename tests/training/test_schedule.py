@@ -17,7 +17,7 @@ number = st.floats(-1e3, 1e3)
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(start=number, end=number)
-def test_both_ends_are_exact(shape, start, end):
+def test_the_ends_of_a_shape_are_exact(shape, start, end):
     assert interpolate(shape, 0, start, end) == start
     assert interpolate(shape, 1, start, end) == end
 
@@ -29,7 +29,7 @@ def test_shapes_are_monotonic(shape, early, late):
     assert interpolate(shape, early, 0, 1) <= interpolate(shape, late, 0, 1)
 
 
-def test_shapes_in_the_middle():
+def test_values_of_shapes_in_the_middle():
     assert interpolate("constant", 0.0, 0, 8) == 8
     assert interpolate("linear", 0.5, 0, 8) == 4
     assert interpolate("cubic", 0.5, 0, 8) == 7
@@ -51,7 +51,7 @@ def test_schedules_start_at_one_and_end_low():
         assert values == sorted(values, reverse=True)
 
 
-def test_step_drops_at_its_milestones():
+def test_the_step_schedule_drops_at_its_milestones():
     values = factors("step", milestones=(0.5, 0.75), factor=0.1)
     assert values[:50] == [1.0] * 50
     assert values[50:75] == [0.1] * 25
@@ -59,7 +59,7 @@ def test_step_drops_at_its_milestones():
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "step"])
-def test_the_warm_up_rises_to_one(name):
+def test_the_warm_up_rises_to_1(name):
     values = factors(name, warmup=10)
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert values[10] == 1
@@ -85,7 +85,7 @@ def test_a_curve_is_a_shape_or_a_function():
 
 
 @pytest.mark.parametrize("slowness", [0.5, 1.0, 2.0, 40.0])
-def test_with_a_time_limit_the_rates_reach_their_end_in_time(slowness):
+def test_with_a_time_limit_the_schedule_ends_in_time(slowness):
     rates = [1 - step / 100 for step in range(100)]
     steps = itertools.count()
     used = list(rates_in_time(rates, 0, lambda: slowness * next(steps), seconds=60.0))
@@ -100,6 +100,6 @@ def test_without_a_time_limit_every_rate_is_used():
     assert list(rates_in_time([3.0, 2.0, 1.0], 1, lambda: 1e9, seconds=None)) == [2.0, 1.0]
 
 
-def test_there_is_one_step_even_without_time():
+def test_without_time_left_only_the_first_step_is_made():
     assert list(rates_in_time([3.0, 2.0], 0, lambda: 100.0, seconds=1.0)) == [2.0]
     assert list(rates_in_time([3.0, 2.0], 1, lambda: 100.0, seconds=1.0)) == []

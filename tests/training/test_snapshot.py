@@ -22,14 +22,14 @@ def press():
 
 @pytest.fixture
 def interruptible():
-    """The usual handler: a process that a shell started in the background ignores Ctrl-C."""
+    """Set the usual handler: a process started in the background by a shell ignores Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_the_first_ctrl_c_waits_and_the_second_interrupts():
+def test_the_first_ctrl_c_is_deferred_and_the_second_interrupts():
     before = signal.getsignal(signal.SIGINT)
     with defer_sigint(True) as interrupted:
         assert not interrupted()
@@ -48,7 +48,7 @@ def test_the_first_ctrl_c_waits_and_the_second_interrupts():
         assert not interrupted()
 
 
-def test_in_another_thread_nothing_is_deferred():
+def test_in_another_thread_ctrl_c_is_not_deferred():
     seen = []
 
     def work():
@@ -71,7 +71,7 @@ def trained(name):
 
 
 @pytest.mark.parametrize(("name", "other"), [("sgd", "adamw"), ("adamw", "sgd")])
-def test_the_state_of_another_optimizer_or_shape_is_refused(name, other):
+def test_the_state_of_another_optimizer_or_shape_raises(name, other):
     objective, optimizer = trained(name)
     state = snapshot(objective, optimizer, None)
     again, fresh = trained(name)
@@ -92,7 +92,7 @@ def test_the_state_of_another_optimizer_or_shape_is_refused(name, other):
         restore(state | {"random.cpu1": state["random.cpu0"]}, again, fresh, None)
 
 
-def test_a_snapshot_is_a_copy_with_the_random_state():
+def test_a_snapshot_is_a_copy_and_includes_the_random_state():
     objective, optimizer = trained("sgd")
     torch.manual_seed(5)
     state = snapshot(objective, optimizer, None)
@@ -105,7 +105,7 @@ def test_a_snapshot_is_a_copy_with_the_random_state():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_clock_stops_for_other_work_and_goes_on_in_the_next_process(monkeypatch):
+def test_the_clock_excludes_other_work_and_continues_in_the_next_process(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(history.time, "perf_counter", lambda: now[0])
     first = LossHistory({})

@@ -96,7 +96,7 @@ def test_outputs_are_stored_by_image_and_layer():
     assert set(found.layers) == {"layer"}
 
 
-def test_too_little_memory_is_an_error_before_allocation(monkeypatch):
+def test_too_little_memory_raises_before_allocation(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=10))
     outputs = Outputs(torch.zeros(2, 10), {"layer3": torch.zeros(2, 64, 8, 8)})
     with pytest.raises(InputError, match=r"for 1,000 images \(logits, layer3\).*Write cache: false"):
@@ -118,7 +118,7 @@ def test_memory_that_the_system_can_free_counts_as_available(monkeypatch):
         ((TEACHER, "seed: 1"), "there is no teacher"),
     ],
 )
-def test_a_cache_without_fixed_images_or_teacher_is_refused(change, why):
+def test_a_cache_without_fixed_images_or_teacher_raises(change, why):
     text = RECIPE.replace("CACHE", "true").replace(*change)
     with pytest.raises(InputError, match=rf"line 9.*{why}"):
         parse(text, "recipe.yaml")

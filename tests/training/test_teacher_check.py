@@ -67,7 +67,7 @@ def test_random_predictions_of_two_classes_are_not_reported_as_another_order():
         assert not any("order of its classes probably differs" in each for each in found)
 
 
-def test_images_without_labels_are_checked_only_for_probabilities():
+def test_images_without_labels_are_only_checked_for_probabilities():
     assert teacher_warnings("t", Fixed(-GOOD), [Batch(IMAGES)]) == []
     assert len(teacher_warnings("t", Fixed(GOOD.softmax(1)), [Batch(IMAGES, LABELS - 20)])) == 1
     assert teacher_warnings("t", Fixed(GOOD), []) == []
@@ -99,7 +99,7 @@ def test_logits_among_several_outputs_are_checked():
     assert "softmax" in warning
 
 
-def test_the_binomial_tail_is_that_of_scipy():
+def test_the_binomial_tail_equals_that_of_scipy():
     for correct, images, chance in ((0, 5, 0.3), (1, 5, 0.3), (7, 40, 0.1), (40, 40, 0.9)):
         assert _binomial_tail(correct, images, chance) == pytest.approx(stats.binom.sf(correct - 1, images, chance))
 
@@ -119,14 +119,14 @@ def test_the_first_256_images_are_used():
     assert "10.2 % of 256 labeled images" in warning, "20 and 6 of class 0"
 
 
-def test_too_few_images_have_no_accuracy():
+def test_accuracy_is_not_checked_for_too_few_images():
     for count, found in ((19, False), (20, True)):
         labels = torch.arange(count) % 10
         assert bool(_accuracy("t", torch.zeros(count, 10), labels)) is found
     assert _accuracy("t", torch.zeros(40, 1), torch.zeros(40)) == ""
 
 
-def test_at_most_four_swapped_classes_are_named():
+def test_at_most_four_swapped_classes_are_listed():
     labels = torch.arange(60) % 10
     for shifted, more in ((4, False), (5, True), (7, True)):
         order = [*range(1, shifted), 0, *range(shifted, 10)]
@@ -136,7 +136,7 @@ def test_at_most_four_swapped_classes_are_named():
         assert warning.count(" as class ") == 4
 
 
-def test_a_swap_needs_several_images():
+def test_a_swap_is_reported_only_with_enough_images():
     # two classes with three images each: too few to tell
     labels = torch.tensor([0] * 3 + [1] * 3 + [2] * 30)
     swapped = torch.tensor([1, 0, 2])
@@ -161,16 +161,16 @@ def test_the_tail_of_many_images_does_not_overflow():
         (GOOD.softmax(1), "^$"),
     ],
 )
-def test_a_network_at_chance_level_is_named_with_its_accuracy(logits, words):
+def test_a_network_at_chance_level_is_reported_with_its_accuracy(logits, words):
     assert re.search(words, level_warning("the network", Fixed(logits), [Batch(IMAGES, LABELS)], CLASSIFICATION))
 
 
-def test_the_same_logits_need_no_labels():
+def test_constant_logits_are_reported_without_labels():
     assert "same logits" in level_warning("n", Fixed(torch.ones(40, 10)), [Batch(IMAGES)], CLASSIFICATION)
     assert not level_warning("n", Fixed(torch.ones(40, 10)), [Batch(IMAGES, LABELS)], tasks.build("regression"))
 
 
-def test_labels_of_one_class_and_rare_classes_say_nothing():
+def test_labels_of_one_class_and_rare_classes_cause_no_warning():
     assert not chance_warning("n", torch.zeros(40), torch.zeros(40), 10)
     rare = torch.zeros(40, dtype=torch.int64)
     rare[:9] = 1
@@ -181,7 +181,7 @@ def test_labels_of_one_class_and_rare_classes_say_nothing():
     )
 
 
-def test_numbers_that_are_no_classes_of_the_outputs_say_nothing_about_them():
+def test_labels_that_are_not_class_indices_cause_no_warning_about_chance():
     embeddings, people = torch.randn(40, 10), torch.arange(40) % 13
     assert not level_warning("n", Fixed(embeddings), [Batch(IMAGES, people)], CLASSIFICATION)
     assert "order of its classes" in level_warning("n", Fixed(GOOD), [Batch(IMAGES, LABELS + 1)], CLASSIFICATION)

@@ -1,4 +1,4 @@
-"""Validation accuracy during training: what is measured, and that it does not change the training."""
+"""Validation accuracy during training: its values, and that measuring does not change the training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tersor.training.options import Training
 from tersor.training.validation_curve import ValidationCurve
 from two_processes import run_in_two_processes
 
-EPOCH = 8  # steps, of Toy
+EPOCH = 8  # steps of Toy
 
 RECIPE = """\
 model: {name: "toy_networks:resnet8"}
@@ -88,7 +88,7 @@ def test_each_value_is_measured_after_its_epoch():
     assert curve.values == [hooked.after[step - 1][1].double().sum().item() for step in curve.steps]
 
 
-def test_with_an_ema_the_averages_are_measured():
+def test_with_ema_the_averaged_weights_are_measured():
     hooked = Hooked(linear())
     curve = ValidationCurve(5, lambda model: model.weight.double().sum().item())
     fit(hooked, Toy(), Training(ema=0.9), steps=10, curve=curve)
@@ -118,7 +118,7 @@ def test_the_curve_of_a_resumed_training_is_complete(until):
     assert run(InMemoryCheckpointer(resume_state=(until, stopped.saved[until]))) == expected
 
 
-def test_progress_has_the_latest_accuracy_and_training_time_excludes_validation(monkeypatch):
+def test_progress_shows_the_latest_accuracy_and_training_time_excludes_validation(monkeypatch):
     now = 0.0
     monkeypatch.setattr("tersor.training.history.time.perf_counter", lambda: now)
 
@@ -162,13 +162,13 @@ def test_a_stage_records_the_curve_of_the_masked_network(tmp_path):
     assert without_curve["validation_score"] == record["validation_score"]
 
 
-def test_a_curve_without_validation_images_is_an_error_before_training():
+def test_a_curve_without_validation_images_raises_before_training():
     given = parse(RECIPE.replace("limit: 160", "limit: 320, validation: 0"), "recipe.yaml")
     with pytest.raises(InputError, match=r"'prune' has validate_every.*Write data\.validation"):
         prepare(given, model=None, data=None, progress=NullProgress())
 
 
-def test_a_curve_without_steps_is_an_error():
+def test_a_curve_without_steps_raises():
     with pytest.raises(InputError, match=r"line 7: .*stage 'prune' has 0 steps\. Remove validate_every"):
         parse(RECIPE.replace("epochs: 2", "epochs: 0"), "recipe.yaml")
 
@@ -199,13 +199,13 @@ torch.save(torch.tensor(curve.values, dtype=torch.float64), sys.argv[2])
 
 
 @pytest.mark.slow
-def test_the_first_process_measures_for_all(tmp_path):
+def test_the_first_process_measures_for_all_processes(tmp_path):
     first, second = run_in_two_processes(SHARE.format(here=str(Path(__file__).parent)), tmp_path)
     assert len(first) == 2
     assert torch.equal(first, second)
 
 
-def test_a_curve_without_values_from_a_damaged_checkpoint_measures_again():
+def test_a_curve_without_values_from_a_damaged_checkpoint_is_measured_again():
     curve = ValidationCurve(2, lambda _model: 90.0)
     curve.load_state({"values": torch.empty(0)})
     curve.measure_again(4, nn.Linear(1, 1))

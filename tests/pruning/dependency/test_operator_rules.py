@@ -18,7 +18,7 @@ from tersor.pruning.channel_groups import coupled_channels, merge_cuts, remove
 
 
 class Learned(nn.Module):
-    """A function of the channels and of a learned tensor."""
+    """A function of the channels and a learned tensor."""
 
     def __init__(self, function, *shape):
         super().__init__()
@@ -138,7 +138,7 @@ FROZEN = {
 
 
 class Branches(nn.Module):
-    """Every operator on channels of its own."""
+    """Every operator, each with its own channels."""
 
     def __init__(self, images):
         super().__init__()
@@ -182,7 +182,7 @@ def test_removable_channels_of_every_operator():
     assert {name: sorted(each) for name, each in sizes.items()} == {name: sorted(expected[name]) for name in expected}
 
 
-def test_reason_why_the_channels_of_an_operator_stay():
+def test_the_reason_why_channels_of_an_operator_cannot_be_removed():
     names, _, _, unprunable = found()
     reasons = by_branch(names, [(root, why) for root, why in unprunable.items() if root.startswith("convs")])
     wrong = {name: each for name, each in reasons.items() if FROZEN.get(name, (0, ""))[1] not in "".join(each)}
@@ -190,7 +190,7 @@ def test_reason_why_the_channels_of_an_operator_stay():
     assert {name for name, each in reasons.items() if each} == set(FROZEN)
 
 
-def test_removal_is_masking_for_every_operator():
+def test_removal_equals_masking_for_every_operator():
     names, graph, groups, _ = found()
     images = torch.randn(3, 3, 4, 4)
     pruned, masked = copy.deepcopy(graph), copy.deepcopy(graph)
@@ -209,7 +209,7 @@ def test_removal_is_masking_for_every_operator():
     assert different == {"layer norm", "layer norm layer", "RMS norm", "group norm"}, "they normalize across channels"
 
 
-def test_an_instance_norm_without_weights_is_narrowed():
+def test_an_instance_norm_without_weights_can_be_narrowed():
     torch.manual_seed(0)
     images = torch.randn(3, 3, 4, 4)
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8), nn.Flatten(), nn.Linear(128, 2)).eval()
@@ -219,13 +219,13 @@ def test_an_instance_norm_without_weights_is_narrowed():
     remove(pruned, merge_cuts(group.cuts(range(0, 8, 2))))
     for parameter in masked.get_submodule("0").parameters():
         parameter.data[::2] = 0
-    with warnings.catch_warnings():  # torch warns of another number of channels than the module has
+    with warnings.catch_warnings():  # torch warns that the number of channels differs from that of the module
         warnings.simplefilter("error", UserWarning)
         assert torch.allclose(pruned(images), masked(images), atol=1e-5)
 
 
 class Square(nn.Module):
-    """As many positions as channels, all of which can be removed: (N, C, L) or (N, L, C) enters the layer."""
+    """As many positions as channels, all removable; the input of the layer is (N, C, L) or (N, L, C)."""
 
     def __init__(self, layer, *, channels_last):
         super().__init__()
@@ -250,7 +250,7 @@ def test_the_weights_of_a_layer_belong_to_its_own_dimension(kind, channels_last)
 
 
 class Reduced(nn.Module):
-    """Features (N, 16) or a map (N, 16, H, W) that a layer for another rank takes for an image without a batch."""
+    """Features (N, 16) or a map (N, 16, H, W), which the layer interprets as an input without a batch dimension."""
 
     def __init__(self, layer, *, features):
         super().__init__()
@@ -272,7 +272,7 @@ class Reduced(nn.Module):
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_layers_that_change_the_channels_keep_them(layer, features):
+def test_channels_that_a_layer_interprets_as_another_dimension_are_not_removable(layer, features):
     images = torch.randn(3, 3, 4, 4)
     network = Reduced(layer, features=features)
     network(images)

@@ -1,4 +1,4 @@
-"""Whether a trial on a copy found that all outputs of a node stay as they were."""
+"""Whether all outputs of a node are equal after a trial removal on a copy."""
 
 import torch
 
@@ -13,7 +13,7 @@ def test_every_output_of_a_node_is_compared():
     assert not _allclose([[kept], kept], ([moved], kept))
 
 
-def test_shapes_and_integers_must_be_equal():
+def test_shapes_and_integers_have_to_be_equal():
     assert not _allclose(torch.ones(2, 3), torch.ones(3, 2))
     assert not _allclose(torch.tensor([1, 2]), torch.tensor([1, 3]))
     assert _allclose(torch.ones(2, 0), torch.ones(2, 0))

@@ -1,4 +1,4 @@
-"""Attention maps: squared outputs, averaged over the channels, from black to white."""
+"""Attention maps: squared outputs averaged over the channels, scaled from black to white."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from tersor.report.analysis.attention_maps import attention_maps
 
 
 class Doubled(nn.Module):
-    """Two channels, x and -2x, of the first channel of the images."""
+    """Two channels, x and -2x, computed from the first channel of the images."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ def decoded(uri):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
 
 
-def test_maps_of_six_images_from_their_smallest_to_their_largest_value():
+def test_attention_maps_of_six_images_are_scaled_to_their_value_range():
     pixels = torch.full((12, 4, 4, 3), 191, dtype=torch.uint8)
     pixels[:, 0], pixels[:, 1], pixels[:, 3] = 255, 223, 0
     test = Batches(Pixels(pixels, torch.arange(12) % 2), 4, mean=(0.5,) * 3, std=(0.5,) * 3)

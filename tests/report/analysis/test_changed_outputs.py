@@ -16,7 +16,7 @@ from tersor.report.analysis.predictions import rgb_of
 GRAY = torch.full((3, 8, 8), 100, dtype=torch.uint8)
 
 
-def test_a_mask_colours_its_classes_only():
+def test_a_mask_colors_its_classes_and_no_other_pixels():
     mask = torch.zeros(8, 8, dtype=torch.uint8)
     mask[0], mask[1], mask[2] = 1, 2, 255
     drawn = with_mask(GRAY, mask, ignore_index=255)
@@ -28,7 +28,7 @@ def test_a_mask_colours_its_classes_only():
     assert (enlarged != GRAY).any(0)[:2].all()
 
 
-def test_confident_boxes_are_drawn():
+def test_only_confident_boxes_are_drawn():
     boxes = torch.tensor([[1.0, 1.0, 6.0, 6.0], [0.0, 0.0, 8.0, 8.0]])
     found = {"boxes": boxes, "labels": torch.tensor([1, 1]), "scores": torch.tensor([0.9, 0.1])}
     scale = 160 // 8
@@ -41,7 +41,7 @@ def test_confident_boxes_are_drawn():
     assert (with_boxes(GRAY, {"boxes": boxes[1:], "labels": torch.tensor([1])}) != 100).any(0)[0].all(), "a label"
 
 
-def test_the_least_agreement_comes_first_with_values_in_words():
+def test_examples_are_sorted_by_agreement_and_show_their_values():
     images = Pixels(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), None)
     before = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     after = torch.tensor([[1.0], [1.0], [2.9], [4.0]])
@@ -52,7 +52,7 @@ def test_the_least_agreement_comes_first_with_values_in_words():
     assert found["classes"] == []
 
 
-def test_scores_by_class_are_none_where_a_class_does_not_occur():
+def test_class_scores_are_none_if_a_class_does_not_occur():
     images = Pixels(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), None)
     targets, before, after = (
         torch.tensor([values]).view(1, 2, 2) for values in ([0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1])
@@ -64,7 +64,7 @@ def test_scores_by_class_are_none_where_a_class_does_not_occur():
     assert found["agreement"] == 75
 
 
-def test_images_of_any_channels_and_bits_are_shown():
+def test_images_with_any_channels_and_bit_depth_are_converted_to_rgb():
     class Images:
         def __init__(self, pixels):
             self.pixels = pixels
@@ -78,8 +78,8 @@ def test_images_of_any_channels_and_bits_are_shown():
     assert rgb_of(Images(four), 0).flatten().tolist() == [0, 1, 2]
 
 
-def test_masks_are_mixed_with_the_image_in_the_colours_of_their_classes():
-    """Class n has the hue n * 137.508 degrees; it covers three fifths of the image."""
+def test_masks_are_blended_with_the_image_in_the_colors_of_their_classes():
+    """Class n has a hue of n * 137.508 degrees and an opacity of 60 %."""
     mask = torch.zeros(8, 8, dtype=torch.int64)
     mask[0, 0], mask[0, 1], mask[0, 2] = 1, 2, 5
     drawn = with_mask(GRAY, mask, ignore_index=255)
@@ -109,7 +109,7 @@ def test_boxes_are_drawn_on_enlarged_images():
     assert not torch.equal(with_boxes(large, half), large)
 
 
-def test_detections_and_masks_are_shown_as_pictures():
+def test_detections_are_shown_as_pictures():
     images = Pixels(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), None)
     box = {"boxes": torch.tensor([[1.0, 1.0, 6.0, 6.0]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
     none = {key: value[:0] for key, value in box.items()}
@@ -127,7 +127,7 @@ def test_detections_and_masks_are_shown_as_pictures():
     assert example["pictures"]["original"] == example["pictures"]["label"] != example["pictures"]["artifact"]
 
 
-def test_values_of_any_outputs_in_words():
+def test_values_of_any_outputs_are_shown_as_text():
     images = Pixels(torch.zeros(10, 8, 8, 3, dtype=torch.uint8), None)
     labels = torch.tensor([[True, False, True], [False, False, False]] * 5)
     found = compare_outputs(tasks.build("multilabel"), images, (), None, labels, ~labels)

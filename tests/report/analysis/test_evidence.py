@@ -30,7 +30,7 @@ BASELINE = dict.fromkeys(("1", "32"), Execution(runtime="onnxruntime", precision
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    """A folder with a small network and the same in two bits, which changes its predictions."""
+    """A folder with a small network, and its 2-bit version, which predicts differently."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     original, model = Small().eval(), Small().eval()
@@ -38,7 +38,7 @@ def networks(tmp_path_factory):
     pixels = torch.randint(0, 256, (300, 8, 8, 3), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, 5, (300,), generator=draw)
     test = Batches(Pixels(pixels, labels), 100, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-    with torch.no_grad():  # so that no class always wins
+    with torch.no_grad():  # so that different classes are predicted
         original.answer.bias -= original(next(iter(test)).images).mean(0)
     model.load_state_dict(original.state_dict())
     attached = PTQ(bits=2).attach(model, AttachContext(data=test))
@@ -77,7 +77,7 @@ def evidence(networks):
     return collected(networks)
 
 
-def test_it_is_plain_values(evidence):
+def test_the_evidence_consists_of_plain_values(evidence):
     assert json.loads(json.dumps(evidence, allow_nan=False)) == evidence
     assert set(evidence) == {
         *("observed_images", "layers", "widths", "masks", "profile", "soft_targets", "attention", "predictions")
@@ -85,19 +85,19 @@ def test_it_is_plain_values(evidence):
     assert evidence["observed_images"] == 256
 
 
-def test_the_reference_page_has_every_key(evidence):
+def test_the_reference_page_documents_every_key(evidence):
     assert not undocumented(evidence, "evidence.json of a run")
     assert undocumented({"layers": [{"name": "first", "colour": 1}]}, "evidence.json of a run") == {"layers[].colour"}
 
 
-def test_predictions_are_compared(evidence):
+def test_predictions_of_original_and_artifact_are_compared(evidence):
     compared = evidence["predictions"]
     assert compared["images"] == 300
     assert compared["agreement"] < 100, "two bits change predictions"
     assert len(compared["examples"]) == min(24, round(300 * (1 - compared["agreement"] / 100)))
 
 
-def test_class_similarity_is_the_mean_soft_prediction(networks, evidence):
+def test_class_similarity_is_the_mean_of_the_soft_predictions(networks, evidence):
     similarity = evidence["soft_targets"]["class_similarity"]
     _, original, _, test = networks
     softened = torch.cat([(original(batch.images) / 4).softmax(1).detach() for batch in test])
@@ -106,7 +106,7 @@ def test_class_similarity_is_the_mean_soft_prediction(networks, evidence):
         assert row == pytest.approx(softened[test.images.targets == label].mean(0).tolist(), abs=1e-4)
 
 
-def test_attention_maps_of_each_network_and_resolution(evidence):
+def test_there_are_attention_maps_for_each_network_and_resolution(evidence):
     attention = evidence["attention"]
     assert list(attention["layers"]) == ["before", "after"]
     for image in attention["images"]:
@@ -117,7 +117,7 @@ def test_attention_maps_of_each_network_and_resolution(evidence):
             assert shown.getextrema() == (0, 255)
 
 
-def test_the_profile_names_every_layer_of_either_file(evidence):
+def test_the_profile_contains_every_layer_of_both_files(evidence):
     assert set(evidence["profile"]) == {"1", "32"}
     for profiles in evidence["profile"].values():
         for file in ("original", "artifact"):
@@ -126,7 +126,7 @@ def test_the_profile_names_every_layer_of_either_file(evidence):
     assert evidence["profile"]["1"]["baseline"] == evidence["profile"]["1"]["original"], "nothing is profiled twice"
 
 
-def test_the_profile_of_files_that_read_pixels_names_the_same_layers(networks, evidence, tmp_path):
+def test_the_profile_of_files_that_take_pixels_contains_the_same_layers(networks, evidence, tmp_path):
     _, original, model, test = networks
     example, pixels = next(iter(test)).images[:1], ([0.5] * 3, [0.2] * 3)
     export(original, example, tmp_path / "original.onnx", pixels=pixels)
@@ -151,7 +151,7 @@ class Attending(nn.Module):
         return self.answer(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
 
 
-def test_layers_of_attention_are_compared_with_the_original(networks, tmp_path):
+def test_attention_layers_are_compared_with_the_original(networks, tmp_path):
     test = networks[-1]
     torch.manual_seed(0)
     original, model = Attending().eval(), Attending().eval()
@@ -169,7 +169,7 @@ def test_layers_of_attention_are_compared_with_the_original(networks, tmp_path):
     assert [(each["before"], each["after"]) for each in found["widths"]] == [(16, 16), (48, 48), (16, 16), (5, 5)]
 
 
-def test_soft_targets_are_the_teachers_if_there_is_one(networks, evidence):
+def test_soft_targets_come_from_the_teacher_if_there_is_one(networks, evidence):
     assert evidence["soft_targets"]["network"] == "original"
     teacher = Small()
     torch.nn.init.zeros_(teacher.answer.weight)
@@ -185,7 +185,7 @@ def test_everything_but_timings_is_reproducible(networks, evidence):
     assert {**again, "profile": None} == {**evidence, "profile": None}
 
 
-def test_the_networks_do_not_change(networks):
+def test_collecting_evidence_does_not_change_the_networks(networks):
     _, original, model, _ = networks
     original.train()
     model.norm.train()

@@ -36,7 +36,7 @@ def quantized(network, images, bits, **options):
     return attached.model.eval()
 
 
-def test_a_float_network(original, images):
+def test_the_table_of_a_float_network(original, images):
     table = layer_table(original, original, images)
     assert [entry["name"] for entry in table] == ["first", "second", "answer"]
     first = table[0]
@@ -50,7 +50,7 @@ def test_a_float_network(original, images):
     assert sum(histogram["after"]) == 6 * 3 * 9
 
 
-def test_a_quantized_layer_uses_its_levels(original, images):
+def test_the_table_of_a_quantized_layer_contains_levels_and_histogram(original, images):
     model = quantized(Small().eval(), images, bits=2, first_last_bits=2)
     first, second, answer = layer_table(original, model, images)
     assert (first["weight_bits"], first["activation_bits"]) == (2, 2)
@@ -68,14 +68,14 @@ def test_a_quantized_layer_uses_its_levels(original, images):
     assert histogram["step"] == [scale.min().item(), scale.median().item(), scale.max().item()]
 
 
-def test_eight_bits_share_bins(original, images):
+def test_histograms_of_8_bit_layers_use_the_same_bins_before_and_after(original, images):
     histogram = layer_table(original, quantized(Small().eval(), images, bits=8), images)[1]["histogram"]
     assert histogram["width"] == histogram["after_width"] == 2
     assert sum(histogram["after"]) == sum(histogram["before"]) == 6 * 4 * 9
     assert len(histogram["after"]) == len(histogram["before"]) <= 128
 
 
-def test_the_error_is_the_quantized_layers(original, images):
+def test_the_error_is_that_of_the_output_of_the_quantized_layer(original, images):
     model = quantized(original, images, bits=3)
     second = layer_table(original, model, images)[1]
     weights = model.second.parametrizations.weight
@@ -92,7 +92,7 @@ def test_the_error_is_the_quantized_layers(original, images):
     assert second["error"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_layer_of_tiny_outputs_has_an_error_too(original, images):
+def test_a_layer_with_tiny_outputs_has_an_error(original, images):
     with torch.no_grad():
         original.second.weight *= 1e-4
         original.second.bias.zero_()
@@ -111,7 +111,7 @@ def test_clipped_is_the_fraction_outside_the_grid(original, images):
     assert first["clipped"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_mask_does_not_count_as_error(original, images):
+def test_a_mask_is_not_included_in_the_error(original, images):
     model = Small().eval()
     mask = Mask(model.second.weight.shape)
     mask.mask[:, :3] = False
@@ -125,12 +125,12 @@ def test_a_mask_does_not_count_as_error(original, images):
     assert entry["error"] < 0.02, "from rounding only"
 
 
-def test_removed_channels(original, images):
+def test_shapes_before_and_after_channel_removal_are_listed(original, images):
     table = layer_table(original, Small(width=4).eval(), images)
     assert (table[1]["original_shape"], table[1]["shape"]) == ([4, 6, 3, 3], [4, 4, 3, 3])
 
 
-def test_another_architecture_is_not_compared_even_if_some_layer_names_match(images):
+def test_a_different_architecture_is_not_compared_even_if_some_layer_names_match(images):
     other = Small().eval()
     other.third = nn.Linear(5, 5)
     table = layer_table(other, Small().eval(), images)

@@ -47,7 +47,7 @@ def test_changed_predictions_are_counted():
     np.testing.assert_array_equal(decoded(result["examples"][1]["png"]), pixels)
 
 
-def test_examples_of_each_kind_come_from_the_whole_set():
+def test_examples_of_each_kind_are_taken_from_the_whole_set():
     labels = np.repeat([0, 1, 2, 3], 50)
     before, after = labels.copy(), labels.copy()
     before[100:102] = 3  # gained
@@ -60,7 +60,7 @@ def test_examples_of_each_kind_come_from_the_whole_set():
     assert {0, 199} <= set(shown)
 
 
-def test_nothing_changed():
+def test_equal_predictions_give_no_changes_and_no_examples():
     result = compare_predictions(images_of([0, 1]), np.array([1, 1]), np.array([1, 1]))
     assert result["agreement"] == 100
     assert result["examples"] == result["changes"] == []
@@ -77,7 +77,7 @@ class Fixed(nn.Module):
         return images.mean((1, 2, 3))[:, None] * torch.arange(self.classes)[None]
 
 
-def test_softened_targets_are_softmax_over_t():
+def test_soft_targets_are_softmax_of_logits_divided_by_temperature():
     labels = list(range(9))
     pixels = torch.arange(9, dtype=torch.uint8).reshape(9, 1, 1, 1).expand(9, 2, 2, 3).contiguous()
     test = Batches(Pixels(pixels, torch.tensor(labels)), 4, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
@@ -96,7 +96,7 @@ def test_softened_targets_are_softmax_over_t():
     assert decoded(result[0]["png"]).tolist() == np.full((2, 2, 3), 8).tolist()
 
 
-def test_of_many_classes_the_likeliest_are_listed():
+def test_of_many_classes_only_the_most_likely_are_listed():
     pixels = torch.full((1, 2, 2, 3), 3, dtype=torch.uint8)
     test = Batches(Pixels(pixels, torch.tensor([0])), 1, mean=(0, 0, 0), std=(1, 1, 1))
     [result] = soft_targets(Fixed(40), test, torch.tensor([0]))

@@ -1,4 +1,4 @@
-"""Masks and widths in the report; zeros from masks, from training to the file."""
+"""Masks and widths in the report; masked zeros from training to the exported file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Few:
-    """64 images of five classes, 16 a batch, the same in every epoch."""
+    """64 images of five classes in batches of 16, the same in every epoch."""
 
     def __len__(self):
         return 4
@@ -57,7 +57,7 @@ def masks_of(model):
 
 @pytest.fixture(scope="module")
 def trained_on_grids():
-    """Masks, then a few 8-bit quantized steps, which change every remaining weight."""
+    """A masked network after a few steps of 8-bit training, which change every remaining weight."""
     model = pruned()
     before = {name: mask.clone() for name, mask in masks_of(model).items()}
     attached = chain([QAT(calibration_images=32)], model, AttachContext(data=[IMAGES[:32]], steps=8))
@@ -68,7 +68,7 @@ def trained_on_grids():
     return attached.model, before
 
 
-def test_the_file_has_the_zeros_of_the_masks(trained_on_grids, tmp_path):
+def test_the_file_contains_the_zeros_of_the_masks(trained_on_grids, tmp_path):
     model, before = trained_on_grids
     assert {name: mask.tolist() for name, mask in masks_of(model).items()} == {
         name: mask.tolist() for name, mask in before.items()
@@ -97,7 +97,7 @@ def test_zeros_from_masks_are_distinguished_from_zeros_from_rounding(trained_on_
     assert layer_table(Small(16), model, IMAGES)[-1]["masked"] == 0
 
 
-def test_masked_weights_compress(tmp_path):
+def test_masked_weights_make_the_compressed_file_smaller(tmp_path):
     torch.manual_seed(0)
     dense = export(Small(64).eval(), IMAGES[:1], tmp_path / "dense.onnx")
     sparse = export(pruned(64), IMAGES[:1], tmp_path / "sparse.onnx")
@@ -106,7 +106,7 @@ def test_masked_weights_compress(tmp_path):
     assert compressed_bytes(sparse) < 0.5 * compressed_bytes(dense)
 
 
-def test_masks_are_listed_by_kernel():
+def test_masks_are_listed_per_kernel():
     model = pruned(10)
     first, second = masks(model)
     assert (first["name"], first["shape"]) == ("first", [10, 3, 3, 3])
@@ -117,13 +117,13 @@ def test_masks_are_listed_by_kernel():
     assert masks(Small()) == []
 
 
-def test_of_many_layers_six_are_evenly_spaced():
+def test_of_many_layers_six_evenly_spaced_ones_are_listed():
     model = nn.Sequential(*[nn.Conv2d(2, 2, 1) for _ in range(11)])
     attached = WeightPruning(sparsity=0.5).attach(model, AttachContext())
     assert [each["name"] for each in masks(attached.model)] == ["0", "2", "4", "6", "8", "10"]
 
 
-def test_widths_of_the_common_layers():
+def test_widths_of_layers_in_both_networks_are_listed():
     original = Small(16).eval()
     cut = ChannelPruning(keep_channels=0.5, round_to=4).attach(Small(16).eval(), AttachContext(data=[IMAGES])).model
     assert len(cut.first.weight) < 16
