@@ -332,7 +332,10 @@ def test_the_normalization_can_be_arrays_or_tensors(tmp_path, kind):
 
 def test_different_values_for_pixels_and_normalization_raise(tmp_path):
     network, images = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), torch.randn(8, 3, 8, 8)
-    with pytest.raises(InputError, match=r"normalization is \(\(0\.1.* but pixels is \(\(0\.5.*must be the same"):
+    with pytest.raises(
+        InputError,
+        match=r"normalization is \(\(0\.1.* but pixels is \(\(0\.5.*Leave out normalization, or give the same values",
+    ):
         tersor.export(network, images, tmp_path / "a.onnx", pixels=RGB, normalization=((0.1, 0.4, 0.3), RGB[1]))
 
 

@@ -61,7 +61,8 @@ def quantize(
     """Quantize a copy of a trained network (post-training quantization); `export` writes it with integer weights.
 
     A `CompressionWarning` is issued if less than 95 % of the MACs are computed in integers (`integer_coverage` lists
-    the operators in float, each with its share of the MACs), and if a classifier is at chance level.
+    the operators in float, each with its share of the MACs), if the MACs of some operators cannot be counted, if the
+    images contradict `normalization`, and if a classifier is at chance level.
 
     Args:
         model: a trained network; it is not changed.
@@ -107,7 +108,7 @@ def prune(
 ) -> nn.Module:
     """Remove channels from a copy of a trained network; the remaining weights and BatchNorm statistics are refitted.
 
-    A `CompressionWarning` is issued if operators multiply whose MACs cannot be counted, or if the result would behave
+    A `CompressionWarning` is issued if the MACs of some operators cannot be counted, or if the result would behave
     differently from the network in later training: without stochastic depth, without its custom `train()`, or with
     gradients other than those of its custom `backward()`.
 
@@ -207,8 +208,9 @@ def export(
 ) -> Path:
     """Write a network to one ONNX file and compare its outputs in `runtime` with those in torch, on `example`.
 
-    A `CompressionWarning` is issued if the outputs differ by more than usual, or if `quantize` was called with another
-    runtime.
+    A `CompressionWarning` is issued if the outputs differ by more than usual, if `quantize` was called with another
+    runtime, if the file leaves out quantizers or the runtime computes quantized layers in float, or if the values of
+    `example` contradict the normalization.
 
     Args:
         model: any network; the result of `quantize` is written with integer weights and operators.
@@ -219,7 +221,8 @@ def export(
         pixels: mean and standard deviation of the normalization; the file then takes uint8 pixels.
         normalization: mean and standard deviation that the images were normalized with, stored in the metadata for
             `tersor eval`; by default those given to `quantize`.
-        batch: fixed batch size; by default it is dynamic, or 1 with a warning if the installed OpenVINO would crash.
+        batch: fixed batch size; by default it is dynamic, or 1 with a warning if the network needs a fixed size or the
+            installed OpenVINO would crash.
 
     Raises:
         InputError: the network cannot be converted, the runtime is not installed or cannot run the file, or the
@@ -267,7 +270,7 @@ def compare(
 
     Args:
         original: a network, or its ONNX file.
-        artifact: an ONNX file, or the folder of a run.
+        artifact: an ONNX file, or the folder of a run or a search.
         loader: batches (images, targets) in the input format of the files; without targets, the metric is None. For
             files that take uint8 pixels, normalized images are converted to pixels.
         runtime: the runtime for both.
@@ -279,9 +282,9 @@ def compare(
         The entries `original` and `artifact`, each with the metric under its name, `agreement` with the original in
         percent, `bytes`, `compressed_bytes` (after gzip), and `latency_ms` in milliseconds by batch size: `median`,
         `p10`, `p90`, `n`. The artifact also has `difference`, its metric minus that of the original;
-        `difference_error`, one standard error of it in points (None unless the metric is the accuracy); and `speedup`
-        over the original by batch size: `value`, the 95 % interval `low` to `high`, the number of rounds, `n`, and the
-        number of groups that the rounds are divided into, `groups`.
+        `difference_error`, the standard error of `difference` in points (None unless the metric is the accuracy); and
+        `speedup` over the original by batch size: `value`, the 95 % interval `low` to `high`, the number of rounds,
+        `n`, and the number of groups that the rounds are divided into, `groups`.
 
     Raises:
         InputError: a file or a batch cannot be used.

@@ -39,7 +39,7 @@ def _points(text: str) -> float:
 
 
 def _max_drop(default: str) -> Any:
-    text = f"largest allowed drop of the metric, in points [default: {default}]"
+    text = f"largest allowed drop in the metric, in points [default: {default}]"
     return typer.Option(parser=_points, metavar="<float>", help=text)
 
 
@@ -184,7 +184,7 @@ def read_size(text: str | None) -> int | list[int] | None:
 
 
 def front_tables(front: Front, best: str = "model.onnx") -> Iterator[Table]:
-    """The free baselines and the Pareto front, from the fastest to the slowest; many latencies in tables of their own.
+    """The free baselines and the Pareto front, fastest first; with many batch sizes, latencies get separate tables.
 
     Args:
         front: the points.

@@ -171,7 +171,7 @@ def described_input(file: Path) -> str:
 
 
 def results_tables(results: Results) -> Iterator[Table]:
-    """What was measured of each file; then the artifact compared with the original and the baseline."""
+    """What was measured for each file; then the artifact compared with the original and the baseline."""
     from tersor.report.summary import entries, scores
     from tersor.report.verdict import RUNTIMES, same_runtime, scores_note
 
@@ -247,7 +247,7 @@ def speedup_cell(ratio: Ratio | Speedup) -> str:
 
 
 _SENSITIVITY_CAPTION = (
-    "Cells: error of the outputs in % (drop of the metric in points). Sorted by the largest drop, then by the largest "
+    "Cells: error of the outputs in % (drop in the metric, in points). Sorted by the largest drop, then by the largest "
     "error; # is the position of the layer in the network. (0.0) means that the metric differs by less than 0.05 "
     "points from that in float, which is common at 8 bits."
 )
@@ -284,5 +284,5 @@ def sensitivity_table(found: BitCosts) -> Table:
 
 
 def _drop(cost: Cost) -> str:
-    """The drop of the metric below the error; empty for images without labels."""
+    """The drop in the metric below the error; empty for images without labels."""
     return "" if cost.drop is None else f"\n({cost.drop:z.1f})"

@@ -235,7 +235,7 @@ def test_a_failed_replacement_keeps_the_manifest(out):
 def test_a_file_can_be_replaced_in_an_artifact_folder_only(tmp_path):
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         replace_file(tmp_path, "report.html", write_report("text"))
-    with pytest.raises(InputError, match="Pass the folder of a run"):
+    with pytest.raises(InputError, match=r"does not exist\. Pass a folder that a run or tersor\.save wrote"):
         replace_file(tmp_path / "absent", "report.html", write_report("text"))
 
 
@@ -317,7 +317,7 @@ def test_without_a_manifest_only_a_complete_folder_of_a_search_is_read(tmp_path)
         folder.mkdir()
         for name in names:
             (folder / name).write_text("")
-        with pytest.raises(InputError, match="is not the folder of a run"):
+        with pytest.raises(InputError, match=r"was not written by a run or tersor\.save"):
             read_artifact(folder)
     (folder / "front.json").write_text("")
     assert read_artifact(folder).model == folder / "model.onnx"
@@ -335,12 +335,24 @@ def test_for_a_parent_folder_the_error_lists_the_runs_in_it(tmp_path):
     with pytest.raises(InputError) as caught:
         read_artifact(runs)
     assert str(caught.value) == (
-        f"{runs} is not the folder of a run: it has no manifest.json. It contains the runs {runs}/a, {runs}/b, "
-        f"{runs}/more/c and the searches {runs}/search. Pass one of them, such as {runs}/a."
+        f"{runs} was not written by a run or tersor.save: it has no manifest.json. It contains the runs {runs}/a, "
+        f"{runs}/b, {runs}/more/c and the searches {runs}/search. Pass one of them, such as {runs}/a."
     )
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"has no manifest\.json\. Pass a folder that a run wrote\.$"):
+    with pytest.raises(InputError, match=r"has no manifest\.json\. Pass a folder that a run or tersor\.save wrote\.$"):
+        read_folder(tmp_path / "empty")
+    with pytest.raises(InputError, match=r"Pass the folder of a run or a search, or a \.onnx or \.xml file\.$"):
         read_artifact(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("file", "again"), [("recipe.yaml", "run its recipe.yaml again"), ("model.py", "write it again with tersor.save")]
+)
+def test_a_damaged_folder_is_written_again_as_it_was_made(file, again, tmp_path):
+    out = write_folder(tmp_path / "out", lambda folder: (folder / file).write_text("x"))
+    (out / file).write_text("y")
+    with pytest.raises(InputError, match=rf"{file} was changed\. Copy it again, or {again}\.$"):
+        read_folder(out)
 
 
 def test_the_list_of_runs_in_the_error_is_truncated(tmp_path):

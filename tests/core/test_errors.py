@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import difflib
 
+import pytest
+
 from tersor.core.errors import NonFiniteLoss, NonFiniteWeights, nearest, unknown
 
 
@@ -17,15 +19,22 @@ def test_without_a_similar_name_there_is_no_hint():
 
 def test_a_nonfinite_loss_of_another_process_is_reported_without_its_name():
     later, first = (NonFiniteLoss(step, "", float("nan"), 0.1, None) for step in (4, 1))
-    assert str(later).startswith("a loss of another process is nan at step 4, with a learning rate of 0.1.")
-    assert str(first).startswith("a loss of another process is nan before any update of the weights.")
+    assert str(later).startswith("a loss in another process is nan at step 4, with a learning rate of 0.1.")
+    assert str(first).startswith("a loss in another process is nan before any update of the weights.")
     assert str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None)).startswith("the loss 'labels' is nan at step 4")
 
 
-def test_without_a_recipe_only_a_smaller_learning_rate_is_suggested():
-    message = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None, recipe=False))
-    assert message.endswith("The weights were not updated in this step. Try a smaller learning_rate.")
-    assert str(NonFiniteWeights("train", recipe=False)).endswith("infinite or NaN. Try a smaller learning_rate.")
+@pytest.mark.parametrize(("origin", "advice"), [("call", " Try a smaller learning_rate."), ("search", "")])
+def test_without_a_recipe_at_most_a_smaller_learning_rate_is_suggested(origin, advice):
+    message = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, None, origin=origin))
+    assert message.endswith(f"The weights were not updated in this step.{advice}")
+    assert str(NonFiniteWeights("train", origin=origin)).endswith(f"infinite or NaN.{advice}")
+
+
+def test_with_a_recipe_its_options_and_the_last_checkpoint_are_named():
+    message = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, "a/step-2"))
+    advice = "Try a smaller learning_rate, some warmup_epochs, or clip_norm."
+    assert message.endswith(f"The weights were not updated in this step. Last good checkpoint: a/step-2. {advice}")
 
 
 def test_for_a_python_file_the_error_asks_for_a_function_in_it(tmp_path, monkeypatch):

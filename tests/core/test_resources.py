@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tersor.core.errors import InputError
-from tersor.core.resources import enough_memory, smaller_batch, writable
+from tersor.core.resources import enough_memory, less_memory, writable
 
 
 @pytest.mark.parametrize(
@@ -25,18 +25,26 @@ from tersor.core.resources import enough_memory, smaller_batch, writable
 )
 def test_out_of_memory_errors_suggest_a_batch_size(error):
     words = r"not enough memory .*batch_size is 128. Write a smaller one. .*write batch_size: 64 and accumulate: 6"
-    with pytest.raises(InputError, match=words) as raised, enough_memory(smaller_batch(128, 3)):
+    with pytest.raises(InputError, match=words) as raised, enough_memory(less_memory("recipe", 128, 3)):
         raise error
     assert "\n" not in str(raised.value)
 
 
 def test_a_batch_size_of_one_suggests_smaller_images():
-    assert "smaller images" in smaller_batch(1, 4)
+    assert "smaller images" in less_memory("recipe", 1, 4)
+
+
+@pytest.mark.parametrize(("origin", "words"), [("call", "Pass a loader"), ("search", "`--image-size`")])
+def test_without_a_recipe_the_remedy_names_no_key_of_one(origin, words):
+    remedy = less_memory(origin, 128, 1)
+    assert words in remedy
+    assert "batch_size" not in remedy
 
 
 def test_a_batch_size_is_halved_and_accumulation_is_doubled():
-    assert "To keep the same number of images per step, write batch_size: 4 and accumulate: 2." in smaller_batch(8, 1)
-    assert "To keep about the same number of images per step, write batch_size: 4" in smaller_batch(9, 1)
+    of_recipe = lambda size: less_memory("recipe", size, 1)  # noqa: E731
+    assert "To keep the same number of images per step, write batch_size: 4 and accumulate: 2." in of_recipe(8)
+    assert "To keep about the same number of images per step, write batch_size: 4" in of_recipe(9)
 
 
 def test_an_out_of_memory_error_of_torch_is_recognized():

@@ -113,7 +113,7 @@ def test_image_size_resizes_images_of_different_sizes(draw_images):
     draw_images("cat", 3, size=(9, 5))
     folder = draw_images("dog", 3, size=(6, 8))
     assert everything(from_folder(folder, ImageFormat((4, 4))).train).shape[1:] == (3, 4, 4)
-    with pytest.raises(InputError, match=r"differ in size: 9x5 and 6x8 .*Write image_size"):
+    with pytest.raises(InputError, match=r"differ in size: 9x5 and 6x8 .*Resize them: write data\.image_size"):
         everything(from_folder(folder, ImageFormat()).train)
 
 

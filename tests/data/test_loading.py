@@ -155,7 +155,9 @@ def test_test_images_of_a_different_size_raise(draw_images):
     for name in ("cat", "dog"):
         draw_images(f"train/{name}", 5, size=(8, 8))
         folder = draw_images(f"test/{name}", 5, size=(9, 7))
-    with pytest.raises(InputError, match=r"training images have 8x8 pixels, test images 9x7. Write image_size"):
+    with pytest.raises(
+        InputError, match=r"training images have 8x8 pixels, test images 9x7\. Resize them: write data\.image_size"
+    ):
         load(folder=folder)
     assert load(folder=folder, image_size=6).test.size == (6, 6)
 

@@ -72,7 +72,7 @@ class Machine:
     Args:
         ratio: true ratio of their times.
         noise: relative noise of a round; `memory` is its correlation with the next round.
-        opened: relative difference of two sessions as long as they are open.
+        opened: relative difference between two sessions as long as they are open.
         drift: relative change of both from round to round.
         spikes: fraction of the rounds in which one of them takes about twice as long.
     """

@@ -276,6 +276,15 @@ def test_a_weight_computed_in_forward_is_noted():
     assert training_notes(capture(nn.Sequential(parametrized, nn.ReLU()).eval(), IMAGES)) == ()
 
 
+@pytest.mark.parametrize(
+    ("count", "named"), [(2, "1.conv2d and 2.conv2d_1"), (3, "1.conv2d, ..., 3.conv2d_2 (3 in all)")]
+)
+def test_several_modules_are_not_named_as_a_range(count, named):
+    layers = [Standardized(3, 3, 1) for _ in range(count)]
+    (note,) = training_notes(capture(nn.Sequential(nn.Identity(), *layers).eval(), IMAGES))
+    assert note.startswith(f"the compressed network trains the weights of {named} directly")
+
+
 class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(_context, values):

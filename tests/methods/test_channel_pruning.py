@@ -253,7 +253,11 @@ def test_a_fraction_that_is_not_reached_says_by_how_much_and_because_of_which_la
     assert f"{narrow / total:.3f} in 0.rnn, 0.b, 0.a (as narrow as `floor` and `round_to` allow)" in message
     share = spent["0.head"] / total
     assert f"{share:.3f} in 0.head (output channels not removed: _1 fails if some of them are removed: " in message
-    assert message.endswith(f"Write {math.ceil(1000 * left) / 1000:.3f} or more, or a lower `floor` or `round_to`.")
+    of_floor = ", or (in a recipe) a lower `floor`."
+    assert message.endswith(f"Write {math.ceil(1000 * left) / 1000:.3f} or more, or a lower `round_to`{of_floor}")
+    for floor, words in ((0.1, of_floor), (0.0, ".")):
+        with pytest.raises(InputError, match=rf"Write [\d.]+ or more{re.escape(words)}$"):
+            attached(network, keep_macs=0.001, round_to=1, floor=floor)
 
 
 def test_uncounted_operators_are_listed_in_the_notes(model):

@@ -80,7 +80,7 @@ def test_common_names_of_a_method_suggest_the_registered_name(given: str, meant:
 
 def test_a_method_that_does_not_exist_is_not_suggested(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tersor.methods, "names", lambda: ("soft_targets",))
-    own = r"Write a method of your own as package\.module:Class\."
+    own = r"Name a method of your own as package\.module:Class\."
     with pytest.raises(InputError, match=rf"unknown method 'quantize'\. Possible: soft_targets\. {own}"):
         get("quantize")
 
@@ -134,5 +134,5 @@ def test_the_import_error_of_a_users_file_is_shown():
 
 
 def test_a_dot_instead_of_the_colon_is_explained_in_the_error():
-    with pytest.raises(InputError, match=r"unknown method 'slim\.Slim'\. Write .* as 'slim:Slim', with a colon"):
+    with pytest.raises(InputError, match=r"unknown method 'slim\.Slim'\. Name .* as 'slim:Slim', with a colon"):
         get("slim.Slim")

@@ -58,6 +58,7 @@ def test_quantize_warns_at_chance_level(scale, labels, words):
         return
     assert len(found) == len(words)
     assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+    assert all(" Measure the original network. If it is accurate, use more bits" in sentence for sentence in found)
 
 
 def test_the_warning_names_the_first_file_at_chance_level():

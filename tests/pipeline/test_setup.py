@@ -127,7 +127,7 @@ def test_the_normalization_is_that_of_the_recipe_or_of_the_weights_files():
         changed, computed = normalised(recipe(), {}, two[0])
         assert (changed.mean, changed.std, computed) == ((0.1,), (0.2,), False)
         assert normalised(recipe(), two[1], two[1])[0].mean == (0.3,)
-        with pytest.raises(InputError, match="trained with different mean"):
+        with pytest.raises(InputError, match="trained with different means"):
             normalised(recipe(), *two)
     sources = [line.partition("(")[2] for line in progress.lines]
     assert sources == [

@@ -1,13 +1,16 @@
 """Networks and images in the stages of a recipe."""
 
+import copy
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
 from recorded_progress import RecordedProgress
 from tersor.checkpoint.store import Checkpoints
 from tersor.core import device
+from tersor.core.errors import NonFiniteLoss
 from tersor.core.plain_values import plain_dataclass
 from tersor.core.progress import NullProgress
 from tersor.data import load
@@ -85,6 +88,17 @@ def test_networks_that_fail_in_bfloat16_are_trained_in_float32(tmp_path, monkeyp
         "the teacher does not run under bfloat16 autocast",
         "distil: the network does not run under bfloat16 autocast",
     ]
+
+
+@pytest.mark.parametrize(("seconds", "advised"), [(None, True), (60.0, False)])
+def test_the_error_of_a_diverged_training_in_a_search_has_no_keys_of_a_recipe(seconds, advised, tmp_path):
+    text = RECIPE.replace("SEED", "1").replace("steps: 3,", "steps: 3, optimizer: {learning_rate: 1.0e+30},")
+    experiment = prepare(parse(text, "recipe.yaml"), model=None, data=None, progress=NullProgress())
+    experiment = replace(experiment, teacher=copy.deepcopy(experiment.model))
+    with pytest.raises(NonFiniteLoss) as caught:
+        run_stages(experiment, Checkpoints(tmp_path), NullProgress(), seconds)
+    assert ("Try a smaller learning_rate" in str(caught.value)) is advised
+    assert ("Last good checkpoint" in str(caught.value)) is advised
 
 
 PRUNED = """\

@@ -231,6 +231,8 @@ def test_layers_in_float_because_of_exclude_or_max_drop_are_listed():
     (left,) = planned(copy.deepcopy(network), exclude=("2",)).operators
     assert (left.name, left.kind, left.reason) == ("2", "Conv2d", "excluded")
     attached = PTQ().attach(network, AttachContext(data=[IMAGES]))
+    before = {each.reason for each in integer_coverage(attached.model, IMAGES).operators}
+    assert before == {"the quantizers are not calibrated yet"}
     attached.begin()
     for quantizer in (attached.quantizers.of_weight("2"), attached.quantizers.of_activation("quantizers._1")):
         quantizer.enabled = False

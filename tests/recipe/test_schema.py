@@ -224,7 +224,7 @@ def test_a_key_that_contains_dots_can_be_overridden(tmp_path: Path):
         ("a..b=3", "write it as path=value"),
         ("seed=[", "this is not YAML: "),
         ("stages.0.epochs=???", "values are missing: stages.0.epochs. Write them in place of ???, or add "),
-        ("model=", "model should be a mapping of the keys name, num_classes, weights, got nothing."),
+        ("model=", "model should be a mapping with the keys name, num_classes, weights, got nothing."),
     ],
 )
 def test_invalid_overrides_raise(assignment: str, expected: str, tmp_path: Path):

@@ -80,7 +80,7 @@ def test_a_damaged_recipe_raises_no_other_error(data: st.DataObject):
         (
             "{runtime: openvino}",
             "openvino",
-            "line 5: target should be a mapping of the keys runtime, cpu, input, batch, got",
+            "line 5: target should be a mapping with the keys runtime, cpu, input, batch, got",
         ),
         ("name: resnet20, ", "", "line 2: model needs 'name'."),
         (
@@ -137,7 +137,7 @@ def test_the_error_for_a_missing_teacher_explains_what_to_write():
     [
         (
             "orignal",
-            ["teacher should be a mapping of the keys name, num_classes, weights, epochs, training or 'original'"],
+            ["teacher should be a mapping with the keys name, num_classes, weights, epochs, training or 'original'"],
         ),
         ("{nam: a}", ["teacher needs 'name'.", "unknown key 'nam'. Did you mean 'name'?"]),
     ],
@@ -152,7 +152,7 @@ def test_an_invalid_teacher_is_reported_according_to_its_type(teacher: str, expe
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "recipe.yaml, line 1: a recipe should be a mapping of the keys model, teacher, task, data, target,"),
+        ("", "recipe.yaml, line 1: a recipe should be a mapping with the keys model, teacher, task, data, target,"),
         ("# nothing\n", "got nothing."),
         ("- a\n- b", "stages, got a list of length 2."),
         ("hello", "got the text 'hello'."),

@@ -247,7 +247,7 @@ def test_weights_moved_toward_a_grid_are_shown_if_there_are_any(page):
     text = page()
     assert "Stage draw, psgd" in text
     assert text.count("mean distance: 0.250 before the stage, 0.125 after it") == 6, "of all and of a layer"
-    assert "weights far from a point move far" in text
+    assert "weights far from a point moved far, and weights on a point stayed." in text
     assert "initial distance 0.25 to 0.30 steps; mean movement: 0.125" in text
     assert "initial distance to the nearest point, both in steps." in text
     assert "conv, 3 bits" in text
@@ -291,14 +291,14 @@ def test_the_page_is_deterministic(page):
     assert page() == page()
 
 
-def test_many_classes_are_reduced_to_those_with_the_largest_changes(page):
+def test_many_classes_are_reduced_to_those_with_the_lowest_and_the_highest_changes(page):
     evidence = evidence_of()
     evidence["predictions"]["classes"] = [
         {"class": number, "images": 50, "before": 25, "after": number // 4} for number in range(200)
     ]
     evidence["predictions"]["changes"] = [[number, number + 1, 5] for number in range(60)]
     text = page(evidence=evidence)
-    assert "The 20 classes with the largest changes" in text
+    assert "The 10 lowest and 10 highest changes among 200 classes" in text
     assert 'scope="row">class 199<' in text
     assert 'scope="row">class 100<' not in text
     assert "The most frequent changes" in text

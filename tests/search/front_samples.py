@@ -15,7 +15,7 @@ from tersor.search.front import BaselineSpeedup, Point, front
 
 SIZES = (1, 128)
 CLASSES = ["cat", "dog", "</script><script>alert(1)</script>"]
-FAMILIES = ("fewer blocks", "fewer channels", "fewer blocks and channels", "student networks")
+FAMILIES = ("fewer branches", "fewer channels", "fewer branches and channels", "student networks")
 
 
 def point(name, validation, ms, **more):

@@ -1,4 +1,4 @@
-"""Candidates and their recipes, the search space, the included family, and the cache of latencies."""
+"""Candidates and their recipes, the search space, the `wide_plain` networks, and the cache of latencies."""
 
 import importlib
 import math

@@ -245,10 +245,14 @@ def test_images_with_a_much_better_metric_are_recognized_as_training_images_of_t
 def test_the_space_contains_fewer_bits_only_if_the_size_is_limited(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
     assert space_of(search, ["wide"], [24]) == Space(9, True, ["wide"], ("8", "mixed", "4"), [24])
-    search.bench.broken = (Candidate().name,)
+    lines = []
+    search.bench.broken, search.bar.tell = (Candidate().name,), lines.append
     assert space_of(search, ["wide"], []) == Space(0, False, ["wide"], ("8", "mixed", "4"), [])
     search = searching(tmp_path / "other")
+    search.bench.broken, search.bar.tell = (Candidate().name,), lines.append
     assert space_of(search, [], []).bits == ("8",)
+    kinds = [line.partition("so only ")[2].partition(" are tried: cannot be built")[0] for line in lines]
+    assert kinds == ["students, image sizes and bits", "students and image sizes"]
 
 
 @pytest.mark.usefixtures("fake_search")

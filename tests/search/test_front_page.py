@@ -26,7 +26,7 @@ def test_a_page_of_two_hundred_trials_has_less_than_three_megabytes(page):
     assert page.stat().st_size < 3e6
     data = data_of(page.read_text())
     assert len(data["points"]) == 203
-    assert {each["family"] for each in data["points"]} > {"free baselines", "fewer blocks", "student networks"}
+    assert {each["family"] for each in data["points"]} > {"free baselines", "fewer branches", "student networks"}
     assert data["evidence"]["classes"] == evidence_for(front_of())["classes"]
 
 

@@ -190,7 +190,7 @@ def test_names_and_families_of_candidates_with_further_removals():
         "original, 3 branches removed, 1 more branch removed after training, "
         "at most 80 % of the remaining MACs after training, 8 bits"
     )
-    assert candidate.family == "fewer blocks and channels"
+    assert candidate.family == "fewer branches and channels"
     assert candidate.parent == Candidate(branches=3, later=(Removal(branches=1),))
     assert Candidate.of(json.loads(json.dumps(candidate.parameters))) == candidate
     assert candidate.last_removal[0].name == "prune-3"

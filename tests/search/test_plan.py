@@ -88,9 +88,9 @@ def test_names_and_families_of_candidates_describe_their_changes():
     assert str(Candidate(bits="4")) == "original, 4 bits"
     families = {
         "fewer bits": Candidate(bits="4"),
-        "fewer blocks": Candidate(branches=1),
+        "fewer branches": Candidate(branches=1),
         "fewer channels": Candidate(keep_macs=0.9),
-        "fewer blocks and channels": Candidate(branches=1, keep_macs=0.9),
+        "fewer branches and channels": Candidate(branches=1, keep_macs=0.9),
         "fewer pixels": Candidate(pixels=8),
         "student networks": Candidate("a", pixels=8),
     }

@@ -13,7 +13,7 @@ from tersor.search.candidate import Candidate
 from tersor.search.compression_budget import Budget
 from tersor.search.halving import halve
 from tersor.search.learning_curves import expected
-from tersor.search.promotion import entrants, hopeful, improvement, promoted
+from tersor.search.promotion import entrants, hopeful, improvement, promoted, why_not_continued
 from tersor.search.rest_of_time import train_and_survey
 from tersor.search.rung_training import seconds_to_train
 from tersor.search.state import Rung
@@ -76,6 +76,9 @@ def test_lossless_candidates_are_not_trained(tmp_path):
     trained = [add(search, each.of, 1, each.point.validation, 0.5) for each in (lossless, lost)]
     assert promoted(search, trained, 2, 10.0) == promoted(search, trained, 1, 10.0) == trained[1:]
     assert promoted(search, trained[:1], 1, 10.0) == []
+    assert why_not_continued(search, trained[0]).startswith("its metric has not dropped")
+    unlikely = ", or it was not expected to end within the allowed drop"
+    assert why_not_continued(search, trained[1]) == f"others were expected to gain more{unlikely}"
     search.points = [search.original, trained[0].point]
     assert finish.advice(search, search.original) == [], "more time does not help"
 
@@ -222,7 +225,7 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "
             f"points (standard error {error:.2f}) instead of 2.00. This is still more than allowed."
         ),
-        (f"Larger drop: this network loses 2.00 points and meets the other limits: {first.point.description}."),
+        f"Larger drop: one network ({first.point.description}) loses 2.00 points and meets the other limits.",
         (
             "Another runtime: the latency of original-openvino in openvino is 0.75 times that of the original in "
             "onnxruntime."

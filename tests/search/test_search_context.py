@@ -43,7 +43,12 @@ def test_a_record_contains_the_measured_values(tmp_path):
     assert (point.name, point.file, point.description) == (
         "original-branches3-8bit-70steps", "points/a/model.onnx", "original, 3 branches removed, 8 bits"
     )  # fmt: skip
-    assert (point.runtime, point.precision, point.family, point.free) == ("onnxruntime", "int8", "fewer blocks", False)
+    assert (point.runtime, point.precision, point.family, point.free) == (
+        "onnxruntime",
+        "int8",
+        "fewer branches",
+        False,
+    )
     assert (point.validation, point.bytes, point.macs, point.steps, point.seconds) == (88.0, 50_000, 10**6, 70, 12.3)
     assert point.latency_ms == {1: 0.5, 128: 64.0}
     # two images of 1000 changed; two more, +1 and -1, keep the error above zero

@@ -85,5 +85,5 @@ def test_first_and_last_layers_have_8_bits(method):
 
 @pytest.mark.parametrize("method", [AdaRound(), BRECQ()])
 def test_missing_images_raise(method):
-    with pytest.raises(InputError, match=r"needs images to calibrate with\. Pass data="):
+    with pytest.raises(InputError, match=r"needs images to calibrate with\. Pass a few hundred: AttachContext\(data="):
         method.attach(build("resnet20", 10), AttachContext())

@@ -28,10 +28,12 @@ MODEL = "model.onnx"
 
 _LARGEST_MANIFEST = 2**22
 _AGAIN = "Copy the folder again, or write it again."
+_WRITTEN = "a folder that a run or tersor.save wrote"
 _LONGEST_NAME = 200
 _SHOWN = 10
 """Most folders that a message lists."""
 _BARE = (".onnx", ".xml")
+_WITH_MODEL = f"the folder of a run or a search, or a {' or '.join(_BARE)} file"
 _FRONT = "front.json"
 """In the folder of a search, which has no manifest because its files change until the search ends."""
 
@@ -82,9 +84,9 @@ def require_free(out: Path | str) -> None:
         raise InputError(f"{out} already exists and will not be overwritten. Choose another folder, or remove it.")
     ground = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
     if not ground.is_dir():
-        raise InputError(f"cannot create {out}: {ground} is not a folder.")
+        raise InputError(f"cannot create {out}: {ground} is not a folder. Choose another folder.")
     if not os.access(ground, os.W_OK | os.X_OK):
-        raise InputError(f"cannot create {out}: no write permission in {ground}.")
+        raise InputError(f"cannot create {out}: no write permission in {ground}. Choose another folder.")
 
 
 def write_folder(out: Path | str, fill: Callable[[Path], None], partial: Path | None = None) -> Path:
@@ -153,18 +155,14 @@ def read_artifact(path: Path | str) -> Artifact:
     path = Path(path)
     if path.is_file():
         if path.suffix not in _BARE:
-            raise InputError(
-                f"{path} is not a model. Pass the folder of a run or a search, or a {' or '.join(_BARE)} file."
-            )
+            raise InputError(f"{path} is not a model. Pass {_WITH_MODEL}.")
         refuse_outside(path)
         return Artifact(path, path, {path.name: path})
     if not path.is_dir():
         raise InputError(f"file or folder {path} not found.")
-    files = _files_of_search(path) or read_folder(path)
+    files = _files_of_search(path) or read_folder(path, _WITH_MODEL)
     if MODEL not in files:
-        raise InputError(
-            f"{path} holds no {MODEL}, only {', '.join(files)}. Pass the folder of a run or a search, or a model file."
-        )
+        raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}. Pass {_WITH_MODEL}.")
     for name, file in files.items():
         if name.endswith(".onnx"):
             refuse_outside(file)
@@ -193,13 +191,17 @@ def _files_of_search(path: Path) -> dict[str, Path]:
     return {name: file for name, file in files.items() if file.is_file()}
 
 
-def read_folder(path: Path) -> dict[str, Path]:
+def read_folder(path: Path, possible: str = _WRITTEN) -> dict[str, Path]:
     """The verified files of a folder written by `write_folder`, by name.
+
+    Args:
+        path: the folder.
+        possible: what the user can pass, for the error message.
 
     Raises:
         InputError: not such a folder, or files are missing or damaged; the message names them.
     """
-    manifest = _read_manifest(path)
+    manifest = _read_manifest(path, possible)
     _refuse_damage(path, manifest.files)
     return {name: path / name for name in manifest.files}
 
@@ -222,18 +224,20 @@ def _dump(manifest: _Manifest, file: Path) -> None:
     flush_to_disk(file)
 
 
-def _read_manifest(folder: Path) -> _Manifest:
+def _read_manifest(folder: Path, possible: str = _WRITTEN) -> _Manifest:
     file = folder / MANIFEST
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {problem}. Pass the folder of a run.")
+        raise InputError(f"{folder} {problem}. Pass {_WRITTEN}.")
     if not file.is_file():
         if _files_of_search(folder):
             raise InputError(
                 f"{folder} belongs to a search, but the folder of a run is needed. Create one by running `tersor "
                 "run` on the recipe of a point in points/. The report of a search is in the folder of the search."
             )
-        raise InputError(f"{folder} is not the folder of a run: it has no {MANIFEST}. {_found_in(folder)}")
+        raise InputError(
+            f"{folder} was not written by a run or tersor.save: it has no {MANIFEST}. {_found_in(folder, possible)}"
+        )
     try:
         with file.open("rb") as opened:
             manifest = _Manifest.model_validate_json(opened.read(_LARGEST_MANIFEST))
@@ -247,8 +251,8 @@ def _read_manifest(folder: Path) -> _Manifest:
     return manifest
 
 
-def _found_in(folder: Path) -> str:
-    """The folders of runs and searches in a folder, and what to write."""
+def _found_in(folder: Path, possible: str) -> str:
+    """The folders of runs and searches in a folder, and what to write; what is `possible` if there are none."""
     marks = ((MANIFEST, "runs"), (_FRONT, "searches"))
     found = {
         kind: sorted(str(file.parent) for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{mark}"))
@@ -256,7 +260,7 @@ def _found_in(folder: Path) -> str:
     }
     first = next((each[0] for each in found.values() if each), None)
     if first is None:
-        return "Pass a folder that a run wrote."
+        return f"Pass {possible}."
     more = {kind: ", ..." if len(each) > _SHOWN else "" for kind, each in found.items()}
     shown = [f"the {kind} {', '.join(each[:_SHOWN])}{more[kind]}" for kind, each in found.items() if each]
     return f"It contains {' and '.join(shown)}. Pass one of them, such as {first}."
@@ -275,7 +279,8 @@ def _refuse_damage(folder: Path, entries: Mapping[str, _Entry]) -> None:
     wrong = {name: _damage(folder / name, entry) for name, entry in entries.items()}
     found = ", ".join(f"{name} {damage}" for name, damage in wrong.items() if damage)
     if found:
-        raise InputError(f"{folder} is damaged: {found}. Copy it again, or run its recipe.yaml again.")
+        again = "run its recipe.yaml again" if "recipe.yaml" in entries else "write it again with tersor.save"
+        raise InputError(f"{folder} is damaged: {found}. Copy it again, or {again}.")
 
 
 def _damage(file: Path, entry: _Entry) -> str:

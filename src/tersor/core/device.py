@@ -17,10 +17,7 @@ from torch import nn
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """The processor's features as Linux names them; empty on other systems.
-
-    `torch.cpu.get_capabilities` returns the same, but needs a newer version than torch 2.9.
-    """
+    """The processor's features as Linux names them; empty on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
     return frozenset(cpuinfo.read_text().split()) if cpuinfo.exists() else frozenset()
 
@@ -28,7 +25,7 @@ def cpu_flags() -> frozenset[str]:
 def precision_for(device: torch.device, precision: Literal["auto", "float32", "bfloat16"]) -> torch.dtype | None:
     """Return the data type to autocast to on `device`, or None for the model's own.
 
-    `auto` is bfloat16 if the hardware computes in it: a CPU with AMX or AVX512-BF16, a GPU without emulation.
+    `auto` is bfloat16 if the hardware computes in it: a CPU with AMX or AVX512-BF16, or a GPU that need not emulate it.
     """
     if precision == "auto":
         if device.type == "cpu":

@@ -55,7 +55,7 @@ def _group() -> dist.ProcessGroup:
 
 @contextmanager
 def others_alive() -> Generator[None]:
-    """Wrap communication with the other processes; if one dies, gloo or NCCL raise at once.
+    """Wrap communication with the other processes; if one dies, gloo or NCCL raises an error at once.
 
     Raises:
         ProcessLost: another process has died or cannot be reached.

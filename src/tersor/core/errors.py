@@ -6,6 +6,10 @@ import ast
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
+
+Origin = Literal["recipe", "call", "search"]
+"""Where the options of a training run are from: a recipe, the arguments of a function, or a search, which has none."""
 
 
 class InputError(ValueError):
@@ -16,32 +20,42 @@ class CompressionWarning(UserWarning):
     """The result is usable but unexpected: part of it stays uncompressed, or its outputs differ."""
 
 
+_ADVICE: dict[Origin, str] = {
+    "recipe": " Try a smaller learning_rate, some warmup_epochs, or clip_norm.",
+    "call": " Try a smaller learning_rate.",
+    "search": "",
+}
+
+
 class NonFiniteLoss(InputError):  # noqa: N818 - names the event
     """The loss `term` became infinite or NaN at `step` (from 1). The weights were not updated in that step.
 
-    `term` is empty if only a loss of another process did. `recipe`: whether a recipe has the training options.
+    `term` is empty if the loss belongs to another process. `origin`: where the training options are from.
     """
 
     def __init__(
-        self, step: int, term: str, value: float, learning_rate: float, last_good: str | None, *, recipe: bool = True
+        self,
+        step: int,
+        term: str,
+        value: float,
+        learning_rate: float,
+        last_good: str | None,
+        *,
+        origin: Origin = "recipe",
     ) -> None:
-        saved = f"Last good checkpoint: {last_good or 'none was written'}. " if recipe else ""
+        saved = f" Last good checkpoint: {last_good or 'none was written'}." if origin == "recipe" else ""
         super().__init__(
             not_finite(term, value)
             if step == 1
             else f"{_named(term)} is {value} at step {step}, with a learning rate of {learning_rate:g}. The weights "
-            f"were not updated in this step. {saved}{_smaller_steps(recipe)}"
+            f"were not updated in this step.{saved}{_ADVICE[origin]}"
         )
         self.step = step
         self.term = term
 
 
-def _smaller_steps(recipe: bool) -> str:
-    return f"Try a smaller learning_rate{', some warmup_epochs, or clip_norm' if recipe else ''}."
-
-
 def _named(term: str) -> str:
-    return f"the loss '{term}'" if term else "a loss of another process"
+    return f"the loss '{term}'" if term else "a loss in another process"
 
 
 def not_finite(term: str, value: float) -> str:
@@ -55,8 +69,8 @@ def not_finite(term: str, value: float) -> str:
 class NonFiniteWeights(InputError):  # noqa: N818 - names the event
     """The last step of `task` made weights infinite or NaN, which no later loss can show."""
 
-    def __init__(self, task: str, *, recipe: bool = True) -> None:
-        super().__init__(f"{task}: the last step made weights infinite or NaN. {_smaller_steps(recipe)}")
+    def __init__(self, task: str, *, origin: Origin = "recipe") -> None:
+        super().__init__(f"{task}: the last step made weights infinite or NaN.{_ADVICE[origin]}")
 
 
 class ProcessLost(InputError):  # noqa: N818 - names the event

@@ -47,7 +47,7 @@ def named(kind: str, options: Sequence[str]) -> Callable[[str], str]:
         if name.endswith(".py"):
             raise error
         raise InputError(
-            f"{error} You can also write your own function as package.module:function or folder/file.py:function."
+            f"{error} You can also name a function of your own: package.module:function or folder/file.py:function."
         )
 
     return check
@@ -73,7 +73,7 @@ def _no_function(path: str) -> InputError:
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """Import the function that `path` names, in an installed module or in one of the current folder.
+    """Import the function that `path` names, from an installed module or a module in the current folder.
 
     Installed modules come first.
 
@@ -130,7 +130,7 @@ def call_with(path: str, function: Callable[..., Any], explanation: str = "", /,
     except TypeError as error:
         raise InputError(
             f"'{path}' cannot be called: {error}. Write a function that needs no argument"
-            f"{' other than ' + ' and '.join(values) if values else ''}.{explanation and f' {explanation}'}"
+            f"{' other than ' + ', '.join(values) if values else ''}.{explanation and f' {explanation}'}"
         ) from error
     try:
         with user_code(f"'{path}'", function):
@@ -140,7 +140,7 @@ def call_with(path: str, function: Callable[..., Any], explanation: str = "", /,
 
 
 def import_module(name: str, path: str) -> ModuleType:
-    """Import the module `name` of `path`, from where Python finds it, from the current folder or from the file's.
+    """Import the module `name` of `path` from Python's search path, the current folder or the folder of the file.
 
     Raises:
         InputError: there is no such module, or it raises an exception.

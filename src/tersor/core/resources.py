@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, Origin
 
 # torch raises RuntimeError on CPUs and its subclass OutOfMemoryError on accelerators; oneDNN and runtimes vary
 _OUT_OF_MEMORY = re.compile(
@@ -46,8 +46,12 @@ def enough_memory(remedy: str) -> Generator[None]:
         raise InputError(f"there is not enough memory ({reason.rstrip('.')}). {remedy}") from error
 
 
-def smaller_batch(batch_size: int, accumulate: int) -> str:
-    """Return the remedy for a training run of a recipe that needs too much memory."""
+def less_memory(origin: Origin, batch_size: int, accumulate: int) -> str:
+    """Return the remedy for a training run that needs too much memory; `origin` is where its options are from."""
+    if origin == "call":
+        return "Pass a loader with a smaller batch size."
+    if origin == "search":
+        return "Write a smaller image_size (`--image-size`), or fewer workers (`--workers`)."
     if batch_size == 1:
         return "The batch_size is already 1: use smaller images (data.image_size) or a smaller network."
     same = "about the same" if batch_size % 2 else "the same"

@@ -45,4 +45,11 @@ class Target(PlainRecord):
         Literal["normalized", "uint8"],
         Field(description="uint8: raw pixels 0..255, with mean and standard deviation inside the graph"),
     ] = "normalized"
-    batch: Annotated[int | None, Field(ge=1, description="fixed batch size of the file; any size by default")] = None
+    batch: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="fixed batch size of the file; by default any size, or 1 with a warning if the network needs a "
+            "fixed size or the installed OpenVINO would crash",
+        ),
+    ] = None

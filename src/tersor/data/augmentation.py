@@ -27,8 +27,8 @@ _MEANINGS = {
     "crop_flip": "half of the images are mirrored, and every image is shifted by up to an eighth of its size",
 }
 _FORMS = (
-    f"Possible: {', '.join(NAMES)}; package.module:function; or a list of torchvision.transforms.v2, such as "
-    "[{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip]."
+    f"Possible: {', '.join(NAMES)}; package.module:function; or a list of classes of torchvision.transforms.v2, such "
+    "as [{RandomCrop: {size: 32, padding: 4}}, RandomHorizontalFlip]."
 )
 
 

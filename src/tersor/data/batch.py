@@ -143,7 +143,7 @@ def first_batch(data: Iterable[Any] | None, method: str) -> NetworkInput:
         InputError: `method` needs images and there are none, or the images are not floating point.
     """
     if data is None:
-        raise InputError(f"{method} needs images to run the network on; none were given. Pass data=...")
+        raise InputError(f"{method} needs images to run the network on; none were given. Pass AttachContext(data=...).")
     for batch in data.ahead() if isinstance(data, OnePass) else data:
         images = images_of(batch)
         if not images.is_floating_point():

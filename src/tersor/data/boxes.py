@@ -1,7 +1,7 @@
-"""Boxes around the objects of an image: checking them, scaling them with it, and reading them lazily.
+"""Boxes around the objects in an image: checking them, scaling them with the image, and reading them lazily.
 
-A target is a dict of "boxes" (K, 4), left, top, right and bottom in pixels, and "labels" (K,) from 1, as torchvision's
-detectors take it; class 0 is the background.
+A target is a dict in the format of torchvision's detectors: "boxes" (K, 4) are left, top, right and bottom in pixels,
+and "labels" (K,) are class indices from 1; class 0 is the background.
 """
 
 from __future__ import annotations

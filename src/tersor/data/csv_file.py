@@ -23,10 +23,10 @@ Row = tuple[int, dict[str, str]]
 def from_csv(path: Path, form: ImageFormat) -> Splits:
     """Load the images that a CSV file with a header lists.
 
-    The column `path` is relative to the folder of the file. The column `class` is one class for each image, `classes`
-    any number of them, separated by semicolons: 0 or 1 for each class (N, classes) float32. All other columns are
-    numbers: values (N, columns) float32. The column `split` says train, val or test; without it, a fifth of the images
-    is the test set, always the same.
+    The column `path` is relative to the folder of the file. The column `class` holds one class for each image,
+    `classes` any number, separated by semicolons; the targets are then 0 or 1 for each class, (N, classes) float32.
+    Without either, all other columns are numbers: values (N, columns) float32. The column `split` says train, val or
+    test; without it, a fifth of the images is the test set, always the same.
 
     Raises:
         InputError: the file is missing or empty, or a row is incomplete or invalid.

@@ -64,7 +64,7 @@ def from_name(name: str, root: Path | None, form: ImageFormat, targets: SceneTar
         raise without_function(name, "a function that returns the images")
     if name.lower() not in BUNDLED:
         if "/" in name and not Path(name).is_dir():
-            raise InputError(f"there is no folder '{name}' in {Path.cwd()}.")
+            raise InputError(f"there is no folder '{name}' in {Path.cwd()}. Correct the path.")
         error = unknown("data name", name.lower(), [*BUNDLED, *by_name, "package.module:function"])
         advice = (
             f"To read the folder '{name}', write folder: {name}"

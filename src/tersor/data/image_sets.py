@@ -207,7 +207,7 @@ class Decoded:
         if (height, width) != self.size:
             raise InputError(
                 f"the images differ in size: {self.size[1]}x{self.size[0]} and {width}x{height} pixels, for example. "
-                "Write image_size, to which all images are resized, such as image_size: 224."
+                "Resize them: write data.image_size: 224 in a recipe, --image-size 224, or image_size=224 in Python."
             )
         if image.dtype != self._dtype:
             raise InputError(

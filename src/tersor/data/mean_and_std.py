@@ -20,7 +20,7 @@ def channel_values(name: str, given: object) -> Channels:
         given: what the user passed.
 
     Raises:
-        InputError: it is a single number, or something else than numbers.
+        InputError: it is a single number, or something other than numbers.
     """
     try:
         values = torch.as_tensor(cast("Any", given), dtype=torch.float64)

@@ -116,7 +116,7 @@ def joined_inputs(batches: Iterable[NetworkInput]) -> NetworkInput:
 def several_inputs(first: object) -> TensorInputs | None:
     """The inputs in the first entry of a user's batch; None unless it is a tuple, list or mapping of tensors.
 
-    A list of tensors (C, H, W) is None too: those are single images, not inputs.
+    For a list of tensors (C, H, W) it is None too: those are single images, not inputs.
 
     Raises:
         InputError: they do not have the same number of rows.

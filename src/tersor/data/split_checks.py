@@ -74,8 +74,8 @@ def _sets(splits: Splits) -> dict[str, Images]:
 def _check_alike(which: str, images: Images, train: Images) -> None:
     if images.size != train.size:
         raise InputError(
-            f"training images have {_shown(train.size)} pixels, {which} images {_shown(images.size)}. Write "
-            "image_size, to which all images are resized."
+            f"training images have {_shown(train.size)} pixels, {which} images {_shown(images.size)}. Resize "
+            "them: write data.image_size: 224 in a recipe, --image-size 224, or image_size=224 in Python."
         )
     if images.largest != train.largest:
         raise InputError(

@@ -17,7 +17,7 @@ def generator(*numbers: int) -> torch.Generator:
 def stratified(
     labels: Tensor, count: int, draw: torch.Generator, *, at_least: int = 0, leave: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Draw `count` indices, from every class in proportion.
+    """Draw `count` indices, from every class in proportion to its size.
 
     Args:
         labels: (N,) class indices.

@@ -43,7 +43,7 @@ def file_layers(path: Path) -> list[FileLayer]:
     """The layers with a stored weight, in the order of execution.
 
     Args:
-        path: an ONNX file: of `deploy/onnx.py`, or with the integer operators of ONNX Runtime's own quantization.
+        path: an ONNX file written by `deploy/onnx.py`, or with the integer operators of ONNX Runtime's quantization.
     """
     import onnx  # here, because it is slow to import
 

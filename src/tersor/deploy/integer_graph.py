@@ -1,7 +1,7 @@
 """The integer graph: a quantized network with QuantizeLinear/DequantizeLinear, int8 weights and folded BatchNorm.
 
 Where quantizers were placed in training (`quantization/qdq_placement.py`), the file gets Q/DQ pairs. Weights w =
-s (q - z) are stored as q - z where that fits into int8, as it does up to 7 bits: runtimes then see symmetric weights.
+s (q - z) are stored as q - z where that fits into int8, as it does up to 7 bits: the stored weights are then symmetric.
 With zero points that are not zero OpenVINO computes the layer in float, and ONNX Runtime before 1.27 refuses it at the
 first batch unless all channels share one.
 """

@@ -1,4 +1,4 @@
-"""Mask packing: a float mask that an Add reads, such as Swin's of 0 and -100, is stored as INT8 multiples of its step.
+"""Mask packing: a float mask that an Add reads (in Swin, of 0 and -100) is stored as INT8 multiples of its step.
 
 A Cast and a Mul restore it. Runtimes fold both when they load the file, so inference takes the same time.
 """

@@ -45,8 +45,8 @@ _FIRST_IR_VERSION_OF_OPSET_21 = 10
 _UNKNOWN = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 _STATIC = (
     "the file has a batch size of 1, because the forward method reshapes across the batch dimension in a way that the "
-    "exporter supports only for a fixed batch size. A batch of n images takes n runs. target.batch of a recipe, or "
-    "batch= of tersor.export, sets another size."
+    "exporter supports only for a fixed batch size. A batch of n images takes n runs. To set another size, "
+    "write target.batch in a recipe, or pass batch=... to tersor.export."
 )
 
 
@@ -63,7 +63,7 @@ class MeanPool(nn.Module):
 
 
 class PixelInput(nn.Module):
-    """A network with its normalization: takes uint8 pixels (N, 3, H, W) and runs on (pixel / 255 - mean) / std."""
+    """A network with its normalization: takes uint8 pixels (N, C, ...) and runs on (pixel / 255 - mean) / std."""
 
     factor: Tensor
     offset: Tensor
@@ -77,7 +77,7 @@ class PixelInput(nn.Module):
         self.register_buffer("offset", torch.tensor(mean).reshape(by_channel) / deviation)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) uint8 -> logits (N, classes)."""
+        """Pixels (N, C, ...) uint8 -> outputs of the network."""
         return self.network(pixels.float() * self.factor - self.offset)
 
 
@@ -100,7 +100,7 @@ def export(
         example: normalized images (N, C, H, W) float32 of the size to export for, or several inputs.
         path: file to write, `*.onnx`; an existing one is replaced.
         classes: class names, stored in the file's metadata as JSON under `classes`.
-        pixels: mean and standard deviation; the file then takes uint8 pixels (N, 3, H, W) and normalizes them itself.
+        pixels: mean and standard deviation; the file then takes uint8 pixels (N, C, ...) and normalizes them itself.
         normalization: mean and standard deviation of the images, stored in the metadata as JSON under `normalization`;
             by default `pixels`.
         batch: batch size; dynamic by default.
@@ -222,13 +222,16 @@ def _reason(error: BaseException) -> str:
         return refusal_reason(error)
     if "Unsupported attribute type" in str(error):
         return (
-            "an argument of an operator, such as the groups of a convolution, depends on the batch size. Export "
-            "with a fixed batch size: batch=1."
+            "an argument of an operator, such as the groups of a convolution, depends on the batch size. Export with a "
+            "fixed one: batch=1 in tersor.export, target.batch: 1 in a recipe."
         )
     if found := _UNKNOWN.search(str(error)):
         return f"ONNX has no operator for {found[1]}. Replace the layer or function that calls it."
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
+    line = (str(error).strip().splitlines() or [repr(error)])[0]
+    return (
+        f"{line.rstrip('.')}. If this names a layer or an operator, replace it in the network; otherwise export parts "
+        "of the network to find it."
+    )
 
 
 def _strip_metadata(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:

@@ -37,5 +37,6 @@ def static_batch_reason() -> str:
     return (
         f"the file has a batch size of 1: OpenVINO {installed_version('openvino')} crashes on this processor (AMX) "
         "with a dynamic batch and 8 bits. A batch of n images is measured as n runs. With OpenVINO 2026.4 or later the "
-        "batch size is dynamic; target.batch of a recipe, or batch= of tersor.export, sets another size."
+        "batch size is dynamic. To set another size, write target.batch in a recipe, or pass batch=... to "
+        "tersor.export."
     )

@@ -1,4 +1,4 @@
-"""Own transposes: each matrix product of an ONNX graph reads its own DequantizeLinear and Transpose of a weight.
+"""Separate transposes: each matrix product of an ONNX graph reads its own DequantizeLinear and Transpose of a weight.
 
 A fully connected layer that is called several times on tokens (N, T, C) reads one transposed weight, because the
 exporter merges equal nodes. ONNX Runtime then computes the products in float: it finds an integer operator only where a

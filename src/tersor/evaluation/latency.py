@@ -1,6 +1,6 @@
 """Latency, size and memory of model files in their target runtimes. Needs numpy, never torch.
 
-**Latency is interleaved.** The speed of a machine drifts by more than the difference of two models. So every round
+**Latency is interleaved.** The speed of a machine drifts by more than the difference between two models. So every round
 times each model once, in a new order, and ratios compare times of the same round. After some rounds all files are
 opened again, since two sessions of one file differ as long as they are open (see `timings.py`).
 

@@ -1,4 +1,4 @@
-"""The files of a run in their runtimes, and the fields of `numbers.json` that are measured of them."""
+"""The files of a run in their runtimes, and the fields of `numbers.json` that are measured for them."""
 
 from __future__ import annotations
 

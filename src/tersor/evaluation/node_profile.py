@@ -1,9 +1,8 @@
 """Time of each node and layer of a model file, from the runtime's own profiler. Needs numpy, never torch.
 
-Both runtimes fuse nodes and name a fused node after one of its parts. In files of `deploy/onnx.py`, convolutions and
-matrix products are named after the path of their module, so that the time of a layer is that of the nodes named after
-it.
-Rounding, additions and layout changes belong to no layer.
+Both runtimes fuse nodes and name a fused node after one of its parts. In files written by `deploy/onnx.py`,
+convolutions and matrix products are named after the path of their module, so that the time of a layer is that of the
+nodes named after it. Rounding, additions and layout changes belong to no layer.
 
 Profiling takes time: ONNX Runtime counts whole microseconds and spends some on each node, so that the sum over many
 short nodes exceeds the latency. There, shares are more meaningful than milliseconds.

@@ -277,7 +277,8 @@ def _openvino_precision(model: Any) -> str:
 def _require_inputs(path: Path, inputs: int, outputs: int) -> None:
     if not inputs or not outputs:
         raise InputError(
-            f"{path} is not a network: it has {counted(inputs, 'input')} and {counted(outputs, 'output')}."
+            f"{path} is not a network: it has {counted(inputs, 'input')} and {counted(outputs, 'output')}. A network "
+            "has at least one input and one output. Export it again."
         )
 
 

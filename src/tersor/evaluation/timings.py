@@ -8,9 +8,9 @@ and the bootstrap samples whole groups.
 **Estimate and interval.** A ratio compares the times of one round. A group's value is the median of the logarithms of
 its ratios, the estimate is the mean over groups, and 10,000 bootstrap samples draw groups with replacement. With so few
 groups, percentile intervals are too narrow, so the percentiles are expanded as Hesterberg proposes ("What Teachers
-Should Know About the Bootstrap", 2015, section 3.2), to the level at which the interval of a normal mean has the width
-of Student's t. Each end is then widened by the resolution of such a measurement: on a quiet machine the bootstrap alone
-gave 0.3 % on either side, and two of ten comparisons of a file with itself missed 1 by 0.1 and 0.2 %.
+Should Know About the Bootstrap", 2015, section 3.2), to the level at which a normal interval for a mean is as wide as
+Student's t interval. Each end is then widened by the resolution of such a measurement: on a quiet machine the bootstrap
+alone gave 0.3 % on either side, and two of ten comparisons of a file with itself missed 1 by 0.1 and 0.2 %.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantizers with which a runtime cannot read a file: they are removed from the file.
+"""Quantizers that keep a runtime from reading a file: they are removed from the file.
 
 OpenVINO moves the quantization of activations through the graph. In some networks this fails with an error about
 shapes: if the tokens of an image are padded or concatenated, for example (CoaT). Without a few of the quantizers it
@@ -43,7 +43,7 @@ class _Quantizer:
 
 
 def remove_unreadable_quantizers(path: Path, runtime: Runtime) -> None:
-    """Remove the quantizers of activations with which `runtime` cannot read a file; a warning is issued.
+    """Remove the quantizers of activations that keep `runtime` from reading a file; a warning is issued.
 
     A file that the runtime can read stays as it is, and so does one that it cannot read without quantizers either.
 
@@ -64,9 +64,9 @@ def remove_unreadable_quantizers(path: Path, runtime: Runtime) -> None:
     write_file(path, _without(proto, removed).SerializeToString())
     readers = ", ".join(dict.fromkeys(each.reader for each in removed))
     warnings.warn(
-        f"{runtime} cannot read this network with all of its {len(quantizers)} quantizers of activations. The file is "
-        f"without {len(removed)} of them, in front of these operators: {readers}. A further warning names the layers "
-        "that are computed in float because of this, if there are any.",
+        f"{runtime} cannot read this network with all of its {len(quantizers)} quantizers of activations. The file "
+        f"leaves out {len(removed)} of them (in front of {readers}). A further warning names the layers that are "
+        "computed in float because of this, if there are any.",
         CompressionWarning,
         stacklevel=3,
     )

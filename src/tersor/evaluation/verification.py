@@ -194,7 +194,7 @@ def _of_file(session: Session, inputs: FileArrays) -> list[Tensor]:
     except Exception as error:  # the runtimes' own exceptions have no common class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{session.runtime} opens the file, but does not run it: {reason[:300]}. The file is discarded. Use "
+            f"{session.runtime} can open the file, but cannot run it: {reason[:300]}. The file is discarded. Use "
             "another runtime, or replace the layer in the network."
         ) from error
     return [each.float() for each in map(torch.from_numpy, values) if each.is_floating_point()]

@@ -36,7 +36,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def last_write(value: fx.Node) -> fx.Node | None:
-    """The last node that writes into `value` or a view of it and whose result nobody reads, as in `value[:, 0] = x`.
+    """The last node that writes into `value` or a view of it and whose result is not read, as in `value[:, 0] = x`.
 
     From there on, the readers of `value` see what was written.
     """

@@ -1,8 +1,8 @@
 """Networks whose Python code turns the batch size into a number: `len(x)`, `int(x.shape[0])`.
 
-torch.export records that number as a constant. So the network is recorded twice, with two batch sizes. A constant that
-is a in one graph and b in the other is `factor * batch + offset`; nodes that compute it replace it. The captured graph
-is then compared with the network on further batch sizes (`capture`), as every captured graph is.
+torch.export records that number as a constant. So the network is recorded twice, with two batch sizes. A constant with
+the value `a` in one graph and `b` in the other is `factor * batch + offset`; nodes that compute this replace it. The
+captured graph is then compared with the network on further batch sizes (`capture`), as every captured graph is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def compute_batch_sizes(graph: fx.GraphModule, other: fx.GraphModule, inputs: Se
         graph: recorded on `inputs`.
         other: the same network, recorded on a batch of `size`.
         inputs: the input tensors of the network (N, ...).
-        size: another batch size than N.
+        size: a batch size other than N.
 
     Returns:
         Whether `graph` accepts any batch size now: the two differ in nothing but such constants.

@@ -47,7 +47,7 @@ def capture(model: nn.Module, images: NetworkInput) -> fx.GraphModule:
 
     Args:
         model: the network; a captured one is returned unchanged.
-        images: some images (N, C, H, W), or several input tensors; the graph accepts any number of this size.
+        images: some images (N, C, H, W), or several input tensors; the graph accepts any number of images of this size.
 
     A `CompressionWarning` is issued if the network draws random numbers in eval mode.
 

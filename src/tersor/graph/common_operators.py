@@ -1,4 +1,4 @@
-"""The operators of an exported graph in the few spellings that other modules know."""
+"""The operators of an exported graph, rewritten in the few forms that other modules handle."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _SQUEEZED = "its forward method squeezes the batch dimension. Write x.flatten(1)
 _OTHER_IMAGES = "Pass images that the network accepts."
 _CONVERTED = (
     "The weights are in float32 here. Remove conversions to another precision, such as x.bfloat16(), from the forward "
-    "method: training and the runtimes choose a lower precision themselves."
+    "method: in training, autocast lowers the precision, and each runtime has a default precision."
 )
 _CAPTURED = "It was captured for the size of the first images, so all images must have that size."
 
@@ -53,7 +53,8 @@ def checked_forward(name: str, images: NetworkInput, *, captured: bool = False) 
     """Explains the failure when the network `name`, or its captured graph, first runs on `images` (N, C, H, W).
 
     Raises:
-        InputError: images of other channels, size or precision than the network takes, or with NaN or infinity.
+        InputError: the network does not accept the channels, size or precision of the images, or they hold NaN or
+            infinity.
     """
     if any(each.is_meta for each in tensors_of(images)):
         raise InputError(f"images for {name} are on the meta device and have no values. Pass images on the CPU.")

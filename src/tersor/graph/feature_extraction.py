@@ -175,7 +175,7 @@ def matching_paths(model: nn.Module, patterns: Sequence[str], whose: str) -> tup
 
 @torch.no_grad()
 def shapes_of(model: nn.Module, paths: Sequence[str], images: NetworkInput) -> dict[str, torch.Size]:
-    """Shapes of the layers' outputs for `images`, from one forward in eval mode."""
+    """Shapes of the layers' outputs for `images`, from one forward pass in eval mode."""
     with evaluating(model):
         _, outputs = FeatureExtractor(model, paths)(images.to(next(model.parameters())))
     return {path: value.shape for path, value in outputs.items()}
@@ -184,8 +184,9 @@ def shapes_of(model: nn.Module, paths: Sequence[str], images: NetworkInput) -> d
 def last_feature_maps(model: nn.Module, images: NetworkInput) -> tuple[str, ...]:
     """The last module at each resolution: `layer1`, `layer2`, `layer3` of a ResNet.
 
-    Modules are the network's children, or deeper ones if these have more resolutions (`features.6`). Pools are skipped,
-    and so are modules whose output has one pixel, is not a feature map, or is changed in place by a later layer.
+    Modules are the network's children, or deeper ones if these have more resolutions (`features.6`). Pooling
+    layers are skipped, and so are modules whose output has one pixel, is not a feature map, or is changed in place by a
+    later layer.
 
     Raises:
         InputError: there is no such module.

@@ -82,7 +82,7 @@ class FusedConvolution(nn.Module):
 def fused(
     model: nn.Module, images: NetworkInput, keep: Iterable[str] = (), precision: torch.dtype | None = None
 ) -> nn.Module:
-    """A faster copy of `model` in eval mode; `model` itself if none computes the same.
+    """A fused copy of `model` in eval mode; `model` itself if no fused copy has the same outputs.
 
     Args:
         model: the network.

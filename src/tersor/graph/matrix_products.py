@@ -21,7 +21,7 @@ _aten = torch.ops.aten
 def write_as_matrix_products(graph: fx.GraphModule) -> None:
     """Replace attention and einsum over two activations in a captured network by matrix products, in place.
 
-    Attention with a boolean mask stays: for a row without True, the fused operator returns zeros, but a softmax NaN.
+    Attention with a boolean mask stays: for a row without True, the fused operator returns zeros, softmax returns NaN.
     """
     for node in list(graph.graph.nodes):
         rule = {"scaled_dot_product_attention": _attention, "einsum": _einsum}.get(operator_name(node))

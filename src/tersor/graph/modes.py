@@ -27,6 +27,8 @@ _KEPT = ("dropout", "batch_norm")
 """Functions whose modules are restored, or have a note of their own."""
 _OF_BATCH_NORM = ("bn_training", "exponential_average_factor", "num_batches_tracked")
 """Names in torch's own forward method of BatchNorm, which subclasses copy."""
+_SHOWN = 2
+"""Most modules that a note lists."""
 _SWITCHES = ("train", "training", "dropout_p")
 """Arguments that are false or 0 where an operator draws no random numbers."""
 
@@ -203,7 +205,7 @@ def _rates(module: nn.Module) -> list[float]:
 
 
 def _all(paths: list[str]) -> str:
-    return f"{paths[0]} to {paths[-1]}" if len(paths) > 1 else paths[0]
+    return " and ".join(paths) if len(paths) <= _SHOWN else f"{paths[0]}, ..., {paths[-1]} ({len(paths)} in all)"
 
 
 def random_numbers(graph: fx.Graph) -> str | None:

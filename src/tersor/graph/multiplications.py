@@ -83,7 +83,7 @@ _NOT_MULTIPLYING = re.compile(
 
 
 def multiplies_uncounted(operator: OpOverload, *, with_weight: bool) -> bool:
-    """Whether an operator without formula multiplies, or may multiply, as any operator outside of torch.
+    """Whether an operator without a formula multiplies, or may multiply, as any operator from outside torch may.
 
     Args:
         operator: an operator on floating-point tensors.

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 
 def keep_keys(captured: fx.GraphModule, model: nn.Module) -> None:
-    """Save and load Parameters that have moved into a new layer under their keys in `model`; also in copies."""
+    """Keep the keys of `model` for Parameters that have moved into a new layer, in `captured` and in copies of it."""
     keys = {id(each): key for key, each in model.named_parameters(remove_duplicate=False)}
     known = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     own = dict(captured.named_parameters(remove_duplicate=False))

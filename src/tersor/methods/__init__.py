@@ -107,8 +107,6 @@ def _unknown(given: str) -> InputError:
             return InputError(f"unknown method '{given}'. Did you mean '{name}'? Possible: {', '.join(options)}.")
     if "." in given:
         given_class = ":".join(given.rsplit(".", 1))
-        return InputError(f"unknown method '{given}'. Write a method of your own as '{given_class}', with a colon.")
+        return InputError(f"unknown method '{given}'. Name a method of your own as '{given_class}', with a colon.")
     error = unknown("method", given, options, "the class of a method")
-    return (
-        error if given.endswith(".py") else InputError(f"{error} Write a method of your own as package.module:Class.")
-    )
+    return error if given.endswith(".py") else InputError(f"{error} Name a method of your own as package.module:Class.")

@@ -46,7 +46,7 @@ def attention_map(values: Tensor, p: int) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor, p: int, mode: Mode = "code") -> Tensor:
-    """Distance of the attention maps of two feature maps (N, C, H, W); the numbers of channels may differ."""
+    """Distance between the attention maps of two feature maps (N, C, H, W); the numbers of channels may differ."""
     difference = attention_map(student, p) - attention_map(teacher, p)
     if mode == "code":
         return difference.square().mean()

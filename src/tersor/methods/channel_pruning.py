@@ -253,11 +253,11 @@ class ChannelPruning:
         shares = {name: cost / total for name, cost in of.items()}
         cuts = [cut for group in order.groups for cut in group.slices[0]]
         reasons = explain_shortfall(graph, shares, cuts, unprunable, self.exclude)
-        finer = ", or a lower `floor` or `round_to`" if self.floor or self.round_to > 1 else ""
+        more = ", or a lower `round_to`" * (self.round_to > 1) + ", or (in a recipe) a lower `floor`" * bool(self.floor)
         return InputError(
             f"keep_{budget.kind}: {keep:g} cannot be met: a fraction of {fraction:.3f} remains after all possible "
             f"removals, {fraction - keep:.3f} more than the target. Remaining fraction of all {what}: {reasons}. Write "
-            f"{math.ceil(1000 * fraction) / 1000:.3f} or more{finer}."
+            f"{math.ceil(1000 * fraction) / 1000:.3f} or more{more}."
         )
 
 

@@ -99,7 +99,7 @@ class PTQ(CalibrationOptions, BitOptions):
         float | None,
         Field(
             ge=0,
-            description="largest drop of the task's metric (accuracy in points; without labels, percent of predictions "
+            description="largest drop in the task's metric (accuracy in points; without labels, percent of predictions "
             "that change), measured on the first 2,000 images; as many of the most sensitive layers stay in float as "
             "necessary to meet it. Default: quantize all layers",
         ),

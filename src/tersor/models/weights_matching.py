@@ -2,7 +2,8 @@
 
 Training loops save a network beside its exponential moving average (EMA), its loss and its teacher. DataParallel,
 `torch.compile` and Lightning prefix keys with `module.`, `_orig_mod.` or `model.`; weight_norm, spectral_norm and
-`torch.nn.utils.prune` save what a weight is computed from. The keys and shapes of the network decide.
+`torch.nn.utils.prune` save what a weight is computed from. The keys and shapes of the network determine which
+tensors are taken.
 """
 
 from __future__ import annotations

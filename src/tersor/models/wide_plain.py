@@ -8,7 +8,7 @@ A stem, then three stages of two 3x3 convolutions with a max pooling after the f
 linear layer. With base width w, the stages have w, 4w and 4w channels. All widths are multiples of 8. The stem of
 `wide_plain_W` is a convolution at full resolution, for images of about 32 pixels; that of `wide_plain_large_W` has two
 convolutions of stride 2 before it, for larger images. Differences from Jordan's network: the stem is learned and not a
-whitening, ReLU replaces GELU, which integer kernels lack, and the widths scale.
+whitening, ReLU replaces GELU, which integer kernels lack, and the base width is a parameter.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, 
 
 
 def warn_of_another_runtime(model: object, runtime: str) -> None:
-    """Warn if the network was quantized for another runtime than it is exported for; called by `export`."""
+    """Warn if the network was quantized for a runtime other than the one it is exported for; called by `export`."""
     before = model.meta.get(RUNTIME, runtime) if isinstance(model, fx.GraphModule) else runtime
     if before != runtime:
         warnings.warn(

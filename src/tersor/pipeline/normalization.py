@@ -80,7 +80,7 @@ def known_normalization(
     for other, values in others:
         if not torch.allclose(torch.tensor(told), torch.tensor(values), atol=1e-3):
             source = "quantize was called with" if other == "quantize" else f"{other} is"
-            raise InputError(f"{name} is {told}, but {source} {values}. They must be the same.")
+            raise InputError(f"{name} is {told}, but {source} {values}. Leave out {name}, or give the same values.")
     _warn_of_values("the example", [images.float().cpu()], told, look_for_unit=False)
     return told
 

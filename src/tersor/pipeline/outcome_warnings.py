@@ -19,13 +19,17 @@ from tersor.tasks.task import Task
 from tersor.training.teacher_check import COMPRESS_LESS, chance_warning, level_warning
 
 _IMAGES = 128
+_MEASURE_ORIGINAL = (
+    "Measure the original network. If it is accurate, use more bits or `exclude`; if not, check its weights, mean, std "
+    "and image size."
+)
 
 
 def warn_of_quantized(model: fx.GraphModule | nn.Module, batches: Iterable[Any], task: Task) -> None:
     """Warn if a quantized network computes little in integers, or classifies at chance level; called by `quantize`."""
     found = (
         calibrated_coverage(model).warning,
-        level_warning("the quantized network", model, _read(batches), task, _IMAGES),
+        level_warning("the quantized network", model, _read(batches), task, _IMAGES, _MEASURE_ORIGINAL),
     )
     for sentence in filter(None, found):
         warnings.warn(sentence, CompressionWarning, stacklevel=3)

@@ -78,7 +78,10 @@ def prepare(
     )
     _check_targets(task, splits)
     if recipe.target.input == "uint8" and splits.train.largest > 255:
-        raise InputError("the images have 16 bits per channel, and target.input is uint8. Write input: normalized.")
+        raise InputError(
+            "the images have 16 bits per channel, and target.input is uint8. Write target.input: normalized, or "
+            "convert the images to 8 bits."
+        )
     _say_what_the_data_lacks(splits, progress)
     if model is not None:
         network, metadata = _plain(model, "model", progress), dict[str, str]()
@@ -137,12 +140,12 @@ def _check_targets(task: Task, splits: Splits) -> None:
     if not task.from_original and splits.test.targets is None:
         raise InputError(
             f"the images have no targets, and {tasks.name_of(task)} needs them for its loss and for {task.metric}. "
-            "Give targets, or write task: distance, which compares with the outputs of the original network."
+            "Give targets. In a recipe, task: distance compares with the outputs of the original network instead."
         )
     if isinstance(task, Classification) and class_numbers(splits.test) is None:
         raise InputError(
             "the targets of the images are not class indices. Write the task that they belong to, such as task: "
-            f"segmentation. Possible: {', '.join(tasks.NAMES)}, package.module:Task."
+            f"segmentation in a recipe or --task segmentation. Possible: {', '.join(tasks.NAMES)}, package.module:Task."
         )
 
 
@@ -221,7 +224,7 @@ def _normalised(
     given = recipe.data.mean is not None
     if len(told) > 1 and not given:
         raise InputError(
-            f"model and teacher were trained with different mean and standard deviation: {told[0]} and {told[1]}. "
+            f"model and teacher were trained with different means and standard deviations: {told[0]} and {told[1]}. "
             "Both get the same images. Write data.mean and data.std to choose one normalization."
         )
     weights, computed = recipe.model.weights, False

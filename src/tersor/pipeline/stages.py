@@ -81,7 +81,7 @@ def run_stages(
 ) -> tuple[nn.Module, list[StageRecord]]:
     """Run all stages, from the last checkpoint on; return the compressed model and one record for each stage.
 
-    `seconds` is the time limit of the training in each stage that has not ended yet.
+    `seconds` is the time limit of the training in each stage that has not ended yet, in a search.
     """
     model, records = copy.deepcopy(experiment.model), list[StageRecord]()
     stages = experiment.recipe.stages
@@ -230,6 +230,7 @@ def _train(
         cache_batches=experiment.batches(experiment.data.train, experiment.evaluation_batch) if stage.cache else None,
         curve=curve,
         seconds=seconds,
+        origin="recipe" if seconds is None else "search",
     )
     record = {"losses": fitted.losses, "precision": fitted.precision, "training_seconds": fitted.seconds}
     if curve is not None:

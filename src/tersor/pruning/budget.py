@@ -38,8 +38,8 @@ def meet_cost(
 ) -> tuple[RemovalOrder, int, float]:
     """Find the fewest blocks whose removal meets `keep` (or all), and return their order, number and remaining cost.
 
-    If the last block takes the cost far below `keep`, it is postponed to the end of the order as long as that comes
-    closer to `keep`.
+    If the last block takes the cost far below `keep`, it is moved to the end of the order, as long as this brings the
+    cost closer to `keep`.
 
     Args:
         order: the order of removal.

@@ -52,7 +52,7 @@ _READS = ("in", "1")
 _TRANSPOSED = {"in": "out", "out": "in"}
 _ARGUMENTS = (
     "graph is the captured network (torch.fx.GraphModule), group is one group of its channels, data are batches of "
-    "images. It returns one score for each of group.slices, such as: def random(group): return "
+    "images. Return one score for each of group.slices, such as: def random(group): return "
     "torch.rand(len(group.slices))."
 )
 """What a user's function is called with."""

@@ -92,7 +92,7 @@ def fit_layers(
             done += len(batch)
             progress.advance(len(batch))
     if not done:
-        raise InputError("the least-squares fit needs images; none were given. Pass data=...")
+        raise InputError("the least-squares fit needs images; none were given. Pass AttachContext(data=...).")
     return {
         name: _fit(graph.get_submodule(name), found, removed[name, "in"], removed.get((name, "out"), []))
         for name, found in moments.items()

@@ -174,7 +174,7 @@ def _collect(
             if count >= images and all(each.inputs.sufficient for each in statistics.values()):
                 break
     if not count:
-        raise InputError("importance: obs needs images; none were given. Pass data=...")
+        raise InputError("importance: obs needs images; none were given. Pass AttachContext(data=...).")
     return statistics, count
 
 

@@ -33,9 +33,9 @@ class FloatLayers:
 
     Attributes:
         layers: their names, the most sensitive first.
-        drop: the remaining drop of the metric (accuracy in points); without labels, the percentage of predictions
+        drop: the remaining drop in the metric (accuracy in points); without labels, the percentage of predictions
             that changed.
-        labelled: whether it is the drop of the metric.
+        labelled: whether it is the drop in the metric.
     """
 
     layers: tuple[str, ...]
@@ -83,7 +83,7 @@ class _Reference:
         return self.task.score(zip(predictions, self.targets, strict=True))
 
     def drop(self) -> float:
-        """The current drop of the metric against float; without targets, percentage of changed predictions."""
+        """The current drop in the metric against float; without targets, percentage of changed predictions."""
         predictions = self._predictions()
         if self.labelled:
             worse = self.score - self._score(predictions)
@@ -109,14 +109,14 @@ def keep_in_float(
 ) -> FloatLayers:
     """Keep the most sensitive layers in float, as few as possible for a drop of at most `max_drop`.
 
-    A layer's sensitivity is the error of the outputs when it alone is quantized. The drop of the metric when one layer
+    A layer's sensitivity is the error of the outputs when it alone is quantized. The drop in the metric when one layer
     alone is in float is not used: if two sensitive layers follow each other, keeping one of them in float does not
     help. Bisection finds the number.
 
     Args:
         quantizers: quantizers of the network, all enabled.
         data: batches of images, with targets or without; the first 2,000 images are used.
-        max_drop: largest drop of the metric (accuracy in points); without targets, percentage of changed predictions.
+        max_drop: largest drop in the metric (accuracy in points); without targets, percentage of changed predictions.
         target: its runtime determines which activations are quantized.
         method: the method's name, for error messages.
         refit: refits biases to the enabled quantizers; undoes that if none is enabled.

@@ -40,8 +40,8 @@ _LEAST_IMAGES = 16
 def batch_of(images: Iterable[NetworkInput]) -> NetworkInput:
     """One batch of the `images` (N, C, H, W), limited to what the means need.
 
-    Images of another size than the first are left out. At least 16 images are taken, or the first batch if it is
-    smaller: calibration runs that whole batch too, and needs almost as much memory.
+    Images whose size differs from that of the first are left out. At least 16 images are taken, or the first batch if
+    it is smaller: calibration runs that whole batch too, and needs almost as much memory.
 
     Raises:
         InputError: there are none.

@@ -72,6 +72,11 @@ class FakeQuantize(nn.Module):
         self.register_module("learned_step", None)
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether its grid was set; it may have been disabled since."""
+        return self.enabled or bool((self.scale != 1).any())
+
+    @property
     def is_trained(self) -> bool:
         """Whether a method of this stage moves its grid: its step is learned, or its range follows activations."""
         moves = isinstance(self.observer, MovingAverage) and self.observer.active

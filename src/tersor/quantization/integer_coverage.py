@@ -8,7 +8,7 @@ holds for layers whose weights are read by other code.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -247,7 +247,8 @@ def _reason_without_weight(product: Product) -> str:
     if sum(each.activation for each in product.operands) < 2:
         return "multiplication by a constant"
     if product.node is not None and _has_quantizers(product.node):
-        return "rounding both operands would cost too much accuracy"
+        quantizers = [layer_of(computed(value)) for value in values_into(product.node)]
+        return _why_disabled(quantizers, "rounding both operands")
     return "product of two activations, as in attention, which would not be faster in integers"
 
 
@@ -276,7 +277,12 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
         if after_maximum and around.meta.get(RUNTIME) == "openvino":
             return "OpenVINO computes a quantized maximum over positions or channels incorrectly"
         return "excluded"
-    return "input in float" if quantizer.enabled else "rounding would cost too much accuracy"
+    return "input in float" if quantizer.enabled else _why_disabled([quantizer], "rounding")
+
+
+def _why_disabled(quantizers: Iterable[object], rounding: str) -> str:
+    calibrated = all(isinstance(each, FakeQuantize) and each.is_calibrated for each in quantizers)
+    return f"{rounding} would cost too much accuracy" if calibrated else "the quantizers are not calibrated yet"
 
 
 def _function(node: fx.Node | None) -> str | None:

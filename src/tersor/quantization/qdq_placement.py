@@ -116,9 +116,10 @@ def _name(source: fx.Node) -> str:
 def read_through(graph: fx.GraphModule, value: fx.Node, name: str, *, moved: bool) -> None:
     """Inserts a call of the quantizer `name` between `value` and its readers.
 
-    The network's output reads it only if nothing else does or a layer does: a layer whose output is read in float too
-    would be computed in float. If the network writes into `value` in place, the call comes after that. `moved` marks
-    values that the quantizer has seen before in another place or shape, so that its observer skips them.
+    The output of the network is also read through it if the output is the only reader, or if a layer reads `value`: a
+    layer whose output is also read in float would be computed in float. If the network writes into `value` in place,
+    the call comes after that. `moved` marks values that the quantizer has seen before in another place or shape, so
+    that its observer skips them.
     """
     written = last_write(value)
     rounded = value.op != "placeholder" and (_enters_layer(value) or all(each.op == "output" for each in value.users))

@@ -279,7 +279,7 @@ def require_data(data: Iterable[Any] | None, method: str) -> Iterable[Any]:
         InputError: there is none.
     """
     if data is None:
-        raise InputError(f"{method} needs images to calibrate with. Pass data=...; a few hundred images are enough.")
+        raise InputError(f"{method} needs images to calibrate with. Pass a few hundred: AttachContext(data=...).")
     return data
 
 

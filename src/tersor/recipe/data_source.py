@@ -48,7 +48,10 @@ class DataSource(PlainRecord):
     augment: Annotated[
         str | _Transforms,
         AfterValidator(lambda augment: _augmentation(augment) if isinstance(augment, str) else augment),
-        Field(description="none, flip, crop_flip, a list of torchvision.transforms.v2, or package.module:function"),
+        Field(
+            description="none, flip, crop_flip, a list of classes of torchvision.transforms.v2, or "
+            "package.module:function"
+        ),
     ] = "none"
     validation: Annotated[float, Field(ge=0, lt=1, description="fraction of the training images to hold out")] = 0.1
     limit: Annotated[int | None, Field(ge=1, description="number of training images; all by default")] = None

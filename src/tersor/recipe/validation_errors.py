@@ -71,7 +71,7 @@ def _problem(detail: Any, tree: Located, keys: Callable[[Location], Iterable[str
         return _Problem(node, path, raised(detail, path))
     wanted = str(WANTED.get(kind) or detail["msg"].removeprefix("Input should be ")).format(**context)
     if kind in _MAPPING:
-        wanted = f"a mapping of the keys {', '.join(keys(location))}"
+        wanted = f"a mapping with the keys {', '.join(keys(location))}"
     return _Problem(node, path or "a recipe", wanted=(wanted,), branch=branch)
 
 

@@ -56,11 +56,13 @@ def change_of(example: Mapping[str, Any]) -> str:
 
 
 def most_changed(classes: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
-    """Classes by loss of accuracy, the largest first, and a title; if there are many, only the most changed ones."""
+    """Classes by loss of accuracy, the largest first, and a title; if there are many, only those at both ends."""
     ordered = sorted(classes, key=lambda each: (each["after"] - each["before"]) / each["images"])
     if len(ordered) <= _MATRIX_CLASSES:
         return ordered, "All classes"
-    return ordered[: _ROWS // 2] + ordered[-_ROWS // 2 :], f"The {_ROWS} classes with the largest changes"
+    half = _ROWS // 2
+    title = f"The {half} lowest and {half} highest changes among {len(ordered)} classes"
+    return ordered[:half] + ordered[-half:], title
 
 
 def most_changed_scores(classes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

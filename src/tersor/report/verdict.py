@@ -31,9 +31,9 @@ class _Sized(Protocol):
 def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
     """Latency at batch 1 against the original and the baseline, if measured; size and metric against the original.
 
-    Batch sizes with another result than batch 1 are named, too. If the artifact is not faster than the baseline at
-    batch 1, the text also has possible reasons and the file to deploy: the fastest at batch 1 that loses at most one
-    point of the metric.
+    Batch sizes whose result differs from that at batch 1 are named, too. If the artifact is not faster than the
+    baseline at batch 1, the text also has possible reasons and the file to deploy: the fastest at batch 1 that loses at
+    most one point of the metric.
 
     Args:
         numbers: the content of `numbers.json`.
@@ -44,6 +44,7 @@ def verdict(numbers: Results, evidence: Evidence | None = None) -> str:
     if not numbers.latency_measured:
         return f"{change}. Latency was not measured."
     sentences = [f"{_speedups(numbers)} at batch 1, {change}."]
+    sentences += ["The original is also the baseline."] if _original_is_baseline(numbers) else []
     speedups = numbers.speedup["baseline"]
     if _direction(speedups["1"]) <= 0:
         reasons = _reasons(numbers, evidence)
@@ -149,7 +150,7 @@ def _direction(ratio: Speedup | Ratio) -> int:
 
 
 def reference_entry(numbers: Results, name: Reference, size: str) -> FileResults:
-    """What was measured of the original or the baseline at a batch size."""
+    """What was measured for the original or the baseline at a batch size."""
     if name == "original":
         return numbers.original
     return numbers.candidates[numbers.baseline[size].runtime]
@@ -183,10 +184,14 @@ def size_change(before: _Sized, after: _Sized, times: str = "x") -> str:
     return f"{ratio:.1f}{times} smaller" if ratio > 1 else f"{1 / ratio:.1f}{times} larger"
 
 
+def _original_is_baseline(numbers: Results) -> bool:
+    return same_runtime(numbers.baseline["1"], numbers.original)
+
+
 def _speedups(numbers: Results) -> str:
     original, baseline = (numbers.speedup[name]["1"] for name in ("original", "baseline"))
-    if same_runtime(numbers.baseline["1"], numbers.original):
-        return describe_speedup(original, "the original, which is also the baseline,")
+    if _original_is_baseline(numbers):
+        return describe_speedup(original, "the original")
     both = describe_speedup(original, "the original"), describe_speedup(baseline, "the baseline")
     return (" and " if _direction(original) == _direction(baseline) else ", but ").join(both)
 
@@ -204,8 +209,9 @@ def _reasons(numbers: Results, evidence: Evidence | None) -> list[str]:
     if before.precision == "bfloat16":
         reasons.append("the baseline uses the bfloat16 instructions of this CPU")
     if after.macs > 0.95 * before.macs:
-        zeros = ", including those with zeros" if after.sparsity > 0.3 else ""
-        reasons.append(f"the artifact still computes all {after.macs / 1e6:.1f} million MACs{zeros}")
+        zeros = " (including those with zeros)" if after.sparsity > 0.3 else ""
+        million = f"{after.macs / 1e6:.1f} million MACs{zeros}"
+        reasons.append(f"the artifact computes {million}, the baseline {before.macs / 1e6:.1f} million")
     if quantized and numbers.machine.cpu_kind == "avx2":
         reasons.append("this CPU has no 8-bit dot-product instructions (VNNI)")
     return reasons[:2]

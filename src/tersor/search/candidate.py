@@ -124,7 +124,7 @@ class Candidate:
             return "student networks"
         removals = (self.first, *self.later)
         changes = {
-            "blocks": any(each.branches for each in removals),
+            "branches": any(each.branches for each in removals),
             "channels": any(each.keep_macs < 1 for each in removals),
             "pixels": bool(self.pixels),
         }

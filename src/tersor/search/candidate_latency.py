@@ -113,7 +113,7 @@ class Measurement:
 
         Args:
             file: an ONNX file.
-            pixels: an image (1, C, H, W) of another size than that of the reference.
+            pixels: an image (1, C, H, W) whose size differs from that of the reference.
         """
         cached, key = self._read(), structure_hash(file)
         if key not in cached:

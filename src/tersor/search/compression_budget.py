@@ -23,7 +23,7 @@ class Budget:
     """Limits on the compressed network and on the search for it. Every part is optional.
 
     Attributes:
-        max_drop: largest drop of the metric, in points; 1 by default if neither `latency_ms` nor `megabytes` is given,
+        max_drop: largest drop in the metric, in points; 1 by default if neither `latency_ms` nor `megabytes` is given,
             else unlimited.
         latency_ms: largest latency in milliseconds, by batch size.
         megabytes: largest size of the file, in 10^6 bytes.

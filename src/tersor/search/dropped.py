@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from tersor.search.candidate import Candidate
 from tersor.search.front import Point, covers
-from tersor.search.promotion import why_not_trained
+from tersor.search.promotion import why_not_continued, why_not_trained
 from tersor.search.search_context import Search
 from tersor.search.study import Record
 
@@ -59,7 +59,7 @@ def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:
     reasons = [] if members else [why_not_trained(search, last)]
     if members and members[-1] < len(rungs):
         reasons.append(
-            f"not trained further after training round {members[-1]} of {len(rungs)}: others were expected to gain more"
+            f"not trained further after training round {members[-1]} of {len(rungs)}: {why_not_continued(search, last)}"
         )
     better = next((point.name for point in kept if covers(point, last.point)), None)
     if better:

@@ -12,7 +12,7 @@ from tersor.search.search_context import Search
 
 
 def measure_end(search: Search, file: Path) -> None:
-    """Measure the multiply peaks of the machine, and how many seconds it takes to name layers and to open files.
+    """Measure the peak throughput of the machine, and how many seconds it takes to name layers and to open files.
 
     The peaks are measured once per process, so that the end of the search has them already.
 

@@ -240,7 +240,7 @@ def _more_loss(search: Search, best: Point) -> list[str]:
     if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
         return []
     others = " and meets the other limits" * bool(search.budget.latency_ms or search.budget.megabytes)
-    return [f"Larger drop: this network loses {drop:.2f} points{others}: {most.description}."]
+    return [f"Larger drop: one network ({most.description}) loses {drop:.2f} points{others}."]
 
 
 def _another_runtime(search: Search) -> list[str]:

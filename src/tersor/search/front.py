@@ -39,7 +39,7 @@ class Point(BaseModel):
     precision: str
     """Data type of the layers: `int8`, or that of the runtime for a float file."""
     family: str = "fewer bits"
-    """Kind of change, such as `fewer blocks` or `student networks`."""
+    """Kind of change, such as `fewer branches` or `student networks`."""
     free: bool = False
     """Whether it is a free baseline, which needs no search: the original, or the original in 8 bits."""
     validation: Annotated[float, Field(ge=0, le=100)]

@@ -28,6 +28,7 @@ _PROMISING = 0.4
 _CAUTION = {False: 1.5, True: 2.0}
 """Exponent of the probability in the expected improvement, before the last training run and for it."""
 _LEAST_GAIN = 0.01
+_RECOVERED = "its metric has not dropped, so there is nothing for training to recover"
 _HOPELESS = 0.05
 """A candidate is trained further if it ends within the allowed drop with at least this probability, or if no other
 candidate can be."""
@@ -76,7 +77,7 @@ def why_not_trained(search: Search, record: Record) -> str:
     """Why a surveyed candidate was not trained, in words."""
     free = min(point.mean_ms for point in search.points if point.free)
     if not improvable(search, record):
-        return "not trained: its metric has not dropped, so there is nothing for training to recover"
+        return f"not trained: {_RECOVERED}"
     if _fixed(search, record.point):
         return "not trained: it exceeds a latency or size limit, which training does not change"
     smaller = search.budget.megabytes is not None and record.of.bits != "8"
@@ -91,6 +92,14 @@ def why_not_trained(search: Search, record: Record) -> str:
         f"not trained: training was limited to {counted(len(trained), 'candidate')}, chosen by latency, size and the "
         "metric before training"
     )
+
+
+def why_not_continued(search: Search, record: Record) -> str:
+    """Why a trained candidate was not trained further, in words."""
+    if not improvable(search, record):
+        return _RECOVERED
+    unlikely = ", or it was not expected to end within the allowed drop" * (search.budget.points is not None)
+    return f"others were expected to gain more{unlikely}"
 
 
 def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:

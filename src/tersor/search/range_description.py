@@ -31,7 +31,8 @@ def describe_range(search: Search) -> list[str]:
     if noise > _NOISY:
         lines.append(
             f"warning: latencies are uncertain by up to {100 * noise:.0f} %, probably because other processes use the "
-            "processor. Stop them, and start the search again in another folder: it chooses networks by latency."
+            "processor. Stop them, and start the search again in another folder, because a search chooses networks by "
+            "latency."
         )
     step, left = state.costs.step, max(0.0, search.clock.left)
     reserve = min(left, search.reserve())

@@ -161,9 +161,10 @@ def _fail(search: Search, candidate: Candidate, rung: Rung, reason: str, *, lost
     """Store the failed training; a `lost` one has no trial, so that a resumed search repeats it."""
     if lost:
         search.study.failed[candidate.name] = reason
+        search.bar.tell(f"{candidate}: {reason}")
     else:
         search.study.fail(candidate, rung.members[candidate.name], reason)
-    search.bar.tell(f"{candidate}: {reason}")
+        search.bar.tell(f"{candidate} is not trained further: {reason}")
 
 
 def _planned(

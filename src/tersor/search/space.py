@@ -1,4 +1,4 @@
-"""The candidates: depth, width, bits and resolution of the original, students, and the shipped family."""
+"""The candidates: the original with other depth, width, bits or resolution, students, and tersor's `wide_plain_*`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tersor.models.wide_plain import WIDTHS
 from tersor.search.candidate import BITS, ORIGINAL, Candidate
 
 _LARGE_IMAGE = 64
-"""Image size from which the shipped networks have the large stem."""
+"""Image size from which the `wide_plain` networks have the large stem."""
 SMALLEST_IMAGE = 8
 """Height and width in pixels."""
 _DEPTHS = (0.34, 0.5, 0.67)
@@ -23,7 +23,7 @@ _FIRST_WIDTHS = (48, 32, 64)
 
 
 def family(pixels: int) -> list[str]:
-    """Names of the shipped networks for images of this height and width, in the order in which they are tried."""
+    """Names of the `wide_plain` networks for images of this height and width, in the order in which they are tried."""
     if pixels < SMALLEST_IMAGE:
         return []
     stem = "wide_plain_large" if pixels >= _LARGE_IMAGE else "wide_plain"

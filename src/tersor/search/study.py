@@ -39,7 +39,7 @@ class Record(BaseModel):
         rung: number of its training runs so far; 0 in the survey.
         point: its measured file.
         stages: the trained stages as plain data, as in a recipe.
-        rounding_loss: drop of the metric by quantization.
+        rounding_loss: drop in the metric caused by quantization.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

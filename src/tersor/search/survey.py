@@ -261,14 +261,13 @@ def _try(search: Search, candidate: Candidate, *, store: bool = True) -> Record 
 
 def space_of(search: Search, students: list[str], pixels: list[int]) -> Space:
     """The space of the original and its students; bits below 8 are tried where the size is limited."""
-    bench = search.bench
+    bench, bits = search.bench, ("8", "mixed", "4") if search.budget.megabytes is not None else ("8",)
     try:
         branches, prunable = bench.branches(Candidate()), True
     except InputError as error:
+        kinds = "students, image sizes and bits" if len(bits) > 1 else "students and image sizes"
         search.bar.tell(
-            "neither branches nor channels can be removed from the original, so only students, image sizes and bits "
-            f"are tried: {error}"
+            f"neither branches nor channels can be removed from the original, so only {kinds} are tried: {error}"
         )
         branches, prunable = 0, False
-    bits = ("8", "mixed", "4") if search.budget.megabytes is not None else ("8",)
     return Space(branches, prunable, students, bits, pixels)

@@ -50,8 +50,8 @@ class Tested:
 def run_on_test_images(search: Search) -> dict[str, Tested]:
     """Add the metric on the test images to the points that are tested at the end.
 
-    Points that were tested when the search ended before are not run again. The original is, if its predictions are
-    needed and were not kept. Only the predictions of the original and of one other point are in memory at once.
+    Points that were tested at an earlier end of the search are not run again, except the original if its predictions
+    are needed and were not kept. Only the predictions of the original and of one other point are in memory at once.
     """
     assert search.original is not None
     original, points = search.original.name, search.tested_at_the_end()

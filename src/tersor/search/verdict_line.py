@@ -176,7 +176,10 @@ def more_images(*, tests_chose: bool) -> str:
     """
     if tests_chose:
         return "Use more test images: half of them are the validation images."
-    return "Use more validation images, for example with a larger fraction of the training images: `--validation 0.3`."
+    return (
+        "Use more validation images: add some to the data or, if it has none of its own, write a larger "
+        "validation (`--validation`). Then search in another folder."
+    )
 
 
 def saturation(front: Front) -> list[str]:

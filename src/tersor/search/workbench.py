@@ -253,7 +253,8 @@ class Workbench:
         batches, seconds = experiment.training_batches(stage), 0.0
         for count in (1, steps):
             attachment = attach(experiment, stage, copy.deepcopy(network), NO_PROGRESS)
-            seconds = fit(attachment, batches, stage, steps=count, teacher=teacher, task=experiment.task).seconds
+            options: dict[str, Any] = {"teacher": teacher, "task": experiment.task, "origin": "search"}
+            seconds = fit(attachment, batches, stage, steps=count, **options).seconds
         return seconds / steps
 
     def stage(self, candidate: Candidate, name: str, steps: int, model: nn.Module, *, settled: bool = False) -> Stage:

@@ -24,7 +24,7 @@ class Multilabel(Task):
         """Binary cross entropy, averaged over images and classes.
 
         Raises:
-            InputError: the targets have another shape than the logits.
+            InputError: the shapes of targets and logits differ.
         """
         logits = self._logits(outputs)
         _check(targets, logits)

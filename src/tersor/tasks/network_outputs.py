@@ -80,12 +80,14 @@ def floats_of_both(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
             "networks that return tensors of the same shapes."
         )
     if not both[0]:
-        raise InputError("two outputs cannot be compared: they hold no floating-point tensor.")
+        raise InputError(
+            "two outputs cannot be compared: they hold no floating-point tensor. Compare networks that return one."
+        )
     return [(one, other.to(one.device)) for one, other in zip(*both, strict=True)]
 
 
 def relative_squared_error(outputs: Any, reference: Any) -> Tensor:
-    """The distance of two outputs as a loss: the mean over tensors of |outputs - reference|^2 / |reference|^2.
+    """The distance between two outputs as a loss: the mean over tensors of |outputs - reference|^2 / |reference|^2.
 
     It is differentiable at equal outputs too, unlike its root, the relative L2 error.
 

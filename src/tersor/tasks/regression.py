@@ -25,7 +25,7 @@ class Regression(Task):
         """Mean squared error.
 
         Raises:
-            InputError: the targets have another shape than the outputs.
+            InputError: the shapes of targets and outputs differ.
         """
         values = _values(outputs)
         return F.mse_loss(values, _fitting(targets, values).to(values))

@@ -139,8 +139,8 @@ def with_label_smoothing(task: Task, fraction: float) -> Task:
 def no_targets(task: Task) -> InputError:
     """The error for images without targets, where the task needs them."""
     return InputError(
-        f"{task.metric} cannot be measured on images without labels. Give labeled batches, or write task: distance, "
-        "which compares with the outputs of the original network."
+        f"{task.metric} cannot be measured on images without labels. Give labeled images, or the task distance "
+        "(`--task distance`, task: distance in a recipe), which compares with the outputs of the original network."
     )
 
 

@@ -45,7 +45,7 @@ def distributions(logits: Tensor, task: Task) -> Tensor:
 
 
 def rows_with_class(student: Tensor, teacher: Tensor, targets: Any, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of both logits (N, classes, ...) whose class is known, (rows, classes) twice, and these classes (rows,).
+    """The rows of student and teacher logits whose class is known, each (rows, classes), and the classes (rows,).
 
     Masks of another size take the nearest pixel. Positions with the task's `ignore_index` are left out.
 

@@ -68,7 +68,10 @@ def require_teacher(teacher: nn.Module | None, method: str) -> nn.Module:
         InputError: there is none.
     """
     if teacher is None:
-        raise InputError(f"{method} needs a teacher; none was given. Pass teacher=..., or write one in the recipe.")
+        raise InputError(
+            f"{method} needs a teacher; none was given. Pass AttachContext(teacher=...), or write a teacher in the "
+            "recipe."
+        )
     return teacher
 
 
@@ -99,7 +102,7 @@ def match_layers(
     """
     teacher = require_teacher(teacher, method)
     if teacher_layers and not layers:
-        raise InputError(f"{method} has teacher_layers but no layers. Write both, or neither.")
+        raise InputError(f"{method} has teacher_layers but no layers. Write layers, too, or leave out teacher_layers.")
     images = _example_images(data, method)
     if layers:
         student_paths = matching_paths(student, layers, "the student")
@@ -147,7 +150,7 @@ def match_layer(
     """
     teacher = require_teacher(teacher, method)
     if teacher_layer and not layer:
-        raise InputError(f"{method} has teacher_layer but no layer. Write both, or neither.")
+        raise InputError(f"{method} has teacher_layer but no layer. Write layer, too, or leave out teacher_layer.")
     for name, network, pattern in (("student", student, layer), ("teacher", teacher, teacher_layer or layer)):
         paths = matching_paths(network, [pattern], f"the {name}") if pattern else ()
         if len(paths) > 1:
@@ -163,7 +166,9 @@ def match_layer(
 def _example_images(data: Iterable[Any] | None, method: str) -> NetworkInput:
     first = None if data is None else next(iter(data), None)
     if first is None:
-        raise InputError(f"{method} needs images to determine layer shapes; none were given. Pass data=...")
+        raise InputError(
+            f"{method} needs images to determine layer shapes; none were given. Pass AttachContext(data=...)."
+        )
     return images_of(first)[:2]
 
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from tersor.core.device import layout_for, precision_for, restore_device_and_layout, seeded, set_layout
 from tersor.core.distributed import any_rank, broadcast_from_rank0, init_process_group, others_alive
-from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights
+from tersor.core.errors import InputError, NonFiniteLoss, NonFiniteWeights, Origin
 from tersor.core.progress import NullProgress, ProgressReporter
-from tersor.core.resources import enough_memory, smaller_batch
+from tersor.core.resources import enough_memory, less_memory
 from tersor.data.batch import Batch
 from tersor.data.batch_errors import explain_batchnorm_error
 from tersor.data.batch_source import BatchSource, Group, groups
@@ -83,7 +83,7 @@ def fit(
     cache_batches: BatchSource | None = None,
     curve: ValidationCurve | None = None,
     seconds: float | None = None,
-    recipe: bool = True,
+    origin: Origin = "recipe",
 ) -> TrainingResult:
     """Train `attachment.model` in place, on the device that accelerate selects, and return it to eval mode.
 
@@ -103,7 +103,7 @@ def fit(
         cache_batches: all images in order, for data without augmentation; the teacher's outputs for them are cached.
         curve: measures the metric on the validation images every few steps.
         seconds: time limit for this process, over which the learning rate schedule then runs; at least one step runs.
-        recipe: whether the options are those of a recipe, to which errors then refer.
+        origin: where the options are from, to which errors refer.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; with a checkpointer, after the step was finished and saved.
@@ -129,14 +129,13 @@ def fit(
         task=with_label_smoothing(task or Classification(), training.label_smoothing),
         autocast=precision_for(device, training.precision),
     )
-    of_recipe = smaller_batch(training.batch_size, training.accumulate)
     with (
         others_alive(),
-        enough_memory(of_recipe if recipe else "Pass a loader with a smaller batch size."),
+        enough_memory(less_memory(origin, training.batch_size, training.accumulate)),
         restore_device_and_layout(objective),
         seeded(seed + accelerator.process_index, device),
     ):
-        loop = _Loop(accelerator, objective, attachment, training, progress, checkpointer, curve, recipe)
+        loop = _Loop(accelerator, objective, attachment, training, progress, checkpointer, curve, origin)
         resumed = checkpointer.resume_state if checkpointer else None
         handle = attachment.bind(loop.torch_optimizer, start=resumed[0] if resumed else 0)
         try:
@@ -159,7 +158,7 @@ class _Loop:
         progress: ProgressReporter | None,
         checkpointer: Checkpointer | None,
         curve: ValidationCurve | None,
-        recipe: bool,
+        origin: Origin,
     ) -> None:
         self.accelerator = accelerator
         self.unwrapped = objective
@@ -169,7 +168,7 @@ class _Loop:
         self.progress = progress or NullProgress()
         self.checkpointer = checkpointer
         self.curve = curve
-        self.recipe = recipe
+        self.origin: Origin = origin
         self.precision: Literal["float32", "bfloat16"] = "bfloat16" if objective.context.autocast else "float32"
         self.layout = layout_for(accelerator.device)
         set_layout(objective, self.layout)
@@ -215,7 +214,7 @@ class _Loop:
                 if self.checkpointer:
                     self._checkpoint(self.checkpointer, done, interrupted(), ema, history)
         if any_rank(not all(bool(weight.isfinite().all()) for weight in self.model.parameters())):
-            raise NonFiniteWeights(name, recipe=self.recipe)
+            raise NonFiniteWeights(name, origin=self.origin)
         if ema:
             ema.copy_to(self.model)
         with history.paused():
@@ -288,8 +287,8 @@ class _Loop:
         # After the backward pass was started: on a GPU the wait is then no longer than the pass.
         if any_rank(not bool(values.isfinite().all())):
             here = [loss for loss in zip(names, values.tolist(), strict=True) if not math.isfinite(loss[1])]
-            (name, value), saver = (*here, ("", math.nan))[0], self.checkpointer  # "": a loss of another process
-            raise NonFiniteLoss(step + 1, name, value, rate, saver.last if saver else None, recipe=self.recipe)
+            (name, value), saver = (*here, ("", math.nan))[0], self.checkpointer  # "": a loss in another process
+            raise NonFiniteLoss(step + 1, name, value, rate, saver.last if saver else None, origin=self.origin)
 
     def _optimizer_step(self, rate: float) -> None:
         for group in self.torch_optimizer.param_groups:

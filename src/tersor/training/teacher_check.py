@@ -48,7 +48,9 @@ def teacher_warnings(name: str, network: nn.Module, batches: Iterable[Batch], ta
     return [sentence for sentence in warnings if sentence]
 
 
-def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task: Task, images: int = IMAGES) -> str:
+def level_warning(
+    name: str, network: nn.Module, batches: Iterable[Batch], task: Task, images: int = IMAGES, advice: str = _CHECK
+) -> str:
     """A sentence about a classifier at chance level, or with the same logits for all images; "" for any other network.
 
     Args:
@@ -58,17 +60,18 @@ def level_warning(name: str, network: nn.Module, batches: Iterable[Batch], task:
             and predictions are not checked.
         task: only classification is checked, with logits (N, classes).
         images: largest number of images to use.
+        advice: a sentence that says what to do about chance level, or about equal logits.
     """
     found = logits_and_labels(network, batches, task, images)
     if found is None:
         return ""
     logits, labels = found
     if len(logits) >= _MIN_IMAGES and bool((logits == logits[0]).all()):
-        return f"{name} returns the same logits for all {len(logits)} images. {_CHECK}"
+        return f"{name} returns the same logits for all {len(logits)} images. {advice}"
     if bool((labels > logits.shape[1]).any()):  # embeddings; one more than the last class are classes from 1
         return ""
     labelled = (labels >= 0) & (labels < logits.shape[1])
-    return _accuracy(name, logits[labelled], labels[labelled])
+    return _accuracy(name, logits[labelled], labels[labelled], advice)
 
 
 @torch.no_grad()
@@ -112,8 +115,8 @@ def _probabilities(name: str, logits: Tensor) -> str:
     return ""
 
 
-def _accuracy(name: str, logits: Tensor, labels: Tensor) -> str:
-    return chance_warning(name, logits.argmax(1), labels, logits.shape[1])
+def _accuracy(name: str, logits: Tensor, labels: Tensor, advice: str = _CHECK) -> str:
+    return chance_warning(name, logits.argmax(1), labels, logits.shape[1], advice)
 
 
 def chance_warning(name: str, predicted: Tensor, labels: Tensor, classes: int, advice: str = _CHECK) -> str:

@@ -80,7 +80,8 @@ def find_groups(propagation: ChannelPropagation) -> tuple[list[ChannelGroup], di
         )
     for group in groups.values():
         if len(group.slices) == 1:
-            unprunable.setdefault(group.root, "no two of them are used in the same way, and one of each has to remain")
+            reason = "each of them is used in a different way, and at least one channel per use has to remain"
+            unprunable.setdefault(group.root, reason)
     return [group for group in groups.values() if len(group.slices) > 1], unprunable
 
 
