@@ -3,8 +3,8 @@
 A row has:
 - whether the network is captured, or the message; the seconds
 - the share of the MACs in integers, and the largest operators in float
-- the distance from the float network of the int8 file and of `quantize_static`'s file, in both runtimes: the mean
-  absolute difference of the outputs, relative to their mean absolute value
+- the distance from the float network of the int8 file, quantized for each runtime, and of `quantize_static`'s file, in
+  both runtimes: the mean absolute difference of the outputs, relative to their mean absolute value
 - the latency of the float file and of these two, at batch size 1 in ONNX Runtime
 - the share of the MACs that remains if half are to be removed, and the seconds
 - whether the pruned network trains, and whether it is the same after it is saved and loaded
@@ -105,6 +105,7 @@ def quantized(model: Any, images: Any) -> dict[str, Any]:
     """Quantize to 8 bits, export, and compare with the float file and `quantize_static`."""
     import peers
     import tersor
+    from tersor.core.errors import InputError
     from tersor.evaluation.latency import measure_latency
     from tersor.evaluation.session import open_session
     from tersor.quantization.integer_coverage import integer_coverage
@@ -126,12 +127,21 @@ def quantized(model: Any, images: Any) -> dict[str, Any]:
             found["quantize_static_failed"] = str(error)[:200]
             del files["quantize_static"]
         found["bytes"] = {name: path.stat().st_size for name, path in files.items()}
+        for_openvino = Path(folder) / "openvino.onnx"
+        try:
+            tersor.export(
+                tersor.quantize(model, [images], runtime="openvino"), images, for_openvino, runtime="openvino"
+            )
+        except InputError as error:
+            found["openvino_refused"] = str(error)[:300]
         for runtime in ("onnxruntime", "openvino"):
             for kind in files.keys() - {"float"}:
-                session = open_session(files[kind], runtime)
-                found[f"{kind}_distance_{runtime}"] = round(
-                    distance([session.run(images.numpy())], [expected[session.logits or 0]]), 5
-                )
+                path = for_openvino if (kind, runtime) == ("int8", "openvino") else files[kind]
+                if path.exists():
+                    session = open_session(path, runtime)
+                    found[f"{kind}_distance_{runtime}"] = round(
+                        distance([session.run(images.numpy())], [expected[session.logits or 0]]), 5
+                    )
         openers = {name: partial(open_session, path, "onnxruntime") for name, path in files.items()}
         timings = measure_latency(openers, images[:1].numpy(), batch_sizes=(1,), seconds=LATENCY_SECONDS)
         found["latency_ms"] = {name: round(timings.spread(name, 1).median, 4) for name in files}
