@@ -114,7 +114,7 @@ def test_the_free_baselines_agree_with_their_files(few, without_time):
     assert integers.drop_error == pytest.approx(100 * np.std(changes) / 15**0.5, abs=1e-3)
     assert original.drop_error == 0
     assert (original.precision, integers.precision) == ("float32", "int8")
-    assert (original.description, integers.description) == ("the original", "the original in 8 bits")
+    assert (original.description, integers.description) == ("the original", "the 8-bit original")
     costs = folder.state.costs
     assert costs.runs == pytest.approx(sum(original.latency_ms.values()) / 1000)
     assert min(costs.finish, costs.export, costs.test, costs.step) > 0

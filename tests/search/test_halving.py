@@ -95,7 +95,7 @@ def test_students_and_pruned_originals_compete(finished):
     first = search.folder.state.rungs[0].members
     assert "wide-8bit" in first
     assert any(name.startswith("original") for name in first)
-    assert "deep-8bit" not in first  # slower than the original in 8 bits
+    assert "deep-8bit" not in first  # slower than the 8-bit original
 
 
 def test_no_point_of_the_front_is_dominated(finished):

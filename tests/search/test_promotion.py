@@ -34,7 +34,7 @@ def add(search, candidate, rung, validation, milliseconds, **changed):
 def test_entrants_cover_the_latencies_and_one_third_are_students(tmp_path):
     search = searching(tmp_path / "out")
     pruned = [add(search, Candidate(branches=n), 0, 89.0 - 2 * n, 0.84 - 0.1 * n) for n in range(1, 7)]
-    add(search, Candidate(branches=7), 0, 89.0, 0.86)  # not much faster than the original in 8 bits
+    add(search, Candidate(branches=7), 0, 89.0, 0.86)  # not much faster than the 8-bit original
     add(search, Candidate(branches=8), 0, 76.0, 0.5)  # dominated
     students = [add(search, Candidate("wide", pixels=size), 0, 10.0, size / 100) for size in (60, 40, 20)]
     chosen = entrants(search, 6)

@@ -22,7 +22,7 @@ Memo = dict[int, Any]
 """The copies made by `copy.deepcopy`, by the id of the original."""
 
 
-_Part = nn.Module | Tensor | list | dict | set
+_PARTS = (nn.Module, Tensor, list, dict, set)
 
 
 def use_copied_parts(network: nn.Module, copies: Memo) -> None:
@@ -69,7 +69,7 @@ def _parts_in(function: object, copies: Memo, seen: tuple[object, ...] = ()) -> 
         return
     for each in _variables(function):
         owner = each.__self__ if isinstance(each, MethodType) else each
-        if isinstance(owner, _Part) and id(owner) in copies:
+        if isinstance(owner, _PARTS) and id(owner) in copies:
             yield owner
         else:
             yield from _parts_in(each, copies, (*seen, function))
@@ -108,6 +108,6 @@ def _cell(cell: CellType, copies: Memo) -> CellType:
 
 def _value(value: Any, copies: Memo) -> Any:
     owner = value.__self__ if isinstance(value, MethodType) else value
-    if isinstance(owner, nn.Module) or (isinstance(owner, _Part) and id(owner) in copies):
+    if isinstance(owner, nn.Module) or (isinstance(owner, _PARTS) and id(owner) in copies):
         return copy.deepcopy(value, copies)
     return _with_copies(value, copies) if isinstance(value, FunctionType) else value

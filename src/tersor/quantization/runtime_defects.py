@@ -19,7 +19,6 @@ quantized: the attention of CBAM, for example. So the layers that read such a ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import fx, nn
@@ -47,7 +46,7 @@ def rewrite_for_openvino(graph: fx.GraphModule) -> None:
 
 
 def pad_before_averages(graph: fx.GraphModule) -> None:
-    """Write average pooling that counts its zero padding as padding and pooling, in place."""
+    """Replace average pooling that counts its zero padding by padding and a pooling without it, in place."""
     for node in list(graph.graph.nodes):
         module = layer_of(node)
         if isinstance(module, nn.AvgPool2d) and is_plain(module):
@@ -75,7 +74,7 @@ def _pair(size: int | Sequence[int]) -> list[int]:
 
 
 def pad_two_dimensions(graph: fx.GraphModule) -> None:
-    """Write padding of one dimension with a constant as padding of two and a slice, in place."""
+    """Replace padding of one dimension with a constant by padding of two dimensions and a slice, in place."""
     for node in list(graph.graph.nodes):
         widths, constant = _constant_padding(node)
         padded = {place // 2 for place, width in enumerate(widths) if width}
@@ -103,7 +102,7 @@ def _constant_padding(node: fx.Node) -> tuple[list[int], float]:
     """The widths of padding, from the last dimension on, before and after each, and the constant; else no widths."""
     module = layer_of(node)
     if isinstance(module, nn.modules.padding._ConstantPadNd):  # pyright: ignore[reportPrivateUsage]
-        return list(cast("Sequence[int]", module.padding)), module.value
+        return list(module.padding), module.value
     if operator_name(node) != "pad" or arguments(node)["mode"] != "constant":
         return [], 0.0
     given = arguments(node)
@@ -111,7 +110,7 @@ def _constant_padding(node: fx.Node) -> tuple[list[int], float]:
 
 
 def average_in_four_dimensions(graph: fx.GraphModule) -> None:
-    """Write averages and sums of (N, T, C) over T or C as those of (N, 1, T, C), in place."""
+    """Replace means and sums of (N, T, C) over T or C by those of (N, 1, T, C), in place."""
     for node in list(graph.graph.nodes):
         if operator_name(node) not in {"mean", "sum"} or len(shape_of(values_into(node)[0])) != 3:
             continue

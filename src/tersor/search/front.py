@@ -41,7 +41,7 @@ class Point(BaseModel):
     family: str = "fewer bits"
     """Kind of change, such as `fewer branches` or `student networks`."""
     free: bool = False
-    """Whether it is a free baseline, which needs no search: the original, or the original in 8 bits."""
+    """Whether it is a free baseline, which needs no search: the original, or the 8-bit original."""
     validation: Annotated[float, Field(ge=0, le=100)]
     """The metric on the validation images, in percent."""
     drop_error: Annotated[float, Field(ge=0)] = 0.0

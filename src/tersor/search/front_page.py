@@ -126,7 +126,7 @@ def _kind(point: Point, kept: Collection[str]) -> str:
 
 
 def _peak_percent(peaks: Sequence[Peak], point: Point, size: int) -> float | None:
-    """Percent of the peak throughput. Files in 8 bits count as having all of their MACs in integers."""
+    """Percent of the peak throughput. 8-bit files count as having all of their MACs in integers."""
     integers = float(point.precision == INTEGERS)
     share = share_of_peak(point.runtime, point.precision, size * point.macs, point.latency_ms[size], peaks, integers)
     return None if share is None else 100 * share

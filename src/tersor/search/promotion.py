@@ -61,7 +61,7 @@ def entrants(search: Search, count: int, without: Collection[str] = ()) -> list[
     least = -(-count // _STUDENTS) if count > 1 else 0
     chosen = _spread(students, min(len(students), max(least, count - len(inherited))))
     chosen += _spread(inherited, count - len(chosen))
-    if not chosen and count:  # nothing is much faster: the best network so far, else the original in 8 bits
+    if not chosen and count:  # nothing is much faster: the best network so far, else the 8-bit original
         best = "" if search.best is None else search.best.name
         chosen = [record for record in records if record.point.name == best]
         chosen = chosen or [record for record in records if record.of == Candidate()]

@@ -19,7 +19,7 @@ def describe_range(search: Search) -> list[str]:
     meaning = "± is half the width of the 95 % interval of a latency"
     lines = [
         *_validation(search),
-        f"free baselines: the original in float and 8 bits, not trained further; {meaning}",
+        f"free baselines: the original in float and its 8-bit version, not trained further; {meaning}",
     ]
     for point in state.baselines:
         lacking = shortfall(point, search.budget, search.reference)

@@ -108,7 +108,7 @@ def _export_original(search: Search) -> Path:
 
 
 def _integers(search: Search) -> dict[str, Path]:
-    """The file of the original in 8 bits, by runtime; empty where that is not possible."""
+    """The file of the 8-bit original, by runtime; empty where that is not possible."""
     candidate, file = Candidate(), search.folder.path / BASELINES / f"{INTEGERS}.onnx"
     try:
         search.bench.export(candidate, search.bench.build(candidate), file)
@@ -137,7 +137,7 @@ def _integers_elsewhere(search: Search) -> dict[str, Path]:
 
 
 def _measured(search: Search, original: Path, integers: Mapping[str, Path]) -> list[Point]:
-    """All free baselines, measured together; `integers` are the files in 8 bits, by runtime."""
+    """All free baselines, measured together; `integers` are the 8-bit files, by runtime."""
     bench, runtime = search.bench, search.runtime
     files: dict[str, tuple[Path, str, Literal["float32"] | None]] = {ORIGINAL: (original, runtime, None)}
     files |= {f"{ORIGINAL}-{each}": (original, each, None) for each in installed_runtimes() if each != runtime}
@@ -155,7 +155,7 @@ def _measured(search: Search, original: Path, integers: Mapping[str, Path]) -> l
     return [
         Point(
             name=name,
-            description="the original in 8 bits" if path in integers.values() else "the original",
+            description="the 8-bit original" if path in integers.values() else "the original",
             file=search.folder.relative(path),
             runtime=each,
             precision=INTEGERS if path in integers.values() else openers[name]().precision,
