@@ -98,7 +98,7 @@ LEVELS = [
     ("quantization.fake_quantize", "quantization.output_rounding", "quantization.quantizer_options"),
     (
         "quantization.activation_products",
-        "quantization.expanded_constants",
+        "quantization.expansions",
         "quantization.grid_distance",
         "quantization.observers",
         "quantization.range_tracking",

@@ -139,6 +139,8 @@ class AveragedTokens(nn.Module):
         "sum": lambda x: x.sum(1),
         "both": lambda x: x.mean((1, 2)).reshape(-1, 1),
         "last": lambda x: x.transpose(1, 2).mean(2),
+        "pooling": lambda x: nn.AdaptiveAvgPool1d(1)(x.transpose(1, 2)).flatten(1),
+        "pooling function": lambda x: nn.functional.adaptive_avg_pool1d(x.transpose(1, 2), 1).flatten(1),
     }
 
     def __init__(self, kind):
@@ -258,7 +260,7 @@ def test_padding_of_size_0_is_removed():
 @pytest.mark.parametrize(
     ("rule", "network"),
     [
-        ("broadcast_constants", Tokens()),
+        ("rewrite_expansions", Tokens()),
         ("after_maxima", Maximum("amax")),
         pytest.param(
             "pad_two_dimensions",

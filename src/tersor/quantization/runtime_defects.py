@@ -1,8 +1,8 @@
 """What OpenVINO would compute incorrectly in integers: rewritten, or left in float.
 
-OpenVINO, since 2026.0, loses the bias of 8-bit layers if the graph has a constant that is expanded to a dynamic batch
-size, such as a class token or the queries of a decoder. The accuracy of a ViT fell from 61 to 47 %, and by as much in
-the 8-bit files of two other tools. `quantization/expanded_constants.py` rewrites these constants.
+OpenVINO, since 2026.0, loses the bias of 8-bit layers if the graph expands a value, such as a class token or the queries
+of a decoder. The accuracy of a ViT fell from 61 to 47 %, and by as much in the 8-bit files of two other tools.
+`quantization/expansions.py` rewrites these operators.
 
 OpenVINO 2026.4 pads 8-bit values with a wrong integer unless two or more dimensions are padded: the result is wrong, or
 the file cannot be read. So one more dimension is padded, and cut off again. Zeros after a ReLU are right, because they
@@ -19,6 +19,7 @@ quantized: the attention of CBAM, for example. So the layers that read such a ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,7 +30,7 @@ from tersor.graph.capture import layer_of, values_into
 from tersor.graph.layer_selection import Layer
 from tersor.graph.matrix_products import OperatorAdder
 from tersor.graph.plain_modules import is_plain
-from tersor.quantization.expanded_constants import broadcast_constants
+from tersor.quantization.expansions import rewrite_expansions
 from tersor.quantization.qdq_placement import CONCATENATIONS, quantizable, source_of
 
 _aten = torch.ops.aten
@@ -39,7 +40,7 @@ _RECTIFIERS = {"relu", "relu_", "relu6", "relu6_"}
 
 def rewrite_for_openvino(graph: fx.GraphModule) -> None:
     """Rewrite what OpenVINO would compute incorrectly, in place."""
-    broadcast_constants(graph)
+    rewrite_expansions(graph)
     pad_before_averages(graph)
     pad_two_dimensions(graph)
     average_in_four_dimensions(graph)
@@ -112,19 +113,35 @@ def _constant_padding(node: fx.Node) -> tuple[list[int], float]:
 def average_in_four_dimensions(graph: fx.GraphModule) -> None:
     """Replace means and sums of (N, T, C) over T or C by those of (N, 1, T, C), in place."""
     for node in list(graph.graph.nodes):
-        if operator_name(node) not in {"mean", "sum"} or len(shape_of(values_into(node)[0])) != 3:
-            continue
-        given = arguments(node)
-        dims = {dim % 3 for dim in given.get("dim") or ()}
-        if not dims or 0 in dims:
+        target, dims, kept = _reduction(node)
+        if not dims or 0 in dims or len(shape_of(values_into(node)[0])) != 3:
             continue
         add, value, shape = OperatorAdder(node), values_into(node)[0], shape_of(node)
         batch, *others = shape_of(value)
         wide = add((batch, 1, *others), _aten.unsqueeze.default, value, 1)
-        total = add((batch, 1, *shape[1:]), node.target, wide, [dim + 1 for dim in sorted(dims)], given["keepdim"])
+        total = add((batch, 1, *shape[1:]), target, wide, [dim + 1 for dim in sorted(dims)], kept)
         node.replace_all_uses_with(add(shape, _aten.squeeze.dim, total, 1))
         graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _reduction(node: fx.Node) -> tuple[Any, set[int], bool]:
+    """Operator, dimensions of a value with three dimensions, and whether they are kept; without dimensions for others.
+
+    Adaptive pooling to one position is a mean. The exporter writes it with an index of every image, which OpenVINO
+    computes incorrectly for 8-bit values.
+    """
+    module = layer_of(node)
+    if isinstance(module, nn.AdaptiveAvgPool1d) and is_plain(module):
+        size: Any = module.output_size
+    elif operator_name(node) == "adaptive_avg_pool1d":
+        size = arguments(node)["output_size"]
+    elif operator_name(node) in {"mean", "sum"}:
+        given = arguments(node)
+        return node.target, {dim % 3 for dim in given.get("dim") or ()}, given.get("keepdim", False)
+    else:
+        return None, set(), False
+    return _aten.mean.dim, {2} if size in (1, [1], (1,)) else set(), True
 
 
 def correct_in_integers(graph: fx.GraphModule, runtime: Runtime) -> set[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import tersor
@@ -105,6 +106,31 @@ class KeptTokens(Tokens):
         return x.masked_fill(~torch.ones(len(x), 16, 1, dtype=torch.bool), 0)
 
 
+class Scaled(Tokens):
+    def use(self, x):
+        return x * self.linear(x.mean(1, keepdim=True)).sigmoid().expand_as(x)
+
+
+class Normalized(Tokens):
+    def use(self, x):
+        return self.attend(F.normalize(self.linear(x), dim=-1), F.normalize(x, dim=-1))
+
+
+class MeanOfAll(Tokens):
+    def use(self, x):
+        return torch.cat([x, x.mean(1, keepdim=True).expand(-1, 16, -1)], 1)
+
+
+class Pairs(Tokens):
+    def use(self, x):
+        return torch.cat([x[:, :, None].expand(-1, -1, 16, -1), x[:, None].expand(-1, 16, -1, -1)], 1).flatten(1, 2)
+
+
+class KeptMeans(Tokens):
+    def use(self, x):
+        return torch.where((x.mean(1, keepdim=True) > 1).expand(-1, 16, -1), x, -x)
+
+
 class Concatenated(Tokens):
     """Features, and a constant created in the forward method."""
 
@@ -116,6 +142,7 @@ class Concatenated(Tokens):
         "repeat_interleave": lambda x: grid().repeat_interleave(len(x), 0),
         "broadcast_to": lambda x: torch.broadcast_to(grid(), (len(x), 2, 4, 4)),
         "expand_as": lambda x: grid().expand_as(x[:, :2]),
+        "mean": lambda x: x[:, :2].mean((2, 3), keepdim=True).expand(-1, -1, 4, 4),
         "of more dimensions": lambda x: torch.linspace(-1, 1, x.shape[3]).expand(len(x), 2, *x.shape[2:]),
     }
 
@@ -141,14 +168,20 @@ def quantized(network, runtime):
 
 
 def expansions(graph):
-    """The operators that expand a tensor to a size that the graph computes."""
+    """The operators that expand features of the images, or a constant to a size that the graph computes."""
     return [
-        name for node in graph.graph.nodes if (name := operator_name(node)) in EXPANSIONS and node.all_input_nodes[1:]
+        name
+        for node in graph.graph.nodes
+        if (name := operator_name(node)) in EXPANSIONS and (node.all_input_nodes[1:] or _has_images(node))
     ]
 
 
+def _has_images(node):
+    return node.op == "placeholder" or any(map(_has_images, node.all_input_nodes))
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_for_openvino_an_expanded_constant_is_replaced_by_a_sum(kind):
+def test_for_openvino_expansions_are_rewritten(kind):
     network = NETWORKS[kind]()
     model = quantized(network, "openvino")
     assert not expansions(model)

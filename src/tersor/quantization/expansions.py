@@ -1,11 +1,13 @@
-"""Constants that are expanded to the batch size, written as a sum with zeros that depend on the images.
+"""Values that are expanded along a dimension, written as sums or left to broadcasting, for OpenVINO.
 
     token.expand(n, -1, -1)        ->    token + zeros             zeros: (n, 1, 1), computed from the images
     x.new_ones(n, 2, 8, 8)         ->    x.new_ones(1, 2, 8, 8) + zeros
     queries.repeat(n, 1)           ->    (queries.unsqueeze(0) + zeros).flatten(0, 1)
+    x * scale.expand_as(x)         ->    x * scale
+    mean.expand(-1, -1, 8, 8)      ->    mean + zeros              zeros: (1, 1, 8, 8), a constant
 
-The values are the same, but OpenVINO loses the bias of 8-bit layers if the graph has the first form (see
-`quantization/runtime_defects.py`).
+The values are the same, but OpenVINO loses the bias of 8-bit layers if the graph has one of the forms on the left (see
+`quantization/runtime_defects.py`). Constants are expanded to the batch size, features of the images to other sizes.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from tersor.graph.matrix_products import OperatorAdder
 _aten = torch.ops.aten
 _EXPANDED = {"expand", "expand_as", "broadcast_to", "repeat_interleave"}
 _REPEATED = {"repeat", "tile"}
+_ELEMENTWISE = {"add", "sub", "mul", "div", "maximum", "minimum"}
 _WITHOUT_INPUT = {"zeros", "ones", "full"}
 _FILLED = {*_WITHOUT_INPUT, "new_zeros", "new_ones", "new_full"}
 
 
-def broadcast_constants(graph: fx.GraphModule) -> None:
-    """Rewrite the constants of a captured network that are expanded to the batch size, in place.
+def rewrite_expansions(graph: fx.GraphModule) -> None:
+    """Rewrite the operators of a captured network that expand a value, in place.
 
     Args:
         graph: a captured network without quantizers.
@@ -50,6 +53,10 @@ def broadcast_constants(graph: fx.GraphModule) -> None:
                 constants.add(node)
             else:
                 node.replace_all_uses_with(total)
+        elif name in _EXPANDED and name != "repeat_interleave":
+            broadcast = _broadcast(node)
+            if broadcast is not None:
+                node.replace_all_uses_with(broadcast)
         elif node.op not in ("placeholder", "output") and constants.issuperset(values) and not is_size(node):
             constants.add(node)
     remove_unused(graph.graph)
@@ -71,6 +78,33 @@ def _as_sum(node: fx.Node, zeros: _Zeros) -> fx.Node | None:
     rows = add((*before, 1, size, *after), _aten.unsqueeze.default, fixed, batch)
     total = zeros.added_to(rows, node, batch, (*before, zeros.divided(shape[batch], size), size, *after))
     return add(shape, _aten.flatten.using_ints, total, batch, batch + 1)
+
+
+def _broadcast(node: fx.Node) -> fx.Node | None:
+    """What replaces expanded features of the images; None if they are expanded to the batch size."""
+    value, shape = cast("fx.Node", node.args[0]), shape_of(node)
+    if all(_broadcasts(user) for user in node.users):
+        return value
+    before = (*[1] * (len(shape) - len(shape_of(value))), *shape_of(value))
+    sizes = [1 if size == old else size for size, old in zip(shape, before, strict=True)]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    add = OperatorAdder(node)
+    zeros = add(tuple(sizes), _aten.zeros.default, sizes)
+    zeros.kwargs = {"dtype": dtype_of(node)}
+    return add(shape, _sum_of(node), value, zeros)
+
+
+def _broadcasts(user: fx.Node) -> bool:
+    """Whether an operator returns the same for a value that is not expanded."""
+    return operator_name(user).rstrip("_") in _ELEMENTWISE and any(
+        shape_of(value) == shape_of(user) and operator_name(value) not in _EXPANDED for value in values_into(user)
+    )
+
+
+def _sum_of(node: fx.Node) -> Any:
+    """The operator that adds zeros to values of the data type of `node`."""
+    return _aten.logical_or.default if dtype_of(node) == torch.bool else _aten.add.Tensor
 
 
 def _without_batch(node: fx.Node, batch: int) -> fx.Node:
@@ -107,8 +141,7 @@ class _Zeros:
         sizes[batch] = -1
         zeros = self._of(self._multiple(shape[batch]), before)
         zeros = add((*sizes[:batch], shape[batch], *sizes[batch + 1 :]), _aten.reshape.default, zeros, sizes)
-        operator = _aten.logical_or.default if dtype_of(before) == torch.bool else _aten.add.Tensor
-        return add(shape, operator, constant, zeros)
+        return add(shape, _sum_of(before), constant, zeros)
 
     def divided(self, size: str, divisor: int) -> str:
         """The size k n / divisor."""
