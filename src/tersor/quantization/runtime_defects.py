@@ -1,7 +1,7 @@
 """What OpenVINO would compute incorrectly in integers: rewritten, or left in float.
 
-OpenVINO, since 2026.0, loses the bias of 8-bit layers if the graph expands a value, such as a class token or the queries
-of a decoder. The accuracy of a ViT fell from 61 to 47 %, and by as much in the 8-bit files of two other tools.
+OpenVINO, since 2026.0, loses the bias of 8-bit layers if the graph expands a value, such as a class token or the
+queries of a decoder. The accuracy of a ViT fell from 61 to 47 %, and by as much in the 8-bit files of two other tools.
 `quantization/expansions.py` rewrites these operators.
 
 OpenVINO 2026.4 pads 8-bit values with a wrong integer unless two or more dimensions are padded: the result is wrong, or
