@@ -383,3 +383,44 @@ def test_an_lstm_captured_as_operators_keeps_its_kind_in_the_costs():
     assert {each.kind for each in costs(graph, IMAGES).layers} == {"Conv2d"}
     network = nn.Sequential(nn.Flatten(2), nn.LSTM(16, 4, batch_first=True)).eval()
     assert [each.kind for each in costs(capture(network, IMAGES), IMAGES).layers] == ["LSTM"]
+
+
+class CopiedForward(nn.BatchNorm2d):
+    """BatchNorm with torch's own forward method, as libraries copy it, and an activation."""
+
+    def forward(self, x):
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        if self.training:  # noqa: SIM108
+            bn_training = True
+        else:
+            bn_training = self.running_mean is None
+        return F.batch_norm(
+            x,
+            self.running_mean if not self.training or self.track_running_stats else None,
+            self.running_var,
+            self.weight,
+            self.bias,
+            bn_training,
+            self.momentum,
+            self.eps,
+        ).relu()
+
+
+class NoisyNorm(CopiedForward):
+    def forward(self, x):
+        if self.training:
+            x = x + torch.randn_like(x)
+        return super().forward(x)
+
+
+class SelectedTensor(nn.BatchNorm2d):
+    def forward(self, x):
+        shift = self.bias if self.training else 0.0
+        return super().forward(x) + shift.mean() if self.training else super().forward(x)
+
+
+@pytest.mark.parametrize(("kind", "noted"), [(CopiedForward, False), (NoisyNorm, True), (SelectedTensor, True)])
+def test_training_code_of_a_batchnorm_is_noted_unless_it_is_that_of_torch(kind, noted):
+    notes = training_notes(capture(nn.Sequential(nn.Conv2d(3, 4, 1), kind(4)).eval(), IMAGES))
+    assert [("reads self.training" in note) for note in notes] == [True] * noted

@@ -74,7 +74,7 @@ def _readers_of_mode(modules: Mapping[str, nn.Module], called: Container[str]) -
     for path, module in modules.items():
         if _rates(module) and not (path in called and _drops(module)):
             continue
-        lines = [line for line, rate in _reads_of_training(type(module)) if _value_of(module, rate) != 0]
+        lines = [line for line, rate in _reads_of_training(type(module)) if not _is_zero(module, rate)]
         if lines:
             found.setdefault(lines[0], []).append(path or type(module).__name__)
     return found
@@ -157,11 +157,13 @@ def _is_kept(called: ast.expr, names: Mapping[str, object]) -> bool:
     return isinstance(function, FunctionType) and any(f".{kept}(" in code for kept in _KEPT)
 
 
-def _value_of(module: nn.Module, name: str | None) -> object:
+def _is_zero(module: nn.Module, name: str | None) -> bool:
+    """Whether an attribute is the number 0, such as a drop rate."""
     try:
-        return operator.attrgetter(name)(module) if name else None
+        value = operator.attrgetter(name)(module) if name else None
     except AttributeError:
-        return None
+        return False
+    return isinstance(value, int | float) and value == 0
 
 
 def computed_in_forward(model: nn.Module, captured: nn.Module) -> list[str]:

@@ -43,11 +43,7 @@ def rewrite_expansions(graph: fx.GraphModule) -> None:
     constants: set[fx.Node] = set()
     for node in list(graph.graph.nodes):
         values, name = values_into(node), operator_name(node)
-        if name == "copy_" and len(values) == 2 and values[1] in constants:  # x[:, :1] = token
-            batch = zeros.batch_dimension(values[0])
-            if batch is not None:
-                node.replace_input_with(values[1], zeros.added_to(values[1], node, batch, shape_of(values[0])))
-        elif name in _FILLED or (name in _EXPANDED | _REPEATED and values[0] in constants):
+        if name in _FILLED or (name in _EXPANDED | _REPEATED and values[0] in constants):
             total = _as_sum(node, zeros)
             if total is None:
                 constants.add(node)
