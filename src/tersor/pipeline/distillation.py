@@ -50,7 +50,7 @@ def train_on_outputs(
         InputError: student, teacher, task and batches do not match, or a loss is not finite.
 
     Warns:
-        CompressionWarning: the teacher may be a bad one, or a network does not run in bfloat16.
+        CompressionWarning: the teacher may be unsuitable, or a network does not run in bfloat16.
     """
     loader, first = batches_of(loader)
     few = first[:_FEW].to(next(teacher.parameters()).device)
