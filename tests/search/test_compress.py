@@ -389,11 +389,11 @@ def test_validation_images_that_the_original_was_trained_on_are_replaced(few, tm
 
 @pytest.mark.slow
 def test_a_search_on_the_digits_meets_its_budget(tmp_path, monkeypatch, capfd):
-    """Two minutes: branches and channels are removed, candidates are trained, and the best recipe is valid."""
+    """Four minutes: branches and channels are removed, candidates are trained, and the best recipe is valid."""
     weights = tmp_path / "resnet20.safetensors"
     models.save_weights(models.build("resnet20", 10), weights)
     out = tmp_path / "out"
-    arguments = ["compress", "resnet20", "--weights", weights, "--data", "digits", "--latency", "1:1s", "--time", "2m"]
+    arguments = ["compress", "resnet20", "--weights", weights, "--data", "digits", "--latency", "1:1s", "--time", "4m"]
     monkeypatch.setattr(sys, "argv", ["tersor", *map(str, arguments), "--out", str(out)])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

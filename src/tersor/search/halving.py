@@ -5,7 +5,9 @@ resource is time, not steps, since a step of a fast network costs less: each can
 seconds. Each rung is a training stage of its own, from the weights of the rung before. The last rungs have one
 candidate and most of the time. The candidate of the very last rung is chosen from all candidates again: if the best one
 is already within the budget, the rest of the time can be used for a faster one. If none of the trained candidates
-promises that, more is removed from the best one (`further_removal`).
+promises that, more is removed from the best one (`further_removal`). The last rung is divided if its candidate still
+exceeds the allowed drop. If it does not get there, another one, with less removed, can be trained in the rest of the
+time; `forecast` estimates the metric of untrained candidates.
 
 A candidate that is not expected to end within the allowed drop, even after all of the time left, is not trained again,
 unless nothing else can use the time.
@@ -18,6 +20,7 @@ import math
 from collections.abc import Sequence
 
 from tersor.search.candidate import Candidate
+from tersor.search.forecast import forecasts
 from tersor.search.further_removal import further_removals
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, hopeful, promoted
@@ -30,6 +33,8 @@ from tersor.search.workers import Workers
 _LEAST_SHARE = 0.03
 _FURTHER_SHARE = 0.3
 """Share of the training time that is left, for the training after a further removal; there can be several."""
+_EXCEEDING_SHARE = 0.6
+"""Share of the training time that is left, for one that exceeds the allowed drop; the rest is for another try."""
 _LEAST_OVERHEADS = 10
 """A training run is divided if its second part has at least so many times the seconds of attaching and exporting."""
 
@@ -89,9 +94,9 @@ def _least_seconds(search: Search) -> float:
 def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True) -> Rung:
     """The candidates of a rung, and its end; `at_once` of them are trained at the same time."""
     state, available = search.folder.state, seconds_to_train(search)
-    share = RUNGS[number - 1] if number <= len(RUNGS) else 1.0
-    short = number == len(RUNGS) and (1 - share) * available < _LEAST_OVERHEADS * state.costs.overhead
-    last = number > len(RUNGS) or state.extended or short
+    share = RUNGS[number - 1] if number <= len(RUNGS) else _EXCEEDING_SHARE
+    short = number >= len(RUNGS) and (1 - share) * available < _LEAST_OVERHEADS * state.costs.overhead
+    last = short or state.extended
     fresh: list[Record] = []
     if number == 1:
         seconds = max(share, LEAST_FIRST) * available
@@ -103,19 +108,28 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
         count = max(1, min(largest, state.costs.entrants(share * available, at_once)))
         left = available * (math.prod(1 - each for each in RUNGS[number - 1 : -1]) if count > at_once else 1.0)
         trained = _trained(search)
-        kept = hopeful(search, trained, available)
-        chosen = promoted(search, kept, count, left, last=last)
+        late = last or number > len(RUNGS)
+        possible = [*trained, *(forecasts(search, trained, available) if late else [])]
+        kept = hopeful(search, possible, available)
+        chosen = promoted(search, kept, count, left, last=late)
         removing = _with_more_removed(search, trained, chosen, at_once, available) if count <= at_once else None
         if removing is not None:
             return removing
         if not chosen:
             chosen = fresh = _never_trained(search, 1 if state.extended else count)
             share = max(share, LEAST_FIRST) if fresh else share
-            if not fresh and last_resort and len(kept) < len(trained):
-                chosen = promoted(search, trained, count, left, last=last)
-    last = last or (len(chosen) <= at_once and number < len(RUNGS) and not fresh)
+            if not fresh and last_resort and len(kept) < len(possible):
+                chosen = promoted(search, trained, count, left, last=late)
+    divided = number == len(RUNGS) or (number > len(RUNGS) and any(_exceeds_drop(search, each) for each in chosen))
+    last = last or (len(chosen) <= at_once and not divided and not fresh)
     members = {record.of.name: record.rung + 1 for record in chosen}
     return Rung(members=members, until=None if last else search.clock.used + share * available)
+
+
+def _exceeds_drop(search: Search, record: Record) -> bool:
+    """Whether a candidate has not been shown to be within the allowed drop, if there is a limit."""
+    points = search.budget.points
+    return points is not None and (not record.rung or record.point.validation < search.reference - points)
 
 
 def _with_more_removed(
