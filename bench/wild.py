@@ -25,8 +25,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -138,14 +141,29 @@ def quantized(model: Any, images: Any) -> dict[str, Any]:
             for kind in files.keys() - {"float"}:
                 path = for_openvino if (kind, runtime) == ("int8", "openvino") else files[kind]
                 if path.exists():
-                    session = open_session(path, runtime)
-                    found[f"{kind}_distance_{runtime}"] = round(
-                        distance([session.run(images.numpy())], [expected[session.logits or 0]]), 5
-                    )
+                    found |= compared(kind, path, runtime, images.numpy(), expected)
         openers = {name: partial(open_session, path, "onnxruntime") for name, path in files.items()}
         timings = measure_latency(openers, images[:1].numpy(), batch_sizes=(1,), seconds=LATENCY_SECONDS)
         found["latency_ms"] = {name: round(timings.spread(name, 1).median, 4) for name in files}
     return found
+
+
+def compared(kind: str, path: Path, runtime: str, images: Any, expected: list[Any]) -> dict[str, Any]:
+    """The distance of a file from the float network; a process of its own runs it, since a runtime can crash."""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as processes:
+            outputs, place = processes.submit(outputs_of, path, runtime, images).result()
+    except BrokenProcessPool:
+        return {f"{kind}_failed_{runtime}": "the process crashed"}
+    return {f"{kind}_distance_{runtime}": round(distance([outputs], [expected[place]]), 5)}
+
+
+def outputs_of(path: Path, runtime: str, images: Any) -> tuple[Any, int]:
+    """The outputs of a file for images, and their place among the outputs of the network."""
+    from tersor.evaluation.session import open_session
+
+    session = open_session(path, runtime)
+    return session.run(images), session.logits or 0
 
 
 def pruned(name: str, model: Any, images: Any) -> dict[str, Any]:

@@ -126,7 +126,7 @@ LEVELS = [
         "graph.plain_checkpointing",
         "graph.plain_network",
     ),
-    ("graph.computed_weights",),
+    ("graph.computed_weights", "graph.dropout_calls"),
     (
         "graph.aten",
         "graph.batchnorm",
@@ -137,6 +137,7 @@ LEVELS = [
         "graph.original_keys",
         "graph.parametrization",
         "graph.plain_modules",
+        "graph.stack_traces",
         "graph.stored_functions",
     ),
     ("graph.forward_call",),

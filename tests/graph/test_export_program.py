@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tersor.core.errors import InputError
-from tersor.graph import export_program
+from tersor.graph import export_program, stack_traces
 from tersor.graph.aten import operator_name
 from tersor.graph.capture import capture
 
@@ -122,10 +122,11 @@ class Branches(nn.Module):
         return x
 
 
-def test_the_error_names_the_line_of_the_network_if_tersor_is_installed_in_site_packages():
+def test_the_error_names_the_line_of_the_network_if_tersor_is_installed_in_site_packages(monkeypatch):
     installed = f"{sysconfig.get_path('purelib')}/tersor/graph/export_program.py"
     exporter = compile(Path(export_program.__file__).read_text(), installed, "exec")
     namespace = {"__name__": "installed", "__file__": installed}
+    monkeypatch.setattr(stack_traces, "_TERSOR", f"{sysconfig.get_path('purelib')}/tersor")
     exec(exporter, namespace)
     with pytest.raises(InputError, match=r"\(test_export_program.py, line \d+: if x.mean\(\) > 0:\)"):
         namespace["exported"](Branches(), IMAGES)

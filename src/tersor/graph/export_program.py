@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +29,11 @@ from tersor.graph.inlined_regions import inline_regions
 from tersor.graph.parametrization import strip
 from tersor.graph.plain_attention import with_plain_attention
 from tersor.graph.plain_checkpointing import without_checkpointing
+from tersor.graph.stack_traces import frames_in, place_in
 
-_FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)\n\s+(.+)')
 _UNKNOWN_OUTPUT = re.compile(r"Found <class '(.+?)'> in output, which is not a known type")
 _OTHER_BATCH = 5
 """Images of a second recording; the first has two, and the captured graph is compared on one and on three."""
-_LIBRARY = re.compile(r"/(torch|torchvision)/")
-_TERSOR = str(Path(__file__).parents[1])
 _WAY_OUT = (
     "A forward method must not branch on the values of tensors or create tensors of data-dependent size. Compress "
     "only a submodule without that part, such as model.backbone, and put the result in its place."
@@ -182,25 +179,7 @@ def refusal_reason(error: BaseException) -> str:
 def _place(error: BaseException) -> str:
     """` (file.py, line 12: if x.sum() > 0:)`: the innermost line of the user's code."""
     frames = [(each.filename, each.lineno or 0, each.line or "") for each in traceback.extract_tb(error.__traceback__)]
-    return _innermost([*frames, *_frames(str(error))])
-
-
-def place_in(stack_trace: str) -> str:
-    """File, line and code of the user's innermost frame in a stack trace; empty if there is none."""
-    return _innermost(_frames(stack_trace))
-
-
-def _frames(stack_trace: str) -> list[tuple[str, int, str]]:
-    return [(file, int(line), code) for file, line, _, code in _FRAME.findall(stack_trace)]
-
-
-def _innermost(frames: list[tuple[str, int, str]]) -> str:
-    frames = [frame for frame in frames if not frame[0].startswith(_TERSOR) and frame[0] != "<string>"]
-    own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and "/lib/python" not in frame[0]]
-    inside = [frame for frame in frames if "/torchvision/" in frame[0] or "/site-packages/" in frame[0]]
-    inside = [frame for frame in inside if "/site-packages/torch/" not in frame[0]]
-    file, line, code = next(iter([*reversed(inside), *reversed(own)]), ("", 0, ""))
-    return f" ({Path(file).name}, line {line}: {code.strip()})" if file else ""
+    return place_in([*frames, *frames_in(str(error))])
 
 
 def _plain_signature(graph: fx.GraphModule, program: ExportedProgram) -> None:

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from tersor.graph.aten import arguments, operator_name
 from tersor.graph.computed_weights import computed_weight, source_of
 from tersor.graph.dead_code import remove_unused
+from tersor.graph.dropout_calls import never_drops
 from tersor.graph.eval_mode import required_inputs
 from tersor.graph.plain_modules import is_plain
 
@@ -227,6 +228,9 @@ class _Restoration:
     def _dropout(self, node: fx.Node, given: dict[str, Any]) -> None:
         """A module, so that it drops in training; in `F.dropout(x, training=True)` the operator stays."""
         if given["train"]:
+            return
+        if never_drops(node):
+            node.replace_all_uses_with(given["input"])
             return
         kind = nn.Dropout2d if operator_name(node).startswith("feature") else nn.Dropout
         path = next(path for number in self.numbers if (path := f"dropout_{number}") not in self.modules)

@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from tersor.graph.aten import arguments, operator_name, place_of
-from tersor.graph.export_program import place_in
 from tersor.graph.layer_restoration import calls_of
+from tersor.graph.stack_traces import frames_in, place_in
 
 LOST, RANDOM = "lost_in_training", "random_numbers"
 """Keys in a captured network's `meta`: notes, and the line that draws random numbers."""
@@ -219,7 +219,7 @@ def random_numbers(graph: fx.Graph) -> str | None:
         if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             given = arguments(node)
             if all(given.get(name, True) for name in _SWITCHES):
-                return place_in(node.meta.get("stack_trace") or "")
+                return place_in(frames_in(node.meta.get("stack_trace") or ""))
     return None
 
 
