@@ -112,7 +112,7 @@ def test_a_rung_of_a_further_removal_matches_values_computed_by_hand(tmp_path):
     rung = halving._rung(search, 3, 1)
     name = "original-branches1-then-branches2-8bit"
     assert rung.members == {name: 2}
-    assert Candidate.of(rung.further[name]) == Candidate(branches=1, later=(Removal(2),))
+    assert Candidate.of(rung.unsurveyed[name]) == Candidate(branches=1, later=(Removal(2),))
     assert rung.until == pytest.approx(search.clock.used + 0.3 * available)
     search.folder.state.extended = True
     search.folder.state.rungs[-1] = Rung(members={best.of.name: 1})

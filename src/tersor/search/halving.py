@@ -6,8 +6,8 @@ seconds. Each rung is a training stage of its own, from the weights of the rung 
 candidate and most of the time. The candidate of the very last rung is chosen from all candidates again: if the best one
 is already within the budget, the rest of the time can be used for a faster one. If none of the trained candidates
 promises that, more is removed from the best one (`further_removal`). The last rung is divided if its candidate still
-exceeds the allowed drop. If it does not get there, another one, with less removed, can be trained in the rest of the
-time; `forecast` estimates the metric of untrained candidates.
+exceeds the allowed drop. If it does not get within it, a candidate with less removed can be trained in the rest of the
+time (`smaller_removal`).
 
 A candidate that is not expected to end within the allowed drop, even after all of the time left, is not trained again,
 unless nothing else can use the time.
@@ -20,12 +20,12 @@ import math
 from collections.abc import Sequence
 
 from tersor.search.candidate import Candidate
-from tersor.search.forecast import forecasts
 from tersor.search.further_removal import further_removals
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, hopeful, promoted
 from tersor.search.rung_training import seconds_to_train, train_candidates
 from tersor.search.search_context import Search
+from tersor.search.smaller_removal import smaller_removals
 from tersor.search.state import Rung
 from tersor.search.study import Record
 from tersor.search.workers import Workers
@@ -62,7 +62,7 @@ def halve(search: Search, workers: Workers | None = None, *, last_resort: bool =
             state.rungs.append(made)
             search.save()
         rung = state.rungs[number - 1]
-        by_name |= {name: Candidate.of(parameters) for name, parameters in rung.further.items()}
+        by_name |= {name: Candidate.of(parameters) for name, parameters in rung.unsurveyed.items()}
         waiting = [
             by_name[name]
             for name, training in rung.members.items()
@@ -109,7 +109,7 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
         left = available * (math.prod(1 - each for each in RUNGS[number - 1 : -1]) if count > at_once else 1.0)
         trained = _trained(search)
         late = last or number > len(RUNGS)
-        possible = [*trained, *(forecasts(search, trained, available) if late else [])]
+        possible = [*trained, *(smaller_removals(search, trained, available) if late else [])]
         kept = hopeful(search, possible, available)
         chosen = promoted(search, kept, count, left, last=late)
         removing = _with_more_removed(search, trained, chosen, at_once, available) if count <= at_once else None
@@ -123,7 +123,9 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
     divided = number == len(RUNGS) or (number > len(RUNGS) and any(_exceeds_drop(search, each) for each in chosen))
     last = last or (len(chosen) <= at_once and not divided and not fresh)
     members = {record.of.name: record.rung + 1 for record in chosen}
-    return Rung(members=members, until=None if last else search.clock.used + share * available)
+    new = [record.of for record in chosen if not record.rung and search.study.find(record.of) is None]
+    until = None if last else search.clock.used + share * available
+    return Rung(members=members, until=until, unsurveyed={each.name: each.parameters for each in new})
 
 
 def _exceeds_drop(search: Search, record: Record) -> bool:
@@ -144,7 +146,7 @@ def _with_more_removed(
     return Rung(
         members={each.candidate.name: each.start.rung + 1 for each in further},
         until=None if share == 1 else search.clock.used + share * available,
-        further={each.candidate.name: each.candidate.parameters for each in further},
+        unsurveyed={each.candidate.name: each.candidate.parameters for each in further},
     )
 
 

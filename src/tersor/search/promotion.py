@@ -86,8 +86,8 @@ def why_not_trained(search: Search, record: Record) -> str:
     if not search.folder.state.rungs:
         return "not trained: there was no time for it"
     rungs = search.folder.state.rungs
-    further = {name for rung in rungs for name in rung.further}
-    trained = {name for rung in rungs for name in rung.members} - further
+    unsurveyed = {name for rung in rungs for name in rung.unsurveyed}
+    trained = {name for rung in rungs for name in rung.members} - unsurveyed
     return (
         f"not trained: training was limited to {counted(len(trained), 'candidate')}, chosen by latency, size and the "
         "metric before training"

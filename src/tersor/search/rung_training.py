@@ -69,8 +69,8 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
 
 
 def _removal_seconds(search: Search, candidate: Candidate, rung: Rung) -> float:
-    """Seconds of a further removal before the training, which takes as long as the survey of a candidate."""
-    return search.folder.state.costs.survey if candidate.name in rung.further else 0.0
+    """Seconds for removing branches and channels of an unsurveyed candidate, which is the work of its survey."""
+    return search.folder.state.costs.survey if candidate.name in rung.unsurveyed else 0.0
 
 
 def _train_in_workers(search: Search, workers: Workers, rung: Rung, candidates: Sequence[Candidate]) -> None:

@@ -22,14 +22,14 @@ class Rung(BaseModel):
         members: its candidates by name, with the number of their training run, from 1.
         until: the rung ends when the search has used this many seconds; None for the last one, which gets the rest.
         planned: the stages of each training run that has begun and not ended, as plain data.
-        further: parameters of those candidates that start from a trained one with more removed, by name.
+        unsurveyed: parameters of its candidates that were not surveyed, by name.
     """
 
     model_config = ConfigDict(extra="forbid")
     members: dict[str, int]
     until: float | None = None
     planned: dict[str, list[dict[str, Any]]] = {}
-    further: dict[str, dict[str, Any]] = {}
+    unsurveyed: dict[str, dict[str, Any]] = {}
 
 
 class State(BaseModel):
