@@ -10,11 +10,12 @@ from tersor.search.smaller_removal import smaller_removals
 from tersor.search.study import Record
 
 
-def record(of, *, lost, latency=0.6, rung=2, seconds=400.0, rounding=0.0):
+def record(of, *, lost, latency=0.64, rung=2, seconds=400.0, rounding=0.0, error=0.0):
     """A trial of a candidate; the 8-bit original among the fake baselines has a latency of 1 ms at batch size 1."""
     point = Point(
         name=of.name, description="", file="", runtime="", precision="int8", validation=90.0 - lost,
         latency_ms={1: latency, 128: 128 * latency}, bytes=1, macs=1, steps=9, seconds=seconds,
+        drop_error=error,
     )  # fmt: skip
     return Record(candidate=of.parameters, rung=rung, point=point, rounding_loss=rounding)
 
@@ -29,15 +30,15 @@ def search(tmp_path, monkeypatch):
     return with_records
 
 
-def test_the_expected_drop_is_the_third_power_of_the_share_of_the_removal(search):
+def test_the_expected_drop_is_the_third_power_of_the_share_of_the_latency(search):
     trained = record(Candidate(branches=10), lost=0.8)
     made = search(trained)
     expected = {each.of.branches: each for each in smaller_removals(made, [trained], seconds=400.0)}
     assert list(expected) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     half = expected[5]
-    assert made.reference - half.point.validation == pytest.approx(0.8 / 2**3)
-    assert half.point.drop_error == pytest.approx(0.5 * 0.1)
     assert half.point.latency_ms == pytest.approx({1: 0.8, 128: 0.8 * 128})
+    assert made.reference - half.point.validation == pytest.approx(0.8 * (0.2 / 0.36) ** 3)
+    assert half.point.drop_error == pytest.approx(0.5 * 0.8 * (0.2 / 0.36) ** 3)
     assert (half.rung, half.point.steps, half.point.seconds) == (0, 0, 0.0)
 
 
@@ -51,14 +52,20 @@ def test_the_expected_drop_grows_with_the_square_root_of_the_missing_time(search
         }
         for seconds in (100.0, 800.0)
     ]
-    assert [each[0.75] for each in drops] == pytest.approx([0.2, 0.1])
+    assert [each[0.75] for each in drops] == pytest.approx([1.6 * (0.2 / 0.36) ** 3, 0.8 * (0.2 / 0.36) ** 3])
 
 
 def test_what_quantization_costs_does_not_depend_on_the_removal(search):
     trained = record(Candidate(branches=10), lost=0.8, rounding=0.4)
     made = search(trained)
     half = next(each for each in smaller_removals(made, [trained], 400.0) if each.of.branches == 5)
-    assert made.reference - half.point.validation == pytest.approx(0.4 + 0.4 / 2**3)
+    assert made.reference - half.point.validation == pytest.approx(0.4 + 0.4 * (0.2 / 0.36) ** 3)
+
+
+def test_the_error_of_the_measured_drop_is_part_of_the_estimated_error(search):
+    trained = record(Candidate(branches=10), lost=0.8, error=0.6)
+    half = next(each for each in smaller_removals(search(trained), [trained], 400.0) if each.of.branches == 5)
+    assert half.point.drop_error == pytest.approx((0.4**2 + 0.6**2) ** 0.5 * (0.2 / 0.36) ** 3)
 
 
 def test_a_share_of_branches_and_channels_is_removed(search):

@@ -1,12 +1,14 @@
 """Candidates with less removed, for a search whose trained candidate exceeds the allowed drop.
 
-Their metric after training is estimated from this candidate. The drop grows steeply with what is removed: a ResNet-56
-without 9 of its 27 residual branches lost 0.48 points after 440 training steps, and 2.42 after 519 steps without 15 of
-them, which is a power of 3.2.
+Their metric after training is estimated from this candidate. The drop grows steeply with the share of the latency that
+is removed: a ResNet-56 without 9 of its 27 residual branches lost 0.48 points after 440 training steps, and 2.42 after
+519 steps without 15 of them, which is a power of 3.2. The logarithm of the latency is assumed to be linear in the share
+of the removal.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -75,15 +77,29 @@ def _expected(search: Search, candidate: Candidate, start: Record, full: Point, 
         full: the 8-bit original.
         seconds: training time; not more than that of `start` counts.
     """
-    before = start.of
-    if before.branches:
-        share = candidate.branches / before.branches
-    else:
-        share = (1 - candidate.keep_macs) / (1 - before.keep_macs)
+    share = _share(candidate, start.of)
+    latency = {size: ms ** (1 - share) * start.point.latency_ms[size] ** share for size, ms in full.latency_ms.items()}
+    expected = start.point.model_copy(
+        update={
+            "name": candidate.name,
+            "description": str(candidate),
+            "steps": 0,
+            "seconds": 0.0,
+            "latency_ms": latency,
+        }
+    )
+    removed = [1 - point.mean_ms / full.mean_ms for point in (expected, start.point)]
+    smaller = (removed[0] / removed[1]) ** _STEEPNESS if removed[1] > 0 else share
+    shorter = max(1.0, start.point.seconds / seconds) ** INHERITED
     rounding = max(0.0, start.rounding_loss or 0.0)
-    by_removal = max(0.0, search.reference - start.point.validation - rounding)
-    drop = rounding + by_removal * share**_STEEPNESS * max(1.0, start.point.seconds / seconds) ** INHERITED
-    between = {size: (1 - share) * ms + share * start.point.latency_ms[size] for size, ms in full.latency_ms.items()}
-    changed = {"name": candidate.name, "description": str(candidate), "steps": 0, "seconds": 0.0}
-    changed |= {"validation": max(0.0, search.reference - drop), "drop_error": _ERROR * drop, "latency_ms": between}
-    return start.point.model_copy(update=changed)
+    by_removal = max(0.0, search.reference - start.point.validation - rounding) * smaller * shorter
+    error = math.hypot(_ERROR * by_removal, start.point.drop_error * smaller * shorter)
+    validation = max(0.0, search.reference - rounding - by_removal)
+    return expected.model_copy(update={"validation": validation, "drop_error": error})
+
+
+def _share(smaller: Candidate, larger: Candidate) -> float:
+    """The share of the removal of one candidate in that of another."""
+    if larger.branches:
+        return smaller.branches / larger.branches
+    return (1 - smaller.keep_macs) / (1 - larger.keep_macs)
