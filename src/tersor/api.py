@@ -19,7 +19,7 @@ from tersor.deploy.static_batch import batch_for, static_batch_reason
 from tersor.evaluation.executed_precision import unlisted_warning
 from tersor.evaluation.latency_ratio import latency_ratio
 from tersor.evaluation.session import load_runtime, open_session
-from tersor.evaluation.unreadable_quantizers import remove_unreadable_quantizers
+from tersor.evaluation.unsupported_quantizers import remove_unsupported_quantizers
 from tersor.evaluation.verification import verify
 from tersor.methods.channel_pruning import ChannelPruning
 from tersor.methods.ptq import PTQ
@@ -241,7 +241,7 @@ def export(
         with TemporaryDirectory(dir=path.parent) as folder:
             written = Path(folder) / path.name
             write_onnx(network, images, written, classes=classes, pixels=pixels, normalization=told, batch=fixed)
-            remove_unreadable_quantizers(written, runtime)
+            remove_unsupported_quantizers(written, runtime, images, pixels)
             session = open_session(written, runtime)
             check_classes(session, classes)
             verify(session, network, images, pixels, lambda: open_session(written, runtime, precision="float32"))

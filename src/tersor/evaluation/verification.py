@@ -7,8 +7,8 @@ tolerance is relative to the effect of quantization, for any bit width and netwo
     difference = ||file - torch|| / ||torch||,   quantization = ||torch - torch without quantizers|| / ||torch||
 
 For ten timm networks with random weights, in either runtime, difference / quantization was 0.1 to 1.2. A ratio above
-`_WARN_RATIO` gives a warning. A ratio above `_REFUSE_RATIO` cannot be explained by rounding, and the file is refused.
-`_FLOAT_TOLERANCES` applies where little or nothing is quantized; a runtime may compute in bfloat16 what the file does
+`WARN_RATIO` gives a warning. A ratio above `_REFUSE_RATIO` cannot be explained by rounding, and the file is refused.
+`FLOAT_TOLERANCES` applies where little or nothing is quantized; a runtime may compute in bfloat16 what the file does
 not quantize (OpenVINO).
 """
 
@@ -31,9 +31,9 @@ from tersor.graph.parametrization import in_float32
 from tersor.quantization.fake_quantize import FakeQuantize, quantizers_disabled
 
 _IMAGES = 16
-_WARN_RATIO, _REFUSE_RATIO = 2.0, 5.0
-_FLOAT_TOLERANCES = {"float32": (0.002, 0.02), "bfloat16": (0.05, 0.2), "float16": (0.01, 0.1)}
-_LOOSEST_TOLERANCES = _FLOAT_TOLERANCES["bfloat16"]
+WARN_RATIO, _REFUSE_RATIO = 2.0, 5.0
+FLOAT_TOLERANCES = {"float32": (0.002, 0.02), "bfloat16": (0.05, 0.2), "float16": (0.01, 0.1)}
+LOOSEST_TOLERANCES = FLOAT_TOLERANCES["bfloat16"]
 _ON_ONE = "On several images the outputs agree. Write a forward method whose result does not depend on the batch size."
 _ON_SEVERAL = "On one image the outputs agree. Write a forward method whose result does not depend on the batch size."
 
@@ -92,7 +92,7 @@ def _difference_found(
     Raises:
         InputError: the difference is larger than rounding explains; the message ends with `advice`.
     """
-    inputs, images = _inputs(example, pixels)
+    inputs, images = file_inputs(example, pixels)
     if (parameter := next(model.parameters(), None)) is not None:
         images = images.to(parameter)
     file_outputs = _of_file(session, inputs)
@@ -102,14 +102,14 @@ def _difference_found(
     with quantizers_disabled(model):
         float_outputs = _of_torch(model, images)
     _require_same_shapes(session, file_outputs, torch_outputs, len(images))
-    tolerances = _FLOAT_TOLERANCES.get(session.precision, _LOOSEST_TOLERANCES)
+    tolerances = FLOAT_TOLERANCES.get(session.precision, LOOSEST_TOLERANCES)
     differences = zip(
         _differences(file_outputs, torch_outputs), _differences(float_outputs, torch_outputs), strict=True
     )
-    difference, quantization = max(differences, key=lambda pair: pair[0] / max(_WARN_RATIO * pair[1], tolerances[0]))
+    difference, quantization = max(differences, key=lambda pair: pair[0] / max(WARN_RATIO * pair[1], tolerances[0]))
     warn_above, refuse_above = (
         max(ratio * quantization, tolerance)
-        for ratio, tolerance in zip((_WARN_RATIO, _REFUSE_RATIO), tolerances, strict=True)
+        for ratio, tolerance in zip((WARN_RATIO, _REFUSE_RATIO), tolerances, strict=True)
     )
     if difference <= warn_above:
         return None
@@ -164,7 +164,7 @@ def _advice(session: Session, model: nn.Module) -> str:
     return "Use another runtime, or keep layers in float with `exclude` of the quantization method."
 
 
-def _inputs(images: NetworkInput, pixels: Normalization | None) -> tuple[FileArrays, NetworkInput]:
+def file_inputs(images: NetworkInput, pixels: Normalization | None) -> tuple[FileArrays, NetworkInput]:
     """The inputs of the file and of the network; pixels are rounded to integers for both."""
     if pixels is None:
         return arrays_of(images), images

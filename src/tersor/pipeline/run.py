@@ -29,7 +29,7 @@ from tersor.evaluation.measurement import measure
 from tersor.evaluation.results import Results, StageRecord
 from tersor.evaluation.scoring import targets_of
 from tersor.evaluation.standard_error import SEEN, error_of_difference, measures_accuracy
-from tersor.evaluation.unreadable_quantizers import remove_unreadable_quantizers
+from tersor.evaluation.unsupported_quantizers import remove_unsupported_quantizers
 from tersor.pipeline import latency_cache
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.latency_cache import CachedLatencyRatio
@@ -168,7 +168,8 @@ def _fill(
     assert data.mean is not None
     assert data.std is not None
     test = experiment.batches(data.test, experiment.evaluation_batch)
-    example = next(iter(test)).images[:1]
+    images = next(iter(test)).images
+    example = images[:1]
     normalization = (data.mean, data.std)
     pixels = normalization if recipe.target.input == "uint8" else None
     with TemporaryDirectory() as scratch:
@@ -188,7 +189,7 @@ def _fill(
                 normalization=normalization,
                 batch=batch,
             )
-            remove_unreadable_quantizers(path, recipe.target.runtime)
+            remove_unsupported_quantizers(path, recipe.target.runtime, images, pixels)
             progress.advance()
         if batch_for(compressed, recipe.target) != recipe.target.batch:
             progress.say(static_batch_reason())

@@ -26,7 +26,7 @@ from tersor.evaluation.costs import costs
 from tersor.evaluation.latency import Array
 from tersor.evaluation.results import StageRecord
 from tersor.evaluation.scoring import targets_of
-from tersor.evaluation.unreadable_quantizers import remove_unreadable_quantizers
+from tersor.evaluation.unsupported_quantizers import remove_unsupported_quantizers
 from tersor.graph.batchnorm import Norm
 from tersor.graph.capture import capture
 from tersor.graph.plain_network import plain_copy
@@ -195,12 +195,13 @@ class Workbench:
         """
         data, target = experiment.data, experiment.recipe.target
         validation = self.validation_of(experiment)
-        example = next(iter(validation)).images[:1]
+        images = next(iter(validation)).images
+        example = images[:1]
         assert data.mean is not None
         assert data.std is not None
         batch = batch_for(model, target)
         export(model, example, file, classes=data.classes, normalization=(data.mean, data.std), batch=batch)
-        remove_unreadable_quantizers(file, target.runtime)
+        remove_unsupported_quantizers(file, target.runtime, images)
         measured = search_metric.of_file(file, target.runtime, validation, experiment)
         return Exported(file, measured.metric, costs(model, example).macs, file.stat().st_size, measured.right)
 

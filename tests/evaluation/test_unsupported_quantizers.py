@@ -1,6 +1,7 @@
-"""Only the quantizers that keep OpenVINO from reading a file are removed from it."""
+"""Only the quantizers with which OpenVINO cannot read a file, or computes wrong outputs, are removed from it."""
 
 from collections import Counter
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -11,9 +12,9 @@ import tersor
 from tersor.core.errors import CompressionWarning, InputError
 from tersor.core.target import Target
 from tersor.deploy.onnx import export
-from tersor.evaluation import unreadable_quantizers
+from tersor.evaluation import unsupported_quantizers
 from tersor.evaluation.session import open_session
-from tersor.evaluation.unreadable_quantizers import remove_unreadable_quantizers
+from tersor.evaluation.unsupported_quantizers import remove_unsupported_quantizers
 from tersor.evaluation.verification import verify
 from tersor.methods.ptq import PTQ
 from tersor.training.context import AttachContext
@@ -52,22 +53,39 @@ def quantizers(file):
     return Counter(node.op_type for node in onnx.load(file).graph.node)["QuantizeLinear"]
 
 
-def unreadable_before_matrix_products(path, _runtime):
-    """Replaces `open_session`: a file with a quantizer before a matrix product cannot be read."""
+def quantized_before_a_matrix_product(path):
     graph = onnx.load(path).graph
     made_by = {name: node for node in graph.node for name in node.output}
     inputs = [made_by.get(node.input[0]) for node in graph.node if node.op_type == "MatMul"]
-    if any(node is not None and node.op_type == "DequantizeLinear" for node in inputs):
+    return any(node is not None and node.op_type == "DequantizeLinear" for node in inputs)
+
+
+def unreadable(path, runtime, **_):
+    """Replaces `open_session`: OpenVINO cannot read a file with a quantizer in front of a matrix product."""
+    if runtime == "openvino" and quantized_before_a_matrix_product(path):
         raise InputError("it cannot be read")
+    return open_session(path, "onnxruntime")
 
 
-def test_only_quantizers_that_prevent_reading_are_removed(file, quantized, monkeypatch):
+def miscalculated(path, runtime, **_):
+    """Replaces `open_session`: OpenVINO shifts the outputs of a file with a quantizer in front of a matrix product."""
+    session = open_session(path, "onnxruntime")
+    if runtime == "openvino" and quantized_before_a_matrix_product(path):
+        return replace(session, infer_all=lambda arrays: [session.infer(arrays) + 1])
+    return session
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"), [(unreadable, "cannot read"), (miscalculated, "computes wrong outputs for")]
+)
+def test_only_unsupported_quantizers_are_removed(replaced, message, file, quantized, monkeypatch):
     before = quantizers(file)
-    monkeypatch.setattr(unreadable_quantizers, "open_session", unreadable_before_matrix_products)
+    monkeypatch.setattr(unsupported_quantizers, "open_session", replaced)
     with pytest.warns(
-        CompressionWarning, match=f"with all of its {before} .* leaves out 1 of them .in front of MatMul."
+        CompressionWarning,
+        match=f"openvino {message} .* all of its {before} .* leaves out 1 of them .in front of MatMul.",
     ):
-        remove_unreadable_quantizers(file, "openvino")
+        remove_unsupported_quantizers(file, "openvino", IMAGES)
     assert quantizers(file) == before - 1
     onnx.checker.check_model(str(file), full_check=True)
     verify(open_session(file, "onnxruntime"), quantized, IMAGES)
@@ -76,9 +94,20 @@ def test_only_quantizers_that_prevent_reading_are_removed(file, quantized, monke
 
 
 @pytest.mark.filterwarnings("error")
+def test_a_file_that_is_wrong_without_quantizers_too_is_not_changed(file, monkeypatch):
+    content = file.read_bytes()
+    session = open_session(file, "onnxruntime")
+    wrong = replace(session, infer_all=lambda arrays: [session.infer(arrays) + 1])
+    sessions = {"openvino": wrong, "onnxruntime": session}
+    monkeypatch.setattr(unsupported_quantizers, "open_session", lambda _, runtime, **__: sessions[runtime])
+    remove_unsupported_quantizers(file, "openvino", IMAGES)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_readable_file_is_not_changed(file):
     content = file.read_bytes()
-    remove_unreadable_quantizers(file, "onnxruntime")
+    remove_unsupported_quantizers(file, "onnxruntime", IMAGES)
     assert file.read_bytes() == content
 
 
@@ -88,7 +117,7 @@ def test_a_file_that_is_unreadable_for_another_reason_is_not_changed(file):
     proto.graph.node[-1].op_type = "Gelatine"
     onnx.save(proto, file)
     content = file.read_bytes()
-    remove_unreadable_quantizers(file, "openvino")
+    remove_unsupported_quantizers(file, "openvino", IMAGES)
     assert file.read_bytes() == content
 
 
