@@ -141,7 +141,7 @@ def prune(
         check_targets(goal, network, data, method.importance_images)
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target, latency=latency_ratio))
     attached.begin()
-    warn_of_pruned(model, attached.model, attached.notes)
+    warn_of_pruned(model, attached.model, data)
     return attached.model
 
 

@@ -72,6 +72,12 @@ class Costs:
     layers: tuple[LayerCosts, ...]
     uncounted: tuple[str, ...] = ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line about the operators that are not included in the MACs, if there are any."""
+        names = ", ".join(self.uncounted)
+        return (f"the MACs do not include these uncounted operators: {names}",) if names else ()
+
 
 def costs(model: nn.Module, example: NetworkInput) -> Costs:
     """The costs of `model` for one input.

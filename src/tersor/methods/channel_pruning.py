@@ -47,7 +47,7 @@ from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.costs import Costs, costs
 from tersor.graph.capture import capture
 from tersor.graph.eval_mode import checked_forward
-from tersor.pruning.budget import UNCOUNTED, explain_shortfall, meet_cost, meet_latency
+from tersor.pruning.budget import explain_shortfall, meet_cost, meet_latency
 from tersor.pruning.channel_groups import Cut, Group, copy_graph, remove
 from tersor.pruning.channel_importance import COMPARED_BY_COST, FunctionPath, Importance, importances
 from tersor.pruning.channel_selection import (
@@ -291,8 +291,8 @@ def _blocks_for(
         )
     else:
         order, blocks, fraction = meet_cost(order, estimated, None if kind == "channels" else exact, budget.keep)
-    if budget.before.uncounted and kind in ("macs", "latency"):
-        notes.append(f"{UNCOUNTED}: {', '.join(budget.before.uncounted)}")
+    if kind in ("macs", "latency"):
+        notes += budget.before.notes
     return order, blocks, fraction, notes
 
 

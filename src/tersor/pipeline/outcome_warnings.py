@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import CompressionWarning
 from tersor.data.batch import Batch, images_of, parts_of
+from tersor.evaluation.costs import costs
 from tersor.graph.modes import training_notes
 from tersor.graph.plain_network import folding_notes
-from tersor.pruning.budget import UNCOUNTED
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
@@ -35,16 +35,16 @@ def warn_of_quantized(model: fx.GraphModule | nn.Module, batches: Iterable[Any],
         warnings.warn(sentence, CompressionWarning, stacklevel=3)
 
 
-def warn_of_pruned(original: nn.Module, pruned: nn.Module, notes: Sequence[str]) -> None:
+def warn_of_pruned(original: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> None:
     """Warn of uncounted MACs and of what a pruned network no longer does in training; called by `prune`.
 
     Args:
         original: the network before.
         pruned: the captured network without some of its channels.
-        notes: those of the method.
+        batches: images for the network.
     """
-    uncounted = [note for note in notes if note.startswith(UNCOUNTED)]
-    for note in (*uncounted, *folding_notes(original), *training_notes(pruned)):
+    images = images_of(next(iter(batches)))[:1].to(next(pruned.parameters()).device)
+    for note in (*costs(pruned, images).notes, *folding_notes(original), *training_notes(pruned)):
         warnings.warn(note, CompressionWarning, stacklevel=3)
 
 

@@ -13,9 +13,6 @@ from tersor.graph.layer_selection import Layer, matching
 from tersor.pruning.channel_groups import Cut
 from tersor.pruning.channel_selection import RemovalOrder
 
-UNCOUNTED = "the MACs do not include these uncounted operators"
-"""Begins the note on operators whose MACs cannot be counted."""
-
 _ROUNDING = 0.005
 """Larger differences between the estimated and the exact fraction are not rounding."""
 
