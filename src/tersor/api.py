@@ -180,7 +180,7 @@ def distill(
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:
-        InputError: a batch has the wrong form, or a loss is not finite.
+        InputError: an argument, a network or a batch cannot be used, or a loss is not finite.
     """
     if not isinstance(loader, Sized):
         raise InputError("distill needs a loader with a length, such as a DataLoader over a map-style data set.")

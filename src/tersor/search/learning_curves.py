@@ -60,7 +60,7 @@ def _logarithmic_mean(first: float, second: float) -> float:
 
 
 def exponent(search: Search, record: Record) -> tuple[float, float]:
-    """The exponent of the power law, and one standard error of it."""
+    """The exponent of the power law, and its standard error."""
     usual = INHERITED if search.is_trained(record.of) else FRESH
     before = search.study.find(record.of, record.rung - 1) if record.rung > 1 else None
     if before is None or not 0 < before.point.seconds < record.point.seconds:
