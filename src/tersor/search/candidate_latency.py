@@ -2,7 +2,7 @@
 
 Latencies of a search are comparable, although they are measured at different times: each is the ratio to the reference
 in the same rounds, times the reference's latency at the start. The interval of the ratio is the error. The exception is
-a file for another image size than the reference's: it is timed alone.
+a file for an image size other than the reference's: it is timed alone.
 """
 
 from __future__ import annotations

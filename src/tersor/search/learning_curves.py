@@ -35,8 +35,8 @@ def expected(search: Search, record: Record, seconds: float) -> float:
 def error_of_expected(search: Search, record: Record, seconds: float, allowed: float | None = None) -> float:
     """One standard error of `expected`, in points: of the measured drop, and of the exponent.
 
-    The exponent's error is one of the logarithm of the drop. In points it is larger for larger drops, so its mean from
-    the expected drop to the `allowed` one is used.
+    The exponent's error is an error of the logarithm of the drop. In points it is larger for larger drops, so
+    its mean from the expected drop to the `allowed` one is used.
 
     Args:
         search: the search.
