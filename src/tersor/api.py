@@ -125,7 +125,7 @@ def prune(
         round_to: keep a multiple of this many channels.
         exclude: names of layers or modules whose channels are not removed, or patterns such as "*.conv1".
         runtime: the runtime in which latency is measured.
-        task: the task of the network, such as "segmentation", for `taylor`; classification by default.
+        task: the task, such as "segmentation", for `taylor`; by default classification, or distance with `loss`.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:
@@ -176,11 +176,11 @@ def distill(
         optimizer: SGD with momentum, or AdamW; usually the one that the teacher was trained with.
         learning_rate: peak learning rate, before cosine decay; by default 0.05 for sgd and 0.0005 for adamw.
         progress: receives the progress.
-        task: the task of the networks; by default classification if they return logits (N, classes), else distance.
+        task: the task of the networks; by default classification for logits (N, classes) without `loss`, else distance.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:
-        InputError: a batch has the wrong form, or a loss is not finite.
+        InputError: an argument, a network or a batch cannot be used, or a loss is not finite.
     """
     if not isinstance(loader, Sized):
         raise InputError("distill needs a loader with a length, such as a DataLoader over a map-style data set.")
@@ -275,7 +275,7 @@ def compare(
             files that take uint8 pixels, normalized images are converted to pixels.
         runtime: the runtime for both.
         seconds: time limit per batch size for measuring the latency, in interleaved rounds.
-        task: the task of the network; by default classification if it returns logits (N, classes), else distance.
+        task: the task; by default classification for logits (N, classes) without `metric`, else distance.
         metric: (outputs, targets) -> number, averaged over the images, or a torchmetrics Metric; by default the task's.
 
     Returns:

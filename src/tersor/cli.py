@@ -142,7 +142,9 @@ def evaluate(
 
 @app.command()
 def bench(
-    artifacts: Annotated[list[Path], typer.Argument(help="folders of runs, or ONNX files", show_default=False)],
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="folders of runs or searches, or ONNX files", show_default=False)
+    ],
     seconds: Annotated[float, typer.Option(help="time limit per batch size")] = 20.0,
     as_json: Json = False,
 ) -> None:

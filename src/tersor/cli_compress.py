@@ -197,7 +197,8 @@ def front_tables(front: Front, best: str = "model.onnx") -> Iterator[Table]:
     title = f"{front.machine.cpu}, {threads}, {front.minutes_used:.1f} minutes"
     caption = (
         f"* = {best}. ± is half the width of the 95 % interval. Latencies and intervals are computed from the measured "
-        "ratio to the original's latency. All choices were made on validation images."
+        "ratio to the original's latency; networks with another image size are timed alone. All choices were made on "
+        "validation images."
     )
     free = {point.name for point in front.baselines}
     points = [*front.baselines, *(each for each in front.points if each.name not in free)]

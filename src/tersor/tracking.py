@@ -20,7 +20,7 @@ class TrackedProgress:
     Args:
         progress: receives everything as well.
         name: the tracker.
-        folder: its files; its name is the name of the run.
+        folder: for the files of TensorBoard; its name is the name of the run.
     """
 
     def __init__(self, progress: ProgressReporter, name: TrackerName, folder: Path) -> None:

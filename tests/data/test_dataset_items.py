@@ -110,9 +110,9 @@ def test_images_can_have_any_number_of_channels(channels, dtype):
     ("items", "options", "words"),
     [
         ([(IMAGE, "cat")], {}, "target of item 0 is a str. Possible: a pair"),
-        ([{"image": IMAGE}], {}, "a dict with the keys 'image', and it is unclear which one is the target"),
+        ([{"image": IMAGE}], {}, "a dict with the keys 'image', and it is unclear which are the image and the target"),
         ([{"x": IMAGE, "label": 0}], {}, "a dict with the keys 'x', 'label', and"),
-        ([{"image": IMAGE, "fine": 0, "coarse": 1}], {}, "it is unclear which one is the target"),
+        ([{"image": IMAGE, "fine": 0, "coarse": 1}], {}, "it is unclear which are the image and the target"),
         ([(IMAGE, 0.5), (IMAGE, "cat")], {}, "target of item 1 is not a number"),
         (
             [(IMAGE, 0.5), (IMAGE, [1.0, 2.0])],

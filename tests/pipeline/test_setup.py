@@ -164,7 +164,7 @@ def test_a_doubtful_normalization_raises_if_it_was_computed_and_warns_otherwise(
     [
         ({"teacher": "original"}, "teacher: original means the model before compression, which has no weights"),
         ({"teacher": Teacher(name=OWN)}, "the teacher is untrained"),
-        ({"task": "distance"}, "task distance compares with the outputs of the model before compression"),
+        ({"task": "distance"}, "task distance compares the outputs with those of the model before compression"),
         ({"model": Network(name=OWN, weights="missing.pt")}, r"missing\.pt not found"),
         ({"teacher": Teacher(name=OWN, weights="missing.pt")}, r"missing\.pt not found"),
         ({"stages": (Stage(name="a", steps=2, validate_every=1),)}, "stage 'a' has validate_every, and there are no"),

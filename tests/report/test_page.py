@@ -81,8 +81,8 @@ def test_latency_ratios_have_confidence_intervals(page):
 def test_the_reason_for_stopping_is_shown(page):
     text = page()
     assert (
-        "5 rounds in 2 groups; each group opened new sessions. The measurement stopped when every confidence interval "
-        "was narrower than 10 %."
+        "5 rounds in 2 groups; new sessions were opened for each group. The measurement stopped when every confidence "
+        "interval was narrower than 10 %."
     ) in text
     assert (
         "The measurement stopped at the time limit of 10 s, before every confidence interval was narrower than 10 %."

@@ -62,7 +62,7 @@ def test_zeros_from_rounding_are_not_called_masked(page):
         layer["masked"] = 0.0
     text = page(evidence=evidence)
     assert "<title>conv: 50.0</title>" in text
-    assert "zero</span> from rounding" in text
+    assert "zero</span>; no weight is masked" in text
     assert ">masked<" not in text
 
 

@@ -63,7 +63,7 @@ class Checkpoint:
         """The records of all stages up to this one.
 
         Raises:
-            ValueError: it is of another shape.
+            ValueError: they are not a list of mappings.
         """
         return TypeAdapter(list[dict[str, Any]]).validate_python(self.record.get("stages"), strict=True)
 

@@ -37,7 +37,7 @@ def precision_for(device: torch.device, precision: Literal["auto", "float32", "b
 
 
 def layout_for(device: torch.device) -> torch.memory_format:
-    """Return channels_last, in which convolutions are faster, except on Apple's GPUs."""
+    """Return channels_last, in which convolutions are faster; for Apple's GPUs, contiguous_format."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 

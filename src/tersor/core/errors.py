@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 Origin = Literal["recipe", "call", "search"]
-"""Where the options of a training run are from: a recipe, the arguments of a function, or a search, which has none."""
+"""What sets the options of a training run: a recipe, the arguments of a function, or a search (fixed options)."""
 
 
 class InputError(ValueError):
@@ -61,8 +61,8 @@ def _named(term: str) -> str:
 def not_finite(term: str, value: float) -> str:
     """The message for a loss that is infinite or NaN in the first step."""
     return (
-        f"{_named(term)} is {value} before any update of the weights. Check how it is computed (divisions by 0, "
-        "logarithms or square roots of 0), and the weights and images that are loaded."
+        f"{_named(term)} is {value} before any update of the weights. Check how it is computed (division by 0, "
+        "logarithm of 0, square root of a negative number), and the weights and images that are loaded."
     )
 
 

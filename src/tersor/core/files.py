@@ -13,7 +13,7 @@ from typing import Any
 from tersor.core.errors import InputError
 
 LARGEST = 64 * 2**20
-"""Bytes; the evidence of a network with a thousand classes takes a fifth of it."""
+"""Largest JSON file, in bytes. `evidence.json` of a network with a thousand classes takes a fifth of it."""
 _DIGITS = 18  # what 64 bits hold
 
 

@@ -77,7 +77,7 @@ class Batches:
         mean, std = channel_values("mean", mean), channel_values("std", std)
         if not len(mean) == len(std) == images.channels:
             raise InputError(
-                f"mean has {len(mean)} and std {len(std)} numbers, and the images have "
+                f"mean has {counted(len(mean), 'number')}, std has {counted(len(std), 'number')}, and the images have "
                 f"{counted(images.channels, 'channel')}. Both need one number per channel."
             )
         self.images = images

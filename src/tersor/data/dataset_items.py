@@ -51,8 +51,8 @@ class ItemSet:
             )
         if not hasattr(self.dataset, "__getitem__") or not hasattr(self.dataset, "__len__") or not len(self.dataset):
             raise InputError(
-                f"{self.name}: the {type(self.dataset).__name__} is empty or has no length. Give a data set "
-                "that has items and a length."
+                f"{self.name}: the {type(self.dataset).__name__} is empty, has no length, or cannot be indexed. Give "
+                "a data set with a length and items by number."
             )
 
     def item(self, number: int) -> tuple[Any, Any]:
@@ -75,8 +75,8 @@ class ItemSet:
             return item[key], others[known[0]]
         raise InputError(
             f"{self.name}: item {number} is a dict with the keys {', '.join(map(repr, item))}, and it is unclear which "
-            f"one is the target. {_POSSIBLE} Wrap the data set so that its items are pairs (image, target), for "
-            "example in a function that you give as data: package.module:function."
+            f"are the image and the target. {_POSSIBLE} Wrap the data set so that its items are pairs (image, target), "
+            "for example in a function that you give as data: package.module:function."
         )
 
     def kind(self) -> Kind:
@@ -143,7 +143,7 @@ class ItemSet:
         if listed.ndim != 1 or listed.dtype.kind not in "iu":
             advice = "Write labels.argmax(1)" if listed.ndim > 1 and listed.shape[-1] > 1 else "Convert them"
             raise InputError(
-                f"{self.name}: {attribute} have the data type {listed.dtype} and the shape {listed.shape}. Possible: "
+                f"{self.name}: '{attribute}' has the data type {listed.dtype} and the shape {listed.shape}. Possible: "
                 f"class indices ({len(listed)},), integers from 0. {advice}."
             )
         return torch.from_numpy(listed.astype(np.int64))

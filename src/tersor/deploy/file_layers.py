@@ -20,7 +20,7 @@ _SAME_NUMBERS = {
 }
 FLOAT_BITS = 32
 MOST_BITS = 8
-"""Of a quantized weight."""
+"""Largest bit width of a quantized weight."""
 _OPENVINO_INTEGERS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8}
 
 

@@ -131,7 +131,7 @@ class FileResults(Execution):
     """One standard error of the difference from the original, in points, on the same images; null for the original, and
     for metrics other than the accuracy."""
     agreement: Percent
-    """Predictions that equal those of the original file, in percent."""
+    """Agreement of the predictions with those of the original file, in percent; for classes, the equal ones."""
     bytes: Count
     """Size of all files that the runtime needs, in bytes."""
     compressed_bytes: Count
@@ -250,7 +250,7 @@ class Results(_Record):
     artifact: FileResults
     """The compressed file in the target runtime."""
     agreement_with_torch: Percent | None = None
-    """Predictions of the compressed file that equal those of the network in torch, in percent."""
+    """Agreement of the compressed file's predictions with those of the network in torch, in percent."""
     speedup: dict[Reference, dict[BatchSize, Speedup]]
     """Latency of the original, and of the baseline, divided by that of the compressed file, by batch size."""
     rounds: Rounds | None

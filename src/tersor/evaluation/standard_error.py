@@ -13,7 +13,8 @@ from tersor.tasks.functions import FromFunctions
 from tersor.tasks.task import Task
 
 SEEN = 3.0
-"""Standard errors of the difference to the test images from which a network was trained on the validation images."""
+"""A network was trained on the validation images if its metric on them exceeds that on the test images by more than
+this number of standard errors."""
 
 
 def right_of(task: Task, predictions: Any, targets: Any) -> NDArray[np.bool_] | None:

@@ -35,7 +35,7 @@ NARROW = 0.1
 """An interval is narrow if its width is below this fraction of the ratio."""
 
 RESOLUTION = 0.005
-"""Largest difference between two measurements of the same file that no group shows, as a fraction of the ratio."""
+"""Largest difference between measurements of the same file that the groups do not show, as a fraction of the ratio."""
 
 _SAMPLES = 10_000
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the normal's, expanded (see `_quantile`)

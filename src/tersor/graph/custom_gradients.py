@@ -24,7 +24,7 @@ _TOLERANCE = 1e-2
 
 
 def lost_gradients(model: nn.Module, captured: nn.Module, images: NetworkInput) -> list[str]:
-    """A note if `captured` has other gradients than `model` because of a `torch.autograd.Function`, in eval mode.
+    """A note if a `torch.autograd.Function` makes the gradients of `captured` and `model` differ, in eval mode.
 
     Args:
         model: the network.

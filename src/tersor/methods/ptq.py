@@ -144,7 +144,7 @@ class PTQAttachment(Attachment):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """With `max_drop`: the layers `left_in_float`, and the remaining `drop` of the metric."""
+        """With `max_drop`: the layers `left_in_float`, and the remaining `drop` in the metric."""
         return (
             {}
             if self._float_layers is None

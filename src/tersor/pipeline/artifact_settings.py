@@ -219,7 +219,8 @@ def data_source(artifact: Artifact, data: str | None) -> dict[str, Any]:
     recipe = artifact.files.get("recipe.yaml")
     if recipe is None:
         raise InputError(
-            f"{artifact.path} does not name its data. Write --data with an image folder or the name of a data set."
+            f"{artifact.path} does not name its data. Write --data with an image folder, a CSV file, a data set "
+            "or file.py:function."
         )
     from tersor.recipe import read
     from tersor.recipe.data_source import YOUR_DATA

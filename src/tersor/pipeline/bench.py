@@ -155,7 +155,7 @@ def timed(artifacts: Sequence[Path], seconds: float) -> Iterator[LatencyTable]:
     ONNX files are compared with the first of them.
 
     Args:
-        artifacts: folders of runs, or ONNX files; duplicates are ignored.
+        artifacts: folders of runs or searches, or ONNX files; duplicates are ignored.
         seconds: time limit per batch size, as for `measure_latency`.
 
     Raises:

@@ -81,7 +81,7 @@ def evaluate(
 
     Args:
         artifact: the folder of a run, a search or one of its points, or an ONNX file.
-        data: an image folder, a CSV file or the name of a data set; by default the data of the folder's recipe.
+        data: an image folder, CSV file, data set or file.py:function; by default the data of the folder's recipe.
         runtime: by default that of the folder's recipe, else the one that the file was quantized for, else ONNX
             Runtime.
         task: its name; by default that of the folder's recipe, else classification.

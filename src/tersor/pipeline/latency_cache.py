@@ -19,7 +19,7 @@ from tersor.data.network_inputs import NetworkInput
 from tersor.training.context import LatencyRatio
 
 FILE = "latencies.json"
-"""Beside the checkpoints of a run."""
+"""Name of the file with the measured ratios, beside the checkpoints of a run."""
 
 
 class CachedLatencyRatio:

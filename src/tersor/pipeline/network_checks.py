@@ -59,8 +59,8 @@ def check_networks(experiment: Experiment, progress: ProgressReporter, *, mean_i
         )
     if experiment.task.from_original and teacher is None and not experiment.model_is_trained:
         raise InputError(
-            f"task {tasks.name_of(experiment.task)} compares with the outputs of the model before compression, which "
-            "has no weights. Write model.weights."
+            f"task {tasks.name_of(experiment.task)} compares the outputs with those of the model before compression, "
+            "which has no weights. Write model.weights."
         )
     _check_teacher(recipe)
     if not experiment.model_is_trained:

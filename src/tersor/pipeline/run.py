@@ -63,7 +63,7 @@ def run(
     Args:
         recipe: a recipe, or the path of one.
         model: a trained network, instead of the one in the recipe; it is not changed.
-        teacher: a trained network that replaces the teacher in the recipe, whose entry `teacher` is required; it is not
+        teacher: a trained network, instead of the teacher in the recipe, which must have an entry `teacher`; it is not
             changed.
         data: images, instead of those in the recipe.
         out: the folder to write, `runs/<name of the recipe>` by default; it must not exist.

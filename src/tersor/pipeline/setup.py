@@ -140,7 +140,7 @@ def _check_targets(task: Task, splits: Splits) -> None:
     if not task.from_original and splits.test.targets is None:
         raise InputError(
             f"the images have no targets, and {tasks.name_of(task)} needs them for its loss and for {task.metric}. "
-            "Give targets. In a recipe, task: distance compares with the outputs of the original network instead."
+            "Give targets. In a recipe, task: distance compares the outputs with those of the original instead."
         )
     if isinstance(task, Classification) and class_numbers(splits.test) is None:
         raise InputError(

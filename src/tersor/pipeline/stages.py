@@ -179,7 +179,7 @@ def _run_stage(
 
 
 def notes_of_training(experiment: Experiment, stage: Stage, network: nn.Module) -> tuple[str, ...]:
-    """What a user should know about the training of a stage: the default learning rate, and layers without effect."""
+    """What a user should know about the training of a stage: the default learning rate, and what capture has lost."""
     notes: list[str] = []
     if stage.optimizer.learning_rate is None:
         trained = experiment.starts_trained(stage)

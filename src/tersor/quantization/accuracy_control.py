@@ -1,4 +1,4 @@
-"""Accuracy control: keeps the most sensitive layers in float, as few as possible for a limit on the metric's drop."""
+"""Accuracy control: keeps the most sensitive layers in float, as few as a limit on the metric's drop allows."""
 
 from __future__ import annotations
 

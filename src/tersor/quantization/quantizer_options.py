@@ -28,7 +28,7 @@ Exclude = Annotated[
     Field(description="layers that stay in float: names of layers or modules, or patterns such as layer1.*.conv2"),
 ]
 CalibrationImages = Annotated[int, Field(ge=1, description="number of unlabeled images to calibrate with")]
-ReconstructionImages = Annotated[int, Field(ge=32, description="number of unlabeled images to calibrate with")]
+ReconstructionImages = Annotated[int, Field(ge=32, description="unlabeled images for calibration and learned rounding")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of the random batches")]
 
 

@@ -3,7 +3,7 @@
     error(l, b) = sum over images of |y_lb - y|^2 / sum over images of |y|^2         y, y_lb: outputs (N, ...)
 
 y are the network's outputs in float, y_lb those with the weight of layer l at b bits. With several output tensors, the
-error is the mean over the tensors. Needs no labels; with labels, the drop of the task's metric is measured too.
+error is the mean over the tensors. Needs no labels; with labels, the drop in the task's metric is measured too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tersor.tasks.network_outputs import floats_of_both, relative_squared_error_
 from tersor.tasks.task import Task
 
 KEPT_BYTES = 2**30
-"""Of the outputs in float: with maps of many classes, those of all images can exceed the memory."""
+"""Most bytes of float outputs to keep: with maps of many classes, those of all images can exceed the memory."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Cost:
     error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Mean squared difference of the outputs from those in float, as a fraction of their mean square."""
     drop: float | None
-    """Drop of the metric (accuracy in points), positive where it is worse; none if the images have no labels."""
+    """Drop in the metric (accuracy in points), positive where it is worse; none if the images have no labels."""
 
 
 def sensitivity(

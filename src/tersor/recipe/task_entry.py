@@ -30,7 +30,7 @@ class TaskEntry(NamedTuple):
         """The task.
 
         Raises:
-            InputError: a parameter is invalid, or the user's code does not give a task.
+            InputError: a parameter is invalid, or the user's code does not return a task.
         """
         return tasks.build(self.name, **self.parameters)
 

@@ -11,7 +11,7 @@ _MATRIX_CLASSES = 20
 _ROWS = 20
 
 Rows = list[tuple[str, list[tuple[str, int]]]]
-"""Of a matrix: name of the class, and text and shade (0 to 4) of each cell."""
+"""Rows of a matrix, each with the name of the class, and the text and shade (0 to 4) of each cell."""
 
 
 def class_name(numbers: Results, index: int | None) -> str:

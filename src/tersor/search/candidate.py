@@ -23,7 +23,7 @@ MIXED_BITS = 5.0
 
 @dataclass(frozen=True)
 class Removal:
-    """What is removed at a time: residual branches, then channels.
+    """What is removed in one step: residual branches, then channels.
 
     Attributes:
         branches: residual branches that are removed.

@@ -1,7 +1,8 @@
 """Latency of exported files in the target runtime, interleaved with one reference file, and cached by structure.
 
-All latencies of a search are comparable, although they are measured at different times: each is the ratio to the
-reference in the same rounds, times the reference's latency at the start. The interval of the ratio is the error.
+Latencies of a search are comparable, although they are measured at different times: each is the ratio to the reference
+in the same rounds, times the reference's latency at the start. The interval of the ratio is the error. The exception is
+a file for an image size other than the reference's: it is timed alone.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def compress(
 
     Args:
         model: a trained network, or its name: resnet56, timm:NAME, package.module:function.
-        data: images, an image folder, or the name of a data set.
+        data: images from `tersor.data.load`, an image folder, a CSV file, the name of a data set, or file.py:function.
         weights: weights file of a `model` that is given by name.
         budget: limits on accuracy, latency, size and search time; by default 1 point lost and 30 minutes.
         runtime: the runtime that files are measured in.

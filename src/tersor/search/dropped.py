@@ -65,4 +65,4 @@ def _reasons(search: Search, last: Record, kept: Sequence[Point]) -> list[str]:
     if better:
         reasons.append(f"{better} is at least as good in metric, latency and size")
     better = "another point was at least as good in metric, latency and size"
-    return reasons or [f"{better}. Latencies that were measured again at the end have changed since"]
+    return reasons or [f"before latencies were measured again at the end, {better}"]

@@ -151,7 +151,7 @@ def final_seconds(search: Search) -> float:
 
 
 def advice(search: Search, best: Point) -> list[str]:
-    """What to expect from more time, a larger drop or another runtime, if the budget is not met or nothing gained."""
+    """Advice on more time, a larger drop or another runtime, if the budget is not met or a free baseline is best."""
     lines = [
         *_out_of_reach(search, best),
         *_more_time(search, best),

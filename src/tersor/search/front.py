@@ -29,7 +29,7 @@ class Point(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
     name: str
-    """Short name; the folder in `points/` has the same name."""
+    """Short name; also that of the folder in `points/`, unless this is a free baseline."""
     description: str
     """What was changed, in words."""
     file: str
@@ -48,7 +48,8 @@ class Point(BaseModel):
     """One standard error of the difference from the original on the validation images, in points; for metrics other
     than the accuracy, that of the metric itself."""
     test: Annotated[float | None, Field(ge=0, le=100)] = None
-    """The metric on the test images, in percent; measured at the end, for the front and the free baselines."""
+    """The metric on the test images, in percent; measured at the end, for the front and the free baselines of the
+    target runtime."""
     test_drop_error: Annotated[float, Field(ge=0)] = 0.0
     """One standard error of the difference from the original on the test images, in points; for metrics other
     than the accuracy, that of the metric itself."""
@@ -133,7 +134,7 @@ def covers(first: Point, second: Point) -> bool:
 
 
 def violations(point: Point, budget: Budget, original: float) -> dict[str, float]:
-    """The limits that a point exceeds: a ratio above 1 (latency, size) or points (the metric); empty if there are none.
+    """The limits that a point exceeds, with the ratio to the limit (latency, size) or the points above it (metric).
 
     Args:
         point: the point.

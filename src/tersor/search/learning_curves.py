@@ -35,8 +35,8 @@ def expected(search: Search, record: Record, seconds: float) -> float:
 def error_of_expected(search: Search, record: Record, seconds: float, allowed: float | None = None) -> float:
     """One standard error of `expected`, in points: of the measured drop, and of the exponent.
 
-    The exponent's error is one of the logarithm of the drop. In points it is larger for larger drops, so its mean from
-    the expected drop to the `allowed` one is used.
+    The exponent's error is an error of the logarithm of the drop. In points it is larger for larger drops, so
+    its mean from the expected drop to the `allowed` one is used.
 
     Args:
         search: the search.
@@ -60,7 +60,7 @@ def _logarithmic_mean(first: float, second: float) -> float:
 
 
 def exponent(search: Search, record: Record) -> tuple[float, float]:
-    """The exponent of the power law, and one standard error of it."""
+    """The exponent of the power law, and its standard error."""
     usual = INHERITED if search.is_trained(record.of) else FRESH
     before = search.study.find(record.of, record.rung - 1) if record.rung > 1 else None
     if before is None or not 0 < before.point.seconds < record.point.seconds:

@@ -1,6 +1,7 @@
 """Data for comparing two points on the page of a search: scores by class, agreement, images, layers, node times.
 
-It is measured at the end, for the points that run on the test images: the Pareto front and the free baselines.
+It is measured at the end, for the points that run on the test images: the Pareto front and the free baselines of the
+target runtime.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def write_evidence(search: Search, front: Front, tested: Mapping[str, Tested]) -
     by name of the other point; only with the original if predictions are not class indices), `by_class` (scores, None
     for a class that does not occur), `layers` ([name, output channels, stored bits, ms by batch size]) and `time` (by
     batch size, [operator, nodes, ms]). `examples`: up to sixty images for which predictions differ, with the class that
-    each point predicts; empty for other tasks than classification.
+    each point predicts; empty for tasks other than classification.
     """
     experiment = search.bench.experiment
     folded = folded_layers(search)

@@ -42,15 +42,16 @@ def describe_range(search: Search) -> list[str]:
     lines.append(
         f"plan: {(left + reserve) / 60:.1f} minutes left: {survey_seconds(left) / 60:.1f} for measuring untrained "
         "candidates, "
-        f"{(left - survey_seconds(left)) / 60:.1f} for training them, {reserve / 60:.1f} for the final measurements; "
-        f"one training step of the original takes {step:.2g} s" + _steps(left - survey_seconds(left), step)
+        f"{(left - survey_seconds(left)) / 60:.1f} for training them, {reserve / 60:.1f} for the final measurements"
+        + _steps(left - survey_seconds(left), step)
     )
     return lines
 
 
 def _steps(seconds: float, step: float) -> str:
-    """How many training steps of the original fit into the time for training."""
-    return f"; about {seconds / step:.0f} of them fit into the time for training" if step else ""
+    """The time of a training step of the original, and how many fit into the time for training; "" if it is unknown."""
+    one = f"one training step of the original takes {step:.2g} s"
+    return f"; {one}; about {seconds / step:.0f} of them fit into the time for training" if step else ""
 
 
 def _validation(search: Search) -> list[str]:

@@ -162,7 +162,7 @@ class Search:
         return candidate.inherits or self.bench.students[candidate.network] is not None
 
     def tested_at_the_end(self) -> list[Point]:
-        """The points whose metric on the test images is measured at the end: the front, and the free baselines."""
+        """The points to test at the end: the front, and the free baselines of the target runtime."""
         points = {point.name: point for point in [*self.front(), *(each for each in self.points if each.free)]}
         return [point for point in points.values() if point.test is None]
 

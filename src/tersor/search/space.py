@@ -14,7 +14,7 @@ from tersor.search.candidate import BITS, ORIGINAL, Candidate
 _LARGE_IMAGE = 64
 """Image size from which the `wide_plain` networks have the large stem."""
 SMALLEST_IMAGE = 8
-"""Height and width in pixels."""
+"""Smallest height and width of the images, in pixels."""
 _DEPTHS = (0.34, 0.5, 0.67)
 _MORE_DEPTHS = (0.42, 0.59)
 _KEPT = (0.5, 0.25)

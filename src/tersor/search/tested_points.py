@@ -24,7 +24,7 @@ from tersor.tasks.classification import Classification
 from tersor.tasks.task import Task
 
 MOST_CLASSES = 100
-"""Classes whose scores are kept."""
+"""Largest number of classes whose scores are kept."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Tested:
         agreement: agreement with the original, in percent; None if the outputs have another size because the image size
             was changed.
         by_class: scores in percent, None for a class that does not occur.
-        classes: predicted class indices (N,), int64; None for other tasks than classification.
+        classes: predicted class indices (N,), int64; None for tasks other than classification.
         drop_error: one standard error of the difference from the original, in points.
     """
 

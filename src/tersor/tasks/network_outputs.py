@@ -20,7 +20,7 @@ def in_float32(outputs: Any) -> Any:
 
 
 def logits_in(outputs: Any, rank: int | None = None, names: tuple[str, ...] = ("logits",)) -> Tensor | None:
-    """The tensor of logits: the only tensor, the one of these names in a dict, or the only one of `rank` dimensions.
+    """The tensor of logits: the only tensor, the first of `names` in a dict, or the only one of `rank` dimensions.
 
     Returns:
         None where that is not clear.

@@ -140,7 +140,7 @@ def no_targets(task: Task) -> InputError:
     """The error for images without targets, where the task needs them."""
     return InputError(
         f"{task.metric} cannot be measured on images without labels. Give labeled images, or the task distance "
-        "(`--task distance`, task: distance in a recipe), which compares with the outputs of the original network."
+        "(`--task distance`, task: distance in a recipe), which compares the outputs with those of the original."
     )
 
 

@@ -1,8 +1,8 @@
 """BatchNorm statistics after a short training run: averaged again over training images.
 
 With momentum m, running statistics after k batches still contain the fraction (1 - m)^k of those before the training.
-Training uses batch statistics only. So a well-trained network can have wrong outputs in eval mode. A change of masks in
-the middle of the training does the same for the share of the weights that it changes.
+Training uses batch statistics only. So a well-trained network can have wrong outputs in eval mode. A change of masks
+during the training has the same effect; it is weighted by the share of the mask that changed.
 """
 
 from __future__ import annotations

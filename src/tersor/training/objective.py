@@ -42,7 +42,7 @@ class ForwardContext:
     task: Task = field(default_factory=Classification)
 
     def targets(self, batch: Batch, teacher: Outputs | None) -> Any:
-        """The targets of a batch: those of the data, or the teacher's outputs for a task that compares with them."""
+        """The targets of a batch: those of the data, or the teacher's outputs if the task takes these as targets."""
         if self.task.from_original:
             return None if teacher is None else teacher.outputs
         return batch.targets

@@ -176,7 +176,7 @@ def _of_recorded_shape(value: Any, output: Any) -> Any:
     """What a rule returns, if the rule holds: a layer may run on another dimension, as pooling in 3d does on channels.
 
     Raises:
-        ValueError: it returns another shape than the operator.
+        ValueError: its shape differs from that of the operator.
     """
     for tensor, recorded in zip(tensors_in(value), tensors_in(frozen(output)), strict=True):
         sizes = [size if ids is None else len(ids) for size, ids in zip(tensor.shape, tensor.ids, strict=True)]
