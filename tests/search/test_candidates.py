@@ -133,7 +133,7 @@ def test_latency_is_relative_to_the_reference_and_measured_once_per_structure(tm
     monkeypatch.setattr(module, "measure_latency", lambda openers, *_, **__: FakeTimings(openers))
     image = np.zeros((1, 3, 8, 8), np.float32)
     cache = tmp_path / "latencies.json"
-    measurement = Measurement(cache, "onnxruntime", image, (1, 32))
+    measurement = Measurement(cache, "onnxruntime", image, (1, 32), seconds=2.0)
     reference = file_of(tmp_path / "original.onnx", 8, 1.0)
     baselines = measurement.baselines({"original": None, "int8": None}, "original")
     error = round(math.log(0.55 / 0.45) / 2, 4)
@@ -144,7 +144,7 @@ def test_latency_is_relative_to_the_reference_and_measured_once_per_structure(tm
     file = file_of(tmp_path / "a.onnx", 16, 1.0)
     expected = Latency({1: 1.0, 32: 32.0}, dict.fromkeys((1, 32), round(math.log(0.3 / 0.2) / 2, 4)))
     assert measurement.latency(file) == expected
-    again = Measurement(cache, "onnxruntime", image, (1, 32))
+    again = Measurement(cache, "onnxruntime", image, (1, 32), seconds=2.0)
     again.compare_with(reference, baselines["original"].ms)
     assert again.latency(file_of(tmp_path / "b.onnx", 16, 5.0)) == expected
     assert again.baselines({"original": None, "int8": None}, "original") == baselines

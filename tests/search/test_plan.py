@@ -11,7 +11,7 @@ from search_fakes import FakeTime, baseline
 from tersor.methods.mixed_precision import MixedPrecision
 from tersor.methods.ptq import PTQ
 from tersor.search.candidate import Candidate
-from tersor.search.plan import Clock, Costs, speedup_seconds, survey_seconds
+from tersor.search.plan import Clock, Costs, latency_seconds, speedup_seconds, survey_seconds
 from tersor.search.space import Space, candidate_of, family
 from tersor.search.study import Record, Study
 
@@ -29,6 +29,7 @@ def test_the_clock_includes_the_seconds_of_earlier_processes():
 def test_the_plan_is_computed_from_the_seconds_of_each_kind_of_work():
     assert [survey_seconds(left) for left in (100.0, 1000.0, 5000.0)] == [20.0, 120.0, 500.0]
     assert [speedup_seconds(total) for total in (50.0, 180.0, 2700.0)] == [1.5, 5.0, 5.0]
+    assert [latency_seconds(total) for total in (75.0, 2700.0)] == [0.9, 2.0]
     assert COSTS.evidence(3) == pytest.approx(4 + 3 * (1.5 + 2 * 10 * 0.05))
     assert COSTS.reserve(10_000.0, 3, 2) == pytest.approx(0.005 * 10_000 + 2 * 30 + 3 * 2 + 11.5)
     assert COSTS.reserve(10_000.0, 3, 10) == pytest.approx(0.005 * 10_000 + 1.5 * 10 * 5 + 3 * 2 + 11.5)

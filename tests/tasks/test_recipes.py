@@ -143,7 +143,7 @@ def test_explain_shows_the_task_and_the_shapes_of_its_outputs():
         text.replace("networks:network", "networks:several").replace("networks:splits", "networks:unlabelled"),
         "recipe.yaml",
     )
-    with pytest.raises(InputError, match="task distance compares the outputs with those of the model before compression"):
+    with pytest.raises(InputError, match="task distance compares the outputs with those of the model before"):
         list(explain(recipe, progress=NullProgress()))
     recipe = parse(
         text.replace("distance", "segmentation")

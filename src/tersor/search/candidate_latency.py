@@ -83,9 +83,7 @@ class Measurement:
         seconds: time limit for each batch size of one measurement.
     """
 
-    def __init__(
-        self, cache: Path, runtime: str, example: Array, batch_sizes: Sequence[int], *, seconds: float = 2.0
-    ) -> None:
+    def __init__(self, cache: Path, runtime: str, example: Array, batch_sizes: Sequence[int], seconds: float) -> None:
         self.batch_sizes = tuple(batch_sizes)
         self._cache, self._runtime, self._seconds = cache, runtime, seconds
         self._example = np.ascontiguousarray(example[:1])

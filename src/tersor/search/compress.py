@@ -25,7 +25,7 @@ from tersor.search.finish import write_front
 from tersor.search.folder import DATABASE, LATENCIES, TRIALS, Front, SearchFolder, read_front
 from tersor.search.front_page import write_front_page
 from tersor.search.halving import halve
-from tersor.search.plan import Clock
+from tersor.search.plan import Clock, latency_seconds
 from tersor.search.point_evidence import write_evidence
 from tersor.search.range_description import describe_range
 from tersor.search.request import Request, experiment_of
@@ -203,7 +203,8 @@ def _search(
     study = Study(database, folder.state.study, [ORIGINAL, *students], request.seed)
     sizes = sorted(budget.latency_ms) or [1, 128 if min(experiment.data.train.size) < _LARGE else 32]
     example = next(iter(bench.validation)).only_images[:1].numpy()
-    measurement = Measurement(folder.path / LATENCIES, request.runtime, example, sizes)
+    seconds = latency_seconds(clock.total)
+    measurement = Measurement(folder.path / LATENCIES, request.runtime, example, sizes, seconds)
     named = [*map(Candidate, given), *(Candidate(pixels=size) for size in dict.fromkeys(request.pixels))]
     return Search(bench, study, folder, clock, budget, measurement, bar, named=named)
 

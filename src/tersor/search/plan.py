@@ -17,6 +17,8 @@ RUNG_SIZES = (6, 3, 1, 1)
 RESERVE = 0.005
 """Share of the whole time that is reserved for delays at the end."""
 MOST_RESERVED = 0.3
+_LATENCY, _LATENCY_SHARE = 2.0, 0.012
+"""Seconds of the measurement of a candidate for each batch size, and at most this share of the whole time."""
 _SPEEDUP, _SPEEDUP_SHARE = 5.0, 0.03
 """Minimum seconds of the final measurement for each batch size, and at most this share of the whole time."""
 AGAIN = 0.5
@@ -33,6 +35,11 @@ _LEAST_STEPS = 20
 def survey_seconds(left: float) -> float:
     """Seconds for the survey of the candidates, if `left` seconds remain for survey and training."""
     return max(_SURVEY * left, min(_SURVEY_OF_SHORT * left, _SHORT))
+
+
+def latency_seconds(total: float) -> float:
+    """Seconds of the measurement of a candidate for each batch size."""
+    return min(_LATENCY, _LATENCY_SHARE * total)
 
 
 def speedup_seconds(total: float) -> float:
