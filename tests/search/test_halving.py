@@ -117,6 +117,24 @@ def test_if_the_promising_candidate_stays_above_the_allowed_drop_a_slower_one_is
     assert search.best.validation >= search.reference - search.budget.points
 
 
+@pytest.mark.parametrize("left", [0.0, 1.0])
+def test_a_search_without_time_after_a_planned_rung_ends(tmp_path, left):
+    time = FakeTime()
+    search = searching(tmp_path / "out", time=time, budget=Budget(max_drop=0.01))
+    survey(search, SPACE)
+    original = search.bench.train
+
+    def slow(candidate, trained, seconds):
+        if len(search.folder.state.rungs) == 3:
+            time.seconds += seconds_to_train(search) - seconds - 4 - left
+        return original(candidate, trained, seconds)
+
+    search.bench.train = slow
+    halve(search)
+    assert len(search.folder.state.rungs) == 3
+    assert search.folder.state.rungs[-1].until is not None
+
+
 def test_students_and_pruned_originals_compete(finished):
     search, _ = finished
     first = search.folder.state.rungs[0].members
@@ -256,7 +274,6 @@ def test_the_first_rung_matches_values_computed_by_hand(tmp_path):
     assert 0.35 * available < least < available, "too little for a share, enough for a single candidate"
     assert len(short.members) == 1
     assert short.until is None, "a single candidate gets all of the time"
-    assert not halving._worthwhile(searching(tmp_path / "short", minutes=0.2))
 
 
 def test_rungs_are_chosen_for_the_time_that_their_best_is_trained_further(observed):

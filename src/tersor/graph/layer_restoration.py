@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils import parametrize
 
-from tersor.graph.aten import arguments, operator_name
+from tersor.graph.aten import arguments, operator_name, place_of
 from tersor.graph.computed_weights import computed_weight, source_of
 from tersor.graph.dead_code import remove_unused
 from tersor.graph.dropout_calls import never_drops
@@ -81,9 +81,7 @@ class _Restoration:
             "linear": self._linear,
             "batch_norm": self._batch_norm,
             "group_norm": self._group_norm,
-            "dropout": self._dropout,
-            "dropout_": self._dropout,
-            "feature_dropout": self._dropout,
+            **dict.fromkeys(("dropout", "dropout_", "feature_dropout", "feature_dropout_"), self._dropout),
         }
         for node in list(self.graph.nodes):
             if rule := rules.get(operator_name(node)):
@@ -229,12 +227,14 @@ class _Restoration:
         """A module, so that it drops in training; in `F.dropout(x, training=True)` the operator stays."""
         if given["train"]:
             return
-        if never_drops(node):
-            node.replace_all_uses_with(given["input"])
+        value = next(iter(given.values()))
+        if never_drops(node, self.modules.get(place_of(node), self.model)):
+            node.replace_all_uses_with(value)
+            self.graph.erase_node(node)
             return
         kind = nn.Dropout2d if operator_name(node).startswith("feature") else nn.Dropout
         path = next(path for number in self.numbers if (path := f"dropout_{number}") not in self.modules)
-        self._replace(node, path, kind(given["p"]).train(self.model.training), given["input"])
+        self._replace(node, path, kind(given["p"]).train(self.model.training), value)
 
     def _tensor(self, node: object) -> Tensor | None:
         if not isinstance(node, fx.Node) or node.op != "get_attr":

@@ -20,10 +20,11 @@ import math
 from collections.abc import Sequence
 
 from tersor.search.candidate import Candidate
+from tersor.search.front import violations
 from tersor.search.further_removal import further_removals
 from tersor.search.plan import LEAST_FIRST, RUNG_SIZES, RUNGS
 from tersor.search.promotion import entrants, hopeful, promoted
-from tersor.search.rung_training import seconds_to_train, train_candidates
+from tersor.search.rung_training import rounds_badly, seconds_to_train, train_candidates
 from tersor.search.search_context import Search
 from tersor.search.smaller_removal import smaller_removals
 from tersor.search.state import Rung
@@ -54,7 +55,7 @@ def halve(search: Search, workers: Workers | None = None, *, last_resort: bool =
     by_name = {record.of.name: record.of for record in search.study.records()}
     for number in itertools.count(1):
         if len(state.rungs) < number:
-            if state.rungs and state.rungs[-1].until is None and not _worthwhile(search):
+            if state.rungs and not _time_for_another(search):
                 return
             made = _rung(search, number, workers.count if workers else 1, last_resort=last_resort)
             if not made.members:
@@ -78,9 +79,11 @@ def why_not_trained(search: Search) -> str:
     return "no promising candidate can be improved by training"
 
 
-def _worthwhile(search: Search) -> bool:
-    """Whether the time left is enough for another training run."""
-    return seconds_to_train(search) > _least_seconds(search)
+def _time_for_another(search: Search) -> bool:
+    """Whether the time left is enough for another training run: a planned one, or one after the last rung."""
+    state = search.folder.state
+    least = _least_seconds(search) if state.rungs[-1].until is None else state.costs.overhead
+    return seconds_to_train(search) > least
 
 
 def _least_seconds(search: Search) -> float:
@@ -120,7 +123,7 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
             share = max(share, LEAST_FIRST) if fresh else share
             if not fresh and last_resort and len(kept) < len(possible):
                 chosen = promoted(search, trained, count, left, last=late)
-    divided = number == len(RUNGS) or (number > len(RUNGS) and any(_exceeds_drop(search, each) for each in chosen))
+    divided = number == len(RUNGS) or (number > len(RUNGS) and any(_may_fail(search, each) for each in chosen))
     last = last or (len(chosen) <= at_once and not divided and not fresh)
     members = {record.of.name: record.rung + 1 for record in chosen}
     new = [record.of for record in chosen if not record.rung and search.study.find(record.of) is None]
@@ -128,10 +131,14 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
     return Rung(members=members, until=until, unsurveyed={each.name: each.parameters for each in new})
 
 
-def _exceeds_drop(search: Search, record: Record) -> bool:
-    """Whether a candidate has not been shown to be within the allowed drop, if there is a limit."""
-    points = search.budget.points
-    return points is not None and (not record.rung or record.point.validation < search.reference - points)
+def _may_fail(search: Search, record: Record) -> bool:
+    """Whether a candidate has not been shown to be within the allowed drop, if there is a limit.
+
+    One that loses much by quantization needs quantization-aware training, which only the last rung has.
+    """
+    if search.budget.points is None or rounds_badly(record):
+        return False
+    return not record.rung or "drop" in violations(record.point, search.budget, search.reference)
 
 
 def _with_more_removed(

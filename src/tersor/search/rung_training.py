@@ -45,6 +45,11 @@ def seconds_to_train(search: Search) -> float:
     return max(0.0, search.clock.left - search.reserve(more=1))
 
 
+def rounds_badly(record: Record) -> bool:
+    """Whether quantization costs a candidate so much that its last training run is quantization-aware."""
+    return (record.rounding_loss or 0.0) > _ROUNDING
+
+
 def _left(search: Search, rung: Rung) -> float:
     end = search.clock.used + seconds_to_train(search)
     return min(end, rung.until or end) - search.clock.used
@@ -63,7 +68,7 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
     except InputError as error:
         _fail(search, candidate, rung, str(error))
         return
-    if not resumed:
+    if not resumed and candidate.name not in rung.unsurveyed:
         costs, in_training = search.folder.state.costs, sum(record.training_seconds or 0.0 for record in made)
         costs.attach = max(0.0, search.clock.used - start - in_training - costs.export - costs.latency)
 
@@ -178,8 +183,7 @@ def _planned(
     last: bool,
 ) -> list[Stage]:
     """The stages of a training run of `limit` seconds. A resumed run repeats them, although less time is left."""
-    rounds_badly = before is not None and (before.rounding_loss or 0.0) > _ROUNDING
-    quantizes = last and (rounds_badly or _rounds(_stages(before)))
+    quantizes = last and before is not None and (rounds_badly(before) or _rounds(_stages(before)))
     names = [(f"train-{training}", 1 - QUANTIZED_SHARE * quantizes)]
     names += [(QUANTIZE, QUANTIZED_SHARE)] * quantizes
     settled = before is not None and before.of == candidate and before.point.seconds > limit

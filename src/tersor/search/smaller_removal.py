@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tersor.search.candidate import Candidate
-from tersor.search.front import Point
+from tersor.search.front import Point, violations
 from tersor.search.learning_curves import INHERITED
 from tersor.search.search_context import Search
 from tersor.search.study import Record
@@ -40,10 +40,13 @@ def smaller_removals(search: Search, trained: Sequence[Record], seconds: float) 
         Records as if before training, with the estimated metric and latency after it. None without a limit on the drop.
     """
     full = next((point for point in search.folder.state.baselines if point.name == Candidate().name), None)
-    allowed = search.budget.points
-    if allowed is None or full is None:
+    if search.budget.points is None or full is None:
         return []
-    exceeding = [each for each in trained if search.reference - each.point.validation > allowed and _removes(each.of)]
+    exceeding = [
+        each
+        for each in trained
+        if _removes(each.of) and "drop" in violations(each.point, search.budget, search.reference)
+    ]
     start = max(exceeding, key=lambda each: each.point.seconds, default=None)
     if start is None:
         return []
@@ -77,25 +80,31 @@ def _expected(search: Search, candidate: Candidate, start: Record, full: Point, 
         full: the 8-bit original.
         seconds: training time; not more than that of `start` counts.
     """
-    share = _share(candidate, start.of)
-    latency = {size: ms ** (1 - share) * start.point.latency_ms[size] ** share for size, ms in full.latency_ms.items()}
-    expected = start.point.model_copy(
-        update={
-            "name": candidate.name,
-            "description": str(candidate),
-            "steps": 0,
-            "seconds": 0.0,
-            "latency_ms": latency,
-        }
-    )
+    surveyed, share = search.study.find(candidate), _share(candidate, start.of)
+    expected = surveyed.point if surveyed else _between(candidate, full, start.point, share)
     removed = [1 - point.mean_ms / full.mean_ms for point in (expected, start.point)]
-    smaller = (removed[0] / removed[1]) ** _STEEPNESS if removed[1] > 0 else share
-    shorter = max(1.0, start.point.seconds / seconds) ** INHERITED
+    smaller = max(0.0, removed[0] / removed[1]) ** _STEEPNESS if removed[1] > 0 else share
+    shorter = max(1.0, start.point.seconds / max(seconds, 1e-9)) ** INHERITED
     rounding = max(0.0, start.rounding_loss or 0.0)
     by_removal = max(0.0, search.reference - start.point.validation - rounding) * smaller * shorter
     error = math.hypot(_ERROR * by_removal, start.point.drop_error * smaller * shorter)
     validation = max(0.0, search.reference - rounding - by_removal)
     return expected.model_copy(update={"validation": validation, "drop_error": error})
+
+
+def _between(candidate: Candidate, full: Point, start: Point, share: float) -> Point:
+    """The point of a candidate before training, between two others: `start` has more removed, `full` nothing."""
+
+    def interpolated(first: float, last: float) -> float:
+        return first ** (1 - share) * last**share
+
+    latency = {size: interpolated(ms, start.latency_ms[size]) for size, ms in full.latency_ms.items()}
+    changed = {"name": candidate.name, "description": str(candidate), "steps": 0, "seconds": 0.0, "latency_ms": latency}
+    changed |= {
+        "bytes": round(interpolated(full.bytes, start.bytes)),
+        "macs": round(interpolated(full.macs, start.macs)),
+    }
+    return start.model_copy(update=changed)
 
 
 def _share(smaller: Candidate, larger: Candidate) -> float:
