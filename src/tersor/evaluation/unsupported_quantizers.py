@@ -1,9 +1,10 @@
 """Quantizers that a runtime cannot read or computes incorrectly: they are removed from the file.
 
 OpenVINO moves the quantization of activations through the graph. In some networks this fails with an error about
-shapes, if the tokens of an image are padded or concatenated, for example (CoaT). In others, the outputs are wrong
-(`swin_v2_t`). Without a few of the quantizers the file is right. Which ones is found by trial: first those in front of
-one kind of operator, then all of them. Of these, as many as possible are kept.
+shapes, if the tokens of an image are padded or concatenated, for example (CoaT). In others, the outputs are wrong, if
+quantized values are padded in one dimension, for example. Without a few of the quantizers the file is right. Which ones
+is found by trial: first those in front of one kind of operator, then all of them. Of these, as many as possible are
+kept.
 
 The expected outputs are those of the same file in ONNX Runtime without graph optimizations, which rounds exactly where
 the file says.
