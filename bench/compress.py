@@ -177,7 +177,9 @@ def kill(times: int, minutes: float, seed: int) -> None:
             onnx.checker.check_model(str(out / "model.onnx"))
             front = read_front(out)
             now = rank(front.point(front.best), Budget(max_drop=2), front.point(front.original).validation)
-            worse += before is not None and now > before
+            if before is not None and now > before:
+                worse += 1
+                print(f"worse: {front.best}, {before} -> {now}", flush=True)
             invalid += not open_session(out / "model.onnx", "onnxruntime").outputs
             before = now
             points = [json.loads(file.read_text()) for file in out.glob("points/*/numbers.json")]

@@ -75,8 +75,19 @@ def miscalculated(path, runtime, **_):
     return session
 
 
+def unreadable_or_wrong(path, runtime, **_):
+    """Replaces `open_session`: as `unreadable`, and all other files are computed incorrectly."""
+    session = unreadable(path, runtime)
+    return session if runtime == "onnxruntime" else replace(session, infer_all=lambda x: [session.infer(x) + 1])
+
+
 @pytest.mark.parametrize(
-    ("replaced", "message"), [(unreadable, "cannot read"), (miscalculated, "computes wrong outputs for")]
+    ("replaced", "message"),
+    [
+        (unreadable, "cannot read"),
+        (unreadable_or_wrong, "cannot read"),
+        (miscalculated, "computes wrong outputs for"),
+    ],
 )
 def test_only_unsupported_quantizers_are_removed(replaced, message, file, quantized, monkeypatch):
     before = quantizers(file)
@@ -91,6 +102,30 @@ def test_only_unsupported_quantizers_are_removed(replaced, message, file, quanti
     verify(open_session(file, "onnxruntime"), quantized, IMAGES)
     written = {each.name for each in onnx.load(file).graph.initializer}
     assert written == {name for node in onnx.load(file).graph.node for name in node.input if name in written}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_whose_outputs_differ_only_because_of_bfloat16_is_not_changed(file, monkeypatch):
+    def rough(path, runtime, precision=None):
+        session = open_session(path, "onnxruntime")
+        if runtime == "onnxruntime" or precision == "float32":
+            return session
+        return replace(session, precision="bfloat16", infer_all=lambda arrays: [session.infer(arrays) + 1])
+
+    content = file.read_bytes()
+    monkeypatch.setattr(unsupported_quantizers, "open_session", rough)
+    remove_unsupported_quantizers(file, "openvino", IMAGES)
+    assert file.read_bytes() == content
+
+
+def test_a_file_with_activations_of_few_bits_is_not_compared(tmp_path):
+    context = AttachContext(data=[IMAGES], target=Target(runtime="openvino"))
+    for bits, compared in ((8, True), (4, False)):
+        attached = PTQ(activation_bits=bits).attach(Tokens().eval(), context)
+        attached.begin()
+        graph = onnx.load(export(attached.model.eval(), IMAGES, tmp_path / f"{bits}.onnx")).graph
+        found = list(unsupported_quantizers._quantizers(graph))
+        assert unsupported_quantizers._complete(graph, found) is compared
 
 
 @pytest.mark.filterwarnings("error")

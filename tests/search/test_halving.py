@@ -302,6 +302,7 @@ def test_quantization_aware_training_gets_a_quarter_of_the_last_training_steps(t
     assert made.point.seconds == pytest.approx(bench.trained[made.of], abs=0.1)
     alone = [stages for _, stages in bench.given if stages[-1].name == "quantize"]
     assert len(alone) == 1, "only the last training quantizes"
+    assert len(search.folder.state.rungs) <= len(RUNG_SIZES), "the last rung is not divided"
 
 
 def test_a_training_shorter_than_earlier_ones_is_marked_as_settled(finished):

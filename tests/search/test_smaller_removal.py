@@ -68,6 +68,17 @@ def test_the_error_of_the_measured_drop_is_part_of_the_estimated_error(search):
     assert half.point.drop_error == pytest.approx((0.4**2 + 0.6**2) ** 0.5 * (0.2 / 0.36) ** 3)
 
 
+def test_the_latency_and_size_of_a_surveyed_candidate_are_those_that_were_measured(search, monkeypatch):
+    trained = record(Candidate(branches=10), lost=0.8)
+    surveyed = record(Candidate(branches=5), lost=9.0, latency=0.9, rung=0)
+    made = search(trained, surveyed)
+    monkeypatch.setattr(made.study, "find", lambda of: surveyed if of == surveyed.of else None)
+    half = next(each for each in smaller_removals(made, [trained], 400.0) if each.of.branches == 5)
+    assert half.point.latency_ms == surveyed.point.latency_ms
+    assert half.point.bytes == surveyed.point.bytes
+    assert made.reference - half.point.validation == pytest.approx(0.8 * (0.1 / 0.36) ** 3)
+
+
 def test_a_share_of_branches_and_channels_is_removed(search):
     trained = record(Candidate(branches=4, keep_macs=0.6), lost=0.8)
     found = [(each.of.branches, each.of.keep_macs) for each in smaller_removals(search(trained), [trained], 400.0)]

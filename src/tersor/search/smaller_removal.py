@@ -34,7 +34,7 @@ def smaller_removals(search: Search, trained: Sequence[Record], seconds: float) 
         search: the search.
         trained: the latest trial of each trained candidate; of those that exceed the allowed drop, the longest trained
             one is used.
-        seconds: time for training one of the candidates.
+        seconds: time for training one of the candidates, above 0.
 
     Returns:
         Records as if before training, with the estimated metric and latency after it. None without a limit on the drop.
@@ -84,7 +84,7 @@ def _expected(search: Search, candidate: Candidate, start: Record, full: Point, 
     expected = surveyed.point if surveyed else _between(candidate, full, start.point, share)
     removed = [1 - point.mean_ms / full.mean_ms for point in (expected, start.point)]
     smaller = max(0.0, removed[0] / removed[1]) ** _STEEPNESS if removed[1] > 0 else share
-    shorter = max(1.0, start.point.seconds / max(seconds, 1e-9)) ** INHERITED
+    shorter = max(1.0, start.point.seconds / seconds) ** INHERITED
     rounding = max(0.0, start.rounding_loss or 0.0)
     by_removal = max(0.0, search.reference - start.point.validation - rounding) * smaller * shorter
     error = math.hypot(_ERROR * by_removal, start.point.drop_error * smaller * shorter)
