@@ -66,11 +66,12 @@ def _transformers(name: str, **options: Any) -> nn.Module:
 _add(
     "torchvision",
     "vgg11_bn squeezenet1_1 resnext50_32x4d densenet121 mobilenet_v2 mobilenet_v3_small mnasnet0_5 googlenet "
-    "shufflenet_v2_x0_5 efficientnet_b0 regnet_y_400mf convnext_tiny swin_t swin_v2_t",
+    "shufflenet_v2_x0_5 efficientnet_b0 regnet_y_400mf convnext_tiny swin_t",
     _torchvision,
 )
 _add("torchvision", "alexnet inception_v3", _torchvision, 96)
 _add("torchvision", "maxvit_t", _torchvision, 224)
+_add("torchvision", "swin_v2_t", _torchvision, size=256)  # with fewer pixels, most tokens are padding
 _add("torchvision", "vit_b_32", lambda name: _torchvision(name, image_size=64))
 _add("torchvision", "lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large fcn_resnet50", _segmentation)
 _add("torchvision backbone", "ssdlite320_mobilenet_v3_large", _backbone, 320)
