@@ -80,7 +80,7 @@ def quantize(
     """
     refuse_quantized(model)
     method, target = PTQ(bits=bits, exclude=cast("tuple[str, ...]", exclude)), Target(runtime=runtime)
-    network, data = to_compress(model, loader, method.calibration_images)
+    network, data, _ = to_compress(model, loader, method.calibration_images)
     told = None if normalization is None else check_values(data, normalization)
     goal = task_of(task) or Classification()
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target))
@@ -135,13 +135,13 @@ def prune(
     ranking: dict[str, Any] = {"importance": importance, "scope": scope, "exclude": exclude}
     method = ChannelPruning(**budget, **ranking, branches=branches, round_to=round_to)
     target = Target(runtime=runtime)
-    network, data = to_compress(model, example, max(method.estimation_images, method.importance_images))
+    network, data, first = to_compress(model, example, max(method.estimation_images, method.importance_images))
     goal = task_of(task, loss) or Classification()
     if method.importance == "taylor":
         check_targets(goal, network, data, method.importance_images)
     attached = method.attach(network, AttachContext(data=data, task=goal, target=target, latency=latency_ratio))
     attached.begin()
-    warn_of_pruned(model, attached.model, data)
+    warn_of_pruned(model, attached.model, first)
     return attached.model
 
 

@@ -31,7 +31,8 @@ def network():
 
 def test_a_copy_is_compressed_and_enough_batches_are_kept():
     given = network()
-    made, batches = to_compress(given, iter([IMAGES] * 5), 3)
+    made, batches, first = to_compress(given, iter([IMAGES] * 5), 3)
+    assert torch.equal(first, IMAGES)
     assert made is not given
     assert len(batches) == 2
     with pytest.raises(InputError, match="does not run on images"):

@@ -28,8 +28,10 @@ from tersor.quantization.qdq_placement import RUNTIME
 from tersor.tasks.network_outputs import described
 
 
-def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, Iterable[Any]]:
-    """A plain copy of the network, and the batches; up to `images` images of a one-shot iterator are kept.
+def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, Iterable[Any], NetworkInput]:
+    """A plain copy of the network, the batches and their first images.
+
+    Up to `images` images of a one-shot iterator are kept.
 
     Raises:
         InputError: not a network with weights, or its forward pass fails on the images.
@@ -38,7 +40,7 @@ def to_compress(model: nn.Module, loader: Any, images: int) -> tuple[nn.Module, 
     refuse_without_weights(network)
     batches, first = batches_of(loader, images)
     check_forward(type(network).__name__, network, first)
-    return network, batches
+    return network, batches, first
 
 
 def warn_of_another_runtime(model: object, runtime: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from tersor.core.errors import CompressionWarning
 from tersor.data.batch import Batch, images_of, parts_of
+from tersor.data.network_inputs import NetworkInput
 from tersor.evaluation.costs import costs
 from tersor.graph.modes import training_notes
 from tersor.graph.plain_network import folding_notes
@@ -35,16 +36,16 @@ def warn_of_quantized(model: fx.GraphModule | nn.Module, batches: Iterable[Any],
         warnings.warn(sentence, CompressionWarning, stacklevel=3)
 
 
-def warn_of_pruned(original: nn.Module, pruned: nn.Module, batches: Iterable[Any]) -> None:
+def warn_of_pruned(original: nn.Module, pruned: nn.Module, images: NetworkInput) -> None:
     """Warn of uncounted MACs and of what a pruned network no longer does in training; called by `prune`.
 
     Args:
         original: the network before.
         pruned: the captured network without some of its channels.
-        batches: images for the network.
+        images: images for the network.
     """
-    images = images_of(next(iter(batches)))[:1].to(next(pruned.parameters()).device)
-    for note in (*costs(pruned, images).notes, *folding_notes(original), *training_notes(pruned)):
+    one = images[:1].to(next(pruned.parameters()).device)
+    for note in (*costs(pruned, one).notes, *folding_notes(original), *training_notes(pruned)):
         warnings.warn(note, CompressionWarning, stacklevel=3)
 
 
