@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import onnx
+import torch
+from torch import Tensor
 
 from tersor.core.errors import CompressionWarning
 from tersor.core.files import write_file
@@ -35,6 +36,7 @@ from tersor.evaluation.verification import (
     LOOSEST_TOLERANCES,
     WARN_RATIO,
     Normalization,
+    differences,
     file_inputs,
 )
 
@@ -69,7 +71,7 @@ class _Expected:
     """
 
     inputs: FileArrays
-    outputs: Sequence[Array]
+    outputs: Sequence[Tensor]
     quantization: Sequence[float]
 
 
@@ -150,10 +152,10 @@ def _expected(path: Path, without_quantizers: Path, inputs: FileArrays) -> _Expe
         outputs, floats = (_as_written(each, inputs) for each in (path, without_quantizers))
     except Exception:  # ONNX Runtime's own exceptions have no common class
         return None
-    return _Expected(inputs, outputs, _differences(floats, outputs))
+    return _Expected(inputs, outputs, differences(floats, outputs))
 
 
-def _as_written(path: Path, inputs: FileArrays) -> list[Array]:
+def _as_written(path: Path, inputs: FileArrays) -> list[Tensor]:
     """The outputs of a file in ONNX Runtime without graph optimizations."""
     session, ort = open_session(path, "onnxruntime"), load_runtime("onnxruntime")
     options = onnxruntime_options(ort, default_threads())
@@ -185,25 +187,13 @@ def _is_right(path: Path, runtime: Runtime, expected: _Expected | None) -> bool:
 def _agrees(session: Session, expected: _Expected) -> bool:
     """Whether the outputs differ by no more than rounding usually explains, as in `verification`."""
     tolerance, _ = FLOAT_TOLERANCES.get(session.precision, LOOSEST_TOLERANCES)
-    differences = _differences(_floats(session.run_all(expected.inputs).values()), expected.outputs)
+    found = differences(_floats(session.run_all(expected.inputs).values()), expected.outputs)
     limits = [max(WARN_RATIO * each, tolerance) for each in expected.quantization]
-    return all(difference <= limit for difference, limit in zip(differences, limits, strict=True))
+    return all(difference <= limit for difference, limit in zip(found, limits, strict=True))
 
 
-def _floats(outputs: Iterable[Array]) -> list[Array]:
-    return [np.array(each, np.float64) for each in outputs if np.issubdtype(each.dtype, np.floating)]
-
-
-def _differences(outputs: Sequence[Array], expected: Sequence[Array]) -> list[float]:
-    """For each output, the norm of the difference relative to the norm of the expected output."""
-    return [_difference(one, other) for one, other in zip(outputs, expected, strict=True)]
-
-
-def _difference(output: Array, expected: Array) -> float:
-    """Equal NaN and infinite values differ by 0."""
-    differs = ~((output == expected) | (np.isnan(output) & np.isnan(expected)))
-    norm = float(np.linalg.norm(np.nan_to_num(expected, nan=0.0, posinf=0.0, neginf=0.0)))
-    return float(np.linalg.norm(output[differs] - expected[differs])) / max(norm, float(np.finfo(np.float32).tiny))
+def _floats(outputs: Iterable[Array]) -> list[Tensor]:
+    return [each.double() for each in map(torch.from_numpy, outputs) if each.is_floating_point()]
 
 
 def _quantizers(graph: onnx.GraphProto) -> Iterator[_Quantizer]:

@@ -103,10 +103,8 @@ def _difference_found(
         float_outputs = _of_torch(model, images)
     _require_same_shapes(session, file_outputs, torch_outputs, len(images))
     tolerances = FLOAT_TOLERANCES.get(session.precision, LOOSEST_TOLERANCES)
-    differences = zip(
-        _differences(file_outputs, torch_outputs), _differences(float_outputs, torch_outputs), strict=True
-    )
-    difference, quantization = max(differences, key=lambda pair: pair[0] / max(WARN_RATIO * pair[1], tolerances[0]))
+    pairs = zip(differences(file_outputs, torch_outputs), differences(float_outputs, torch_outputs), strict=True)
+    difference, quantization = max(pairs, key=lambda pair: pair[0] / max(WARN_RATIO * pair[1], tolerances[0]))
     warn_above, refuse_above = (
         max(ratio * quantization, tolerance)
         for ratio, tolerance in zip((WARN_RATIO, _REFUSE_RATIO), tolerances, strict=True)
@@ -136,7 +134,7 @@ def _require_same_shapes(session: Session, of_file: list[Tensor], of_torch: list
 def _require_deterministic(first: list[Tensor], second: list[Tensor]) -> None:
     """Two runs in torch with different seeds return the same."""
     if not all(map(torch.equal, second, first)):
-        percent = 100 * max(_differences(second, first))
+        percent = 100 * max(differences(second, first))
         raise InputError(
             f"the forward method uses random numbers in eval mode: two runs in torch differ by {percent:.3g} %. Use a "
             "dropout module, or F.dropout(x, training=self.training)."
@@ -205,12 +203,13 @@ def _of_torch(model: nn.Module, images: NetworkInput, seed: int = 0) -> list[Ten
     return [each.cpu() for each in outputs_of(model, images, seed)]
 
 
-def _differences(outputs: list[Tensor], expected: list[Tensor]) -> list[float]:
+def differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """For each output, the norm of the difference relative to the norm of `expected`."""
     return [_difference(one, other) for one, other in zip(outputs, expected, strict=True)]
 
 
 def _difference(outputs: Tensor, expected: Tensor) -> float:
-    """Norm of the difference relative to the norm of `expected`; equal NaN and infinite values differ by 0."""
+    """Equal NaN and infinite values differ by 0."""
     same = (outputs == expected) | (outputs.isnan() & expected.isnan())
     difference = torch.where(same, 0.0, outputs - expected).norm()
     return float(difference / expected.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=torch.finfo(torch.float32).tiny))

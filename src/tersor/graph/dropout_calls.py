@@ -2,7 +2,8 @@
 
 torch.export runs a network in eval mode, so the operator of such a call equals that of
 `F.dropout(x, p, self.training)`. Only the source code tells them apart. A recorded operator has the line of the forward
-method that led to it, so the answer is no if another call on that line may drop as well.
+method that led to it. If another call on that line may drop as well, the two cannot be distinguished, and the operator
+counts as active.
 """
 
 from __future__ import annotations
