@@ -16,7 +16,7 @@ from tersor.core.errors import CompressionWarning, InputError
 from tersor.deploy.onnx import export as write
 from tersor.evaluation.file_inputs import FileInput
 from tersor.evaluation.session import Session, open_session
-from tersor.evaluation.verification import verify
+from tersor.evaluation.verification import differences, verify
 from tersor.quantization.fake_quantize import quantizers_disabled
 
 IMAGES = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -206,3 +206,12 @@ def test_every_floating_point_output_is_compared(tmp_path):
     model.factor = 2.0
     with pytest.raises(InputError, match=r"differ from torch's by 50 %.* replace it\.$"):
         verify(opened, model, IMAGES)
+
+
+def test_a_nan_in_an_output_other_than_the_first_is_an_infinite_difference():
+    expected = [torch.ones(2, 3), torch.ones(2, 3)]
+    found = [torch.ones(2, 3) + 0.1, torch.tensor([[1.0, float("nan"), 1.0]] * 2)]
+    first, second = differences(found, expected)
+    assert first == pytest.approx(0.1)
+    assert second == float("inf")
+    assert differences(found[1:], found[1:]) == [0.0]

@@ -14,6 +14,7 @@ not quantize (OpenVINO).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -209,7 +210,8 @@ def differences(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[f
 
 
 def _difference(outputs: Tensor, expected: Tensor) -> float:
-    """Equal NaN and infinite values differ by 0."""
+    """Equal NaN and infinite values differ by 0; a NaN in one of the two makes the difference infinite."""
     same = (outputs == expected) | (outputs.isnan() & expected.isnan())
     difference = torch.where(same, 0.0, outputs - expected).norm()
-    return float(difference / expected.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=torch.finfo(torch.float32).tiny))
+    relative = float(difference / expected.nan_to_num(0.0, 0.0, 0.0).norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return math.inf if math.isnan(relative) else relative
