@@ -61,6 +61,12 @@ def relative_ms(candidate):
     return (0.2 + 0.8 * kept) * (1 - sum(each.branches for each in removals) / 12)
 
 
+def relative_macs(candidate):
+    removals = (candidate.first, *candidate.later)
+    kept = math.prod(each.keep_macs for each in removals)
+    return kept * (1 - sum(each.branches for each in removals) / 12)
+
+
 def metric(candidate, seconds):
     """Accuracy after some seconds of training: the drop decreases with time."""
     lost = 40.0 if not candidate.inherits else 30 * (1 - relative_ms(candidate)) ** 2
@@ -156,7 +162,7 @@ class FakeBench:
             FakeLatency.of.setdefault(candidate.name, relative_ms(candidate))
         file.write_text(f"{candidate.name} {self.trained.get(candidate, 0.0)}")
         reached = metric(candidate, self.trained.get(candidate, 0.0)) - (0 if quantized else self.rounding)
-        return Exported(file, reached, 10**6, 50_000)
+        return Exported(file, reached, round(10**7 * relative_macs(candidate)), 50_000)
 
     def test_predictions(self, candidate, file):
         self._work(("test", str(file.parent.name)), 1.0)

@@ -10,7 +10,7 @@ from recorded_progress import RecordedProgress
 from tersor import tasks
 from tersor.checkpoint.store import Checkpoints
 from tersor.data.image_sets import Pixels, Splits
-from tersor.pipeline import stages
+from tersor.pipeline import stage_validation, stages
 from tersor.pipeline.experiment import Experiment
 from tersor.recipe import DataSource, Network, Recipe, Stage
 from tersor.training.attachment import Attachment
@@ -101,28 +101,28 @@ def test_in_a_task_that_compares_with_the_original_the_original_is_the_teacher()
 
 def test_the_metric_is_computed_on_the_validation_images(monkeypatch):
     made, progress = experiment(), RecordedProgress()
-    score = stages._validate(made, made.model, "a", progress)
+    score = stage_validation.validate(made, made.model, "a", progress)
     batch = next(iter(made.batches(made.data.validation, 10)))
     assert score == pytest.approx(100 * (made.model(batch.images).argmax(1) == batch.targets).double().mean())
     none = dataclasses.replace(made, data=dataclasses.replace(made.data, validation=images(0)))
-    assert stages._validate(none, made.model, "a", progress) is None
+    assert stage_validation.validate(none, made.model, "a", progress) is None
     assert progress.lines == [
         f"a: accuracy {score:.2f} % on 10 validation images",
         "a: done (the data has no validation images)",
     ]
-    monkeypatch.setattr(stages.distributed, "rank", lambda: 1)
-    assert stages._validate(made, made.model, "a", progress) is None
+    monkeypatch.setattr(stage_validation.distributed, "rank", lambda: 1)
+    assert stage_validation.validate(made, made.model, "a", progress) is None
 
 
 def test_the_validation_curve_is_measured_every_given_number_of_epochs():
     made = experiment()
     every = Stage(name="a", epochs=6, batch_size=8, validate_every=3)
-    assert stages._validation_curve(made, made.recipe.stages[0]) is None
-    curve = stages._validation_curve(made, every)
+    assert stage_validation.validation_curve(made, made.recipe.stages[0]) is None
+    curve = stage_validation.validation_curve(made, every)
     assert curve.every == 15
     for done in (14, 15, 16):
         curve.measure_if_due(done, made.model, None)
-    assert curve.values == [stages._validate(made, made.model, "a", RecordedProgress())]
+    assert curve.values == [stage_validation.validate(made, made.model, "a", RecordedProgress())]
 
 
 def test_the_first_process_saves_the_end_of_a_stage(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ from tersor.pruning.channel_selection import (
     removable_groups,
     removal_order,
 )
-from tersor.pruning.residual_branches import Branch, find_branches, removal_cost
+from tersor.pruning.residual_branches import Branch, cost_shares, find_branches, removal_cost
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext
 from tersor.training.method import PLAIN_VALUES
@@ -173,12 +173,11 @@ class ChannelPruning:
                 f"branches: {self.branches} residual branches are requested, but {type(graph).__name__} has "
                 f"{count or 'none'} that can be removed{among}. Write branches: {count}{' or fewer' * bool(count)}."
             )
-        rates = dict[Branch, float]()
         changes = removal_cost(graph, branches, context.data, self.importance_images, context.progress, context.task)
-        for branch, change in zip(branches, changes, strict=True):
-            network = copy_graph(graph)
-            remove(network, [branch.cut])
-            rates[branch] = change / max(1 - budget.fraction(costs(network, budget.example)), 1e-9)
+        shares = cost_shares(graph, branches, budget.example, parameters=budget.kind == "parameters")
+        rates = {
+            branch: change / max(share, 1e-9) for branch, change, share in zip(branches, changes, shares, strict=True)
+        }
         cheapest = set(sorted(branches, key=rates.__getitem__)[: self.branches])
         return [branch for branch in branches if branch in cheapest]
 

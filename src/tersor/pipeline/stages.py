@@ -17,10 +17,10 @@ from tersor.core import distributed
 from tersor.core.device import precision_for, seeded
 from tersor.core.progress import ProgressReporter, StageProgress
 from tersor.evaluation.results import StageRecord
-from tersor.evaluation.scoring import network_score
 from tersor.graph.fused_inference import fused
 from tersor.graph.modes import training_notes
 from tersor.pipeline.experiment import Experiment
+from tersor.pipeline.stage_validation import validate, validation_curve
 from tersor.pruning.mask import note_of_lost_zeros, unmasked_zeros
 from tersor.recipe import Stage, Teacher
 from tersor.training.attachment import Attachment, Chain
@@ -30,7 +30,6 @@ from tersor.training.method import chain
 from tersor.training.precision import with_usable_precision
 from tersor.training.schedule import steps_per_epoch
 from tersor.training.snapshot import restoring
-from tersor.training.validation_curve import ValidationCurve
 
 _CALIBRATION_BATCH = 64
 _TEACHER = 0
@@ -71,17 +70,27 @@ def train_teacher(experiment: Experiment, checkpoints: Checkpoints, progress: Pr
         task=experiment.task,
         checkpointer=StageCheckpointer(checkpoints, _TEACHER, "teacher", experiment.recipe.checkpoint_every, {}),
     )
-    _validate(experiment, teacher, "teacher", progress)
+    validate(experiment, teacher, "teacher", progress)
     _save_end(checkpoints, _TEACHER, "teacher", steps, teacher, {}, {})
     return teacher
 
 
 def run_stages(
-    experiment: Experiment, checkpoints: Checkpoints, progress: ProgressReporter, seconds: float | None = None
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    progress: ProgressReporter,
+    seconds: float | None = None,
+    *,
+    validate_all: bool = True,
 ) -> tuple[nn.Module, list[StageRecord]]:
     """Run all stages, from the last checkpoint on; return the compressed model and one record for each stage.
 
-    `seconds` is the time limit of the training in each stage that has not ended yet, in a search.
+    Args:
+        experiment: the network, its recipe and its data.
+        checkpoints: the checkpoints of the run.
+        progress: receives the progress of every stage.
+        seconds: the time limit of the training in each stage that has not ended yet, in a search.
+        validate_all: whether stages without training are validated, too.
     """
     model, records = copy.deepcopy(experiment.model), list[StageRecord]()
     stages = experiment.recipe.stages
@@ -93,7 +102,8 @@ def run_stages(
         progress.say(f"{stages[end.unit - 1].name}: restored from its checkpoint")
     latest = 0 if end is None else end.unit
     for number, stage in enumerate(stages[latest:], latest + 1):
-        result = _run_stage(experiment, number, stage, model, checkpoints, progress, seconds)
+        validated = validate_all or experiment.steps_of(stage) > 0
+        result = _run_stage(experiment, number, stage, model, checkpoints, progress, seconds, validated=validated)
         model = result.model
         records.append(result.record)
         record = {"stages": [record.model_dump(exclude_unset=True) for record in records]}
@@ -139,6 +149,8 @@ def _run_stage(
     checkpoints: Checkpoints,
     progress: ProgressReporter,
     seconds: float | None,
+    *,
+    validated: bool,
 ) -> StageResult:
     """Attach, begin, train, finish.
 
@@ -171,7 +183,7 @@ def _run_stage(
         steps=steps,
         notes=[*keeper.notes, *lost_zeros],
         minutes=(time.perf_counter() - start + earlier_seconds) / 60,
-        validation_score=_validate(experiment, attachment.model, stage.name, progress),
+        validation_score=validate(experiment, attachment.model, stage.name, progress) if validated else None,
         **training,
         **attachment.metrics,
     )
@@ -215,7 +227,7 @@ def _train(
     networks = {"the network": attachment.model, "the teacher": experiment.teacher}
     options = stage.with_learning_rate(trained=experiment.starts_trained(stage))
     options = with_usable_precision(options, networks, experiment.example, StageProgress(stage.name, progress).say)
-    curve = _validation_curve(experiment, stage)
+    curve = validation_curve(experiment, stage)
     fitted = fit(
         attachment,
         experiment.training_batches(stage),
@@ -250,31 +262,6 @@ def _fast_teacher(experiment: Experiment, stage: Stage, attachment: Attachment) 
         return teacher
     precision = precision_for(experiment.example.device, stage.precision)
     return fused(teacher, experiment.example, [path for _, path in attachment.layers], precision)
-
-
-def _validation_curve(experiment: Experiment, stage: Stage) -> ValidationCurve | None:
-    """The metric on the validation images every few epochs, where the stage has `validate_every`."""
-    if stage.validate_every is None:
-        return None
-    every = stage.validate_every * steps_per_epoch(experiment.training_batches(stage), stage)
-    return ValidationCurve(every, lambda network: _validation_score(experiment, network))
-
-
-def _validate(experiment: Experiment, network: nn.Module, name: str, progress: ProgressReporter) -> float | None:
-    """The metric on the held-out images; None without them, and in every process but the first."""
-    if distributed.rank():
-        return None
-    if not len(experiment.data.validation):
-        progress.say(f"{name}: done (the data has no validation images)")
-        return None
-    score, task = _validation_score(experiment, network), experiment.task
-    progress.say(f"{name}: {task.metric} {task.shown(score)} on {len(experiment.data.validation)} validation images")
-    return score
-
-
-def _validation_score(experiment: Experiment, network: nn.Module) -> float:
-    batches = experiment.batches(experiment.data.validation, experiment.evaluation_batch)
-    return network_score(network, batches, experiment.task, experiment.original)
 
 
 def _restored(model: nn.Module, end: Checkpoint) -> nn.Module:

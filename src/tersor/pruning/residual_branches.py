@@ -37,6 +37,7 @@ from tersor.pruning.channel_groups import Cut, copy_graph, record_run, remove, t
 from tersor.pruning.channel_removal import exclusive_nodes
 from tersor.pruning.dependency.shape_recording import map_tensors, run_node, user_to_last_uses
 from tersor.pruning.output_changes import squared_change
+from tersor.quantization.operators import run_through
 from tersor.tasks.classification import CLASSIFICATION
 from tersor.tasks.task import Task
 
@@ -158,6 +159,28 @@ def removal_cost(
     return [change / count for change in changes.values()]
 
 
+def cost_shares(
+    graph: fx.GraphModule, branches: Sequence[Branch], example: NetworkInput, *, parameters: bool
+) -> list[float]:
+    """The share of the MACs that each branch has, or of the parameters.
+
+    Args:
+        graph: the network of the branches; unchanged afterwards.
+        branches: the branches that `find_branches` returned.
+        example: images (N, C, H, W); the first one is run.
+        parameters: whether parameters are counted.
+    """
+    if parameters:
+        counts = [_parameters(graph, each.layers) for each in branches]
+        total = sum(parameter.numel() for parameter in graph.parameters())
+    else:
+        products = run_through(graph, example[:1]).products
+        inside = [exclusive_nodes(each.sides[1]) for each in branches]
+        counts = [sum(product.macs for product in products if product.node in nodes) for nodes in inside]
+        total = sum(product.macs for product in products)
+    return [count / total for count in counts]
+
+
 def _means(graph: fx.GraphModule, branches: Sequence[Branch], batches: Sequence[NetworkInput]) -> dict[Branch, Tensor]:
     """The mean output of every branch over the images, (1, ...), where it has the same shape for all images."""
     sums: dict[Branch, Tensor] = {}
@@ -201,7 +224,11 @@ def _own_layers(inside: set[fx.Node]) -> tuple[str, ...]:
 
 
 def _has_parameters(graph: fx.GraphModule, inside: set[fx.Node]) -> bool:
-    return bool(inside) and any(True for name in _own_layers(inside) for _ in graph.get_submodule(name).parameters())
+    return bool(inside) and _parameters(graph, _own_layers(inside)) > 0
+
+
+def _parameters(graph: fx.GraphModule, layers: Sequence[str]) -> int:
+    return sum(parameter.numel() for name in layers for parameter in graph.get_submodule(name).parameters())
 
 
 def _can_remove(graph: fx.GraphModule, branches: Sequence[Branch], example: NetworkInput) -> bool:

@@ -32,7 +32,7 @@ from tersor.search.study import Record
 from tersor.search.workers import Workers
 
 _LEAST_SHARE = 0.03
-_FURTHER_SHARE = 0.3
+_FURTHER_SHARE = 0.5
 """Share of the training time that is left, for the training after a further removal; there can be several."""
 _EXCEEDING_SHARE = 0.6
 """Share of the training time that is left, for one that exceeds the allowed drop; the rest is for another try."""
@@ -145,9 +145,10 @@ def _with_more_removed(
     search: Search, trained: Sequence[Record], chosen: Sequence[Record], at_once: int, available: float
 ) -> Rung | None:
     """A rung that removes more from the best candidate; None if training one of the `chosen` promises more."""
-    share = 1.0 if search.folder.state.extended else _FURTHER_SHARE
-    instead = chosen[0] if chosen else None
-    further = further_removals(search, trained, instead, share * available, at_once)
+    state = search.folder.state
+    short = (1 - _FURTHER_SHARE) * available < _LEAST_OVERHEADS * state.costs.overhead
+    share = 1.0 if short or state.extended else _FURTHER_SHARE
+    further = further_removals(search, trained, chosen[0] if chosen else None, available, at_once)
     if not further:
         return None
     return Rung(

@@ -27,7 +27,7 @@ _PROMISING = 0.4
 """A change of the original is worth training from this share of the original's metric on, if there are such."""
 _CAUTION = {False: 1.5, True: 2.0}
 """Exponent of the probability in the expected improvement, before the last training run and for it."""
-_LEAST_GAIN = 0.01
+LEAST_GAIN = 0.01
 _RECOVERED = "its metric has not dropped, so there is nothing for training to recover"
 _HOPELESS = 0.05
 """A candidate is trained further if it ends within the allowed drop with at least this probability, or if no other
@@ -153,7 +153,7 @@ def _key(search: Search, record: Record, seconds: float, *, last: bool) -> tuple
     if search.budget.points is None:
         return order
     gained = improvement(search, record, seconds, power=_CAUTION[last])
-    return distance(_fixed(search, record.point)), -gained if gained > _LEAST_GAIN else 0.0, *order
+    return distance(_fixed(search, record.point)), -gained if gained > LEAST_GAIN else 0.0, *order
 
 
 def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[Record]:

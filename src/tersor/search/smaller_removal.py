@@ -1,9 +1,7 @@
 """Candidates with less removed, for a search whose trained candidate exceeds the allowed drop.
 
-Their metric after training is estimated from this candidate. The drop grows steeply with the share of the latency that
-is removed: a ResNet-56 without 9 of its 27 residual branches lost 0.48 points after 440 training steps, and 2.42 after
-519 steps without 15 of them, which is a power of 3.2. The logarithm of the latency is assumed to be linear in the share
-of the removal.
+Their metric after training is estimated from this candidate (`search/removal_curve.py`). The logarithm of the latency
+is assumed to be linear in the share of the removal.
 """
 
 from __future__ import annotations
@@ -15,12 +13,10 @@ from dataclasses import replace
 from tersor.search.candidate import Candidate
 from tersor.search.front import Point, violations
 from tersor.search.learning_curves import INHERITED
+from tersor.search.removal_curve import ERROR, relative_drop
 from tersor.search.search_context import Search
 from tersor.search.study import Record
 
-_STEEPNESS = 3.0
-_ERROR = 0.5
-"""One standard error of the logarithm of an estimated drop."""
 _SHARES = tuple(step / 10 for step in range(1, 10))
 """Shares of a removal that are considered."""
 _STEP = 0.05
@@ -82,12 +78,12 @@ def _expected(search: Search, candidate: Candidate, start: Record, full: Point, 
     """
     surveyed, share = search.study.find(candidate), _share(candidate, start.of)
     expected = surveyed.point if surveyed else _between(candidate, full, start.point, share)
-    removed = [1 - point.mean_ms / full.mean_ms for point in (expected, start.point)]
-    smaller = max(0.0, removed[0] / removed[1]) ** _STEEPNESS if removed[1] > 0 else share
+    faster = start.point.mean_ms < full.mean_ms
+    smaller = relative_drop(expected.mean_ms, start.point, full) if faster else share
     shorter = max(1.0, start.point.seconds / seconds) ** INHERITED
     rounding = max(0.0, start.rounding_loss or 0.0)
     by_removal = max(0.0, search.reference - start.point.validation - rounding) * smaller * shorter
-    error = math.hypot(_ERROR * by_removal, start.point.drop_error * smaller * shorter)
+    error = math.hypot(ERROR * by_removal, start.point.drop_error * smaller * shorter)
     validation = max(0.0, search.reference - rounding - by_removal)
     return expected.model_copy(update={"validation": validation, "drop_error": error})
 

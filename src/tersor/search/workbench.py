@@ -283,7 +283,7 @@ class Workbench:
             experiment = self.experiment_of(candidate, stages)
             recipe = experiment.recipe.model_copy(update={"checkpoint_every": self.checkpoint_every})
             experiment = replace(experiment, recipe=recipe)
-            model, records = run_stages(experiment, checkpoints, self.progress, seconds)
+            model, records = run_stages(experiment, checkpoints, self.progress, seconds, validate_all=False)
         return model, records[-1]
 
     def _data(self, pixels: int | None) -> Splits:
