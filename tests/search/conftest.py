@@ -3,9 +3,16 @@
 import pytest
 
 from search_fakes import without_measurements
+from tersor.search import halving
 
 
 @pytest.fixture
 def fake_search(monkeypatch):
     """Latencies of all candidates, and no final measurement."""
     without_measurements(monkeypatch)
+
+
+@pytest.fixture
+def _no_further_removal(monkeypatch):
+    """Nothing is removed after training, so that the same candidates are trained to the end."""
+    monkeypatch.setattr(halving, "further_removals", lambda *_: [])

@@ -158,6 +158,19 @@ def test_a_rung_of_a_further_removal_matches_values_computed_by_hand(tmp_path):
     assert halving._rung(search, 3, 1).until is None
 
 
+def test_workers_without_a_further_removal_train_the_other_candidates(tmp_path):
+    search, best = with_best(tmp_path / "out", 89.4)
+    others = [add(search, Candidate(branches=count), 2, 60.0, 0.5) for count in (3, 4)]
+    rung = halving._with_more_removed(search, [best], [*others, best], 3, 400.0)
+    assert rung is not None
+    assert rung.members == {
+        "original-branches1-then-branches1-8bit": 2,
+        "original-branches1-then-branches2-8bit": 2,
+        others[0].of.name: 3,
+    }
+    assert len(rung.unsurveyed) == 2
+
+
 def test_the_stages_before_a_further_removal_do_not_quantize():
     stages = [Stage(name=name).model_dump(mode="json") for name in ("train-1", "quantize")]
     point = baseline("a", 90.0, 1.0, "int8")

@@ -144,15 +144,20 @@ def _may_fail(search: Search, record: Record) -> bool:
 def _with_more_removed(
     search: Search, trained: Sequence[Record], chosen: Sequence[Record], at_once: int, available: float
 ) -> Rung | None:
-    """A rung that removes more from the best candidate; None if training one of the `chosen` promises more."""
+    """A rung that removes more from the best candidate; None if training one of the `chosen` promises more.
+
+    Workers without such a candidate train the `chosen` ones further.
+    """
     state = search.folder.state
     short = (1 - _FURTHER_SHARE) * available < _LEAST_OVERHEADS * state.costs.overhead
     share = 1.0 if short or state.extended else _FURTHER_SHARE
     further = further_removals(search, trained, chosen[0] if chosen else None, available, at_once)
     if not further:
         return None
+    members = {each.candidate.name: each.start.rung + 1 for each in further}
+    members |= {each.of.name: each.rung + 1 for each in chosen[: at_once - len(further)] if each.rung}
     return Rung(
-        members={each.candidate.name: each.start.rung + 1 for each in further},
+        members=members,
         until=None if share == 1 else search.clock.used + share * available,
         unsurveyed={each.candidate.name: each.candidate.parameters for each in further},
     )
