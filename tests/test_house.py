@@ -83,6 +83,7 @@ LEVELS = [
         "quantization.accuracy_control",
         "quantization.calibration",
         "quantization.reconstruction",
+        "quantization.reused_quantizers",
         "quantization.sensitivity",
     ),
     ("quantization.output_error", "quantization.product_error"),
@@ -93,7 +94,7 @@ LEVELS = [
         "quantization.integer_coverage",
         "quantization.quantizers",
     ),
-    ("quantization.operators", "quantization.runtime_defects"),
+    ("quantization.operators", "quantization.runtime_defects", "quantization.transposed_convolutions"),
     ("quantization.qdq_placement",),
     ("quantization.fake_quantize", "quantization.output_rounding", "quantization.quantizer_options"),
     (
