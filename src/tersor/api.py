@@ -118,14 +118,15 @@ def prune(
         keep_macs: largest fraction of the MACs to keep; 0.5 by default.
         keep_latency: largest fraction of the latency to keep, instead of `keep_macs`; it is measured at batch size 1 in
             `runtime`, which takes about a minute.
-        importance: the importance score of a channel; `taylor` needs targets and a task.
+        importance: score of a channel: magnitude, magnitude_l1, fpgm, taylor (needs targets), batchnorm, obs, random.
         scope: `layer` removes the same fraction of the channels in every layer, `global` the least important channels
             of the whole network (works best with `importance="obs"`).
         branches: number of residual branches to remove first, those with the smallest effect on the outputs.
-        round_to: keep a multiple of this many channels.
+        round_to: the number of remaining channels is a multiple of this.
         exclude: names of layers or modules whose channels are not removed, or patterns such as "*.conv1".
         runtime: the runtime in which latency is measured.
-        task: the task, such as "segmentation", for `taylor`; by default classification, or distance with `loss`.
+        task: the task of the network, such as "segmentation". `taylor` uses its loss, `obs` and `branches` its logits.
+            By default classification, or distance with `loss`.
         loss: (outputs, targets) -> scalar tensor, instead of the task's loss.
 
     Raises:

@@ -8,10 +8,11 @@ from torch import fx, nn
 from tersor import tasks
 from tersor.checkpoint.structure import rebuild, structure
 from tersor.core.errors import InputError
+from tersor.evaluation.costs import costs
 from tersor.graph.capture import capture
 from tersor.pruning import residual_branches
 from tersor.pruning.channel_groups import copy_graph, coupled_channels, merge_cuts, remove
-from tersor.pruning.residual_branches import find_branches, removal_cost
+from tersor.pruning.residual_branches import cost_shares, find_branches, removal_cost
 from toy_networks import short
 
 IMAGES = torch.rand(4, 3, 32, 32)
@@ -102,6 +103,21 @@ class Shared(nn.Module):
         x = x + self.twice(x).relu()
         x = x + x.relu()
         return self.head((x * inner).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in NETWORKS]
+)
+def test_the_share_of_a_branch_is_what_its_removal_saves(name):
+    graph = captured(NETWORKS[name][0]())
+    branches, before = find_branches(graph, IMAGES), costs(graph, IMAGES)
+    shares = [cost_shares(graph, branches, IMAGES, parameters=kind) for kind in (False, True)]
+    for branch, macs, parameters in zip(branches, *shares, strict=True):
+        pruned = copy_graph(graph)
+        remove(pruned, [branch.cut])
+        after = costs(pruned, IMAGES)
+        assert macs == pytest.approx(1 - after.macs / before.macs)
+        assert parameters == pytest.approx(1 - after.parameters / before.parameters)
 
 
 def test_branches_that_are_used_elsewhere_or_broadcast_cannot_be_removed():

@@ -21,7 +21,7 @@ class CompressionWarning(UserWarning):
 
 
 _ADVICE: dict[Origin, str] = {
-    "recipe": " Try a smaller learning_rate, some warmup_epochs, or clip_norm.",
+    "recipe": " Try a smaller optimizer.learning_rate, a larger lr_schedule.warmup_epochs, or clip_norm: 1.",
     "call": " Try a smaller learning_rate.",
     "search": "",
 }

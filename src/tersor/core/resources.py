@@ -51,7 +51,10 @@ def less_memory(origin: Origin, batch_size: int, accumulate: int) -> str:
     if origin == "call":
         return "Pass a loader with a smaller batch size."
     if origin == "search":
-        return "Write a smaller image_size (`--image-size`), or fewer workers (`--workers`)."
+        return (
+            "Search in another folder with smaller images (image_size, `--image-size`), or use fewer workers "
+            "(`--workers`)."
+        )
     if batch_size == 1:
         return "The batch_size is already 1: use smaller images (data.image_size) or a smaller network."
     same = "about the same" if batch_size % 2 else "the same"
@@ -78,6 +81,6 @@ def writable(out: Path) -> Generator[None]:
         if error.errno not in _REFUSED and not of_out:
             raise
         raise InputError(
-            f"{out} could not be written: {error}. No incomplete output remains. Free disk space, or choose another "
-            "folder. To continue, repeat the same call; for `tersor.run`, add resume=True (`--resume`)."
+            f"{out} could not be written: {error}. Free disk space and check the permissions. To continue, repeat the "
+            "same call; for `tersor.run`, add resume=True (`--resume`). To start again, choose another folder."
         ) from error

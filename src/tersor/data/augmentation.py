@@ -92,7 +92,8 @@ def augmented(
     if augmentation == "crop_flip" and _are_boxes(targets):
         raise InputError(
             "augment is crop_flip, which pads images by reflection, so that objects without boxes can appear. "
-            "Write flip, or a list such as [RandomHorizontalFlip, RandomIoUCrop, {Resize: {size: [64, 64]}}]."
+            "Write flip. In a recipe or in Python, a list is also possible, such as [RandomHorizontalFlip, "
+            "RandomIoUCrop, {Resize: {size: [64, 64]}}]."
         )
     batch, height, width, channels = pixels.shape
     flips = torch.rand(batch, 1, generator=draw) < 0.5

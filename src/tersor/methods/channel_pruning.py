@@ -9,7 +9,8 @@ Any Structural Pruning", CVPR 2023 (coupled channels are scored and removed toge
     fpgm           the same with sum_d ||W[c] - W[d]||_2
     taylor         sum over the layers of |w * g|                       g: gradient of the task's loss at the weight w
     batchnorm      mean over the BatchNorms of the group of |gamma_c|
-    obs            increase of the squared error of the logits if c is removed and the layers that read it are refitted
+    obs            increase of the squared error of the logits if c is removed and the layers that read it are refitted;
+                   for a task without logits, of the relative squared error of all outputs
     W[c]           the rows that produce channel c, the columns that read it; c is removed from all layers of the group
 
 `pruning/channel_importance.py` cites the papers; `importance` can also be your own function. Channels are removed in

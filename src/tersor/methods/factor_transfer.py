@@ -163,7 +163,7 @@ class FactorTransfer:
 
 
 class FactorAttachment(Attachment):
-    """The term; `begin` trains its paraphraser on the teacher's features, without labels."""
+    """Adds the loss of factor transfer; `begin` trains the paraphraser on the teacher's features, without labels."""
 
     def __init__(self, method: FactorTransfer, model: nn.Module, term: FactorTerm, context: AttachContext) -> None:
         super().__init__(model, [term], method.label_weight, layers=[term.pair.paths])

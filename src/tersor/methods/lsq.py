@@ -114,7 +114,7 @@ class LSQAttachment(Attachment):
         self.notes += calibrated_coverage(self.model).notes
 
     def after_step(self, step: int, optimizer: Optimizer) -> None:
-        """Keeps steps above zero, and rounds zero points from their offsets."""
+        """Keeps the step sizes above zero, and sets each zero point to its learned offset, rounded to an integer."""
         for each in self.quantizers.all():
             each.follow_step()
         for name in self.quantizers.layers:

@@ -10,7 +10,7 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
 The papers differ on symmetric activations. Here activations are unsigned with a zero point, because ONNX Runtime fuses
 only half of a residual network otherwise. BatchNorm stays in the graph: folding multiplies a channel's scale and leaves
 its integers unchanged (a negative gamma flips their sign), so export folds exactly. The paper's grid includes -128;
-without it, an integer stays on the grid when its sign is flipped. As in every later paper, the first and last layer and
+without it, an integer stays on the grid when its sign is flipped. As in most later papers, the first and last layer and
 their inputs have 8 bits.
 
 The defaults come from `bench/ptq_defaults.py`. Biases are corrected (Nagel et al., ICCV 2019:
@@ -257,5 +257,5 @@ def _note(found: FloatLayers, task: Task) -> tuple[str, ...]:
     if not found.labelled:
         drop = f"{found.drop:.2f} % of the predictions still change"
     elif task.unit != "%":
-        drop = f"the remaining drop is {found.drop:.4g} ({task.metric})"
+        drop = f"the {task.metric} is still {found.drop:.4g} worse than in float"
     return (f"these layers stay in float because of max_drop: {', '.join(found.layers)}; {drop}",)

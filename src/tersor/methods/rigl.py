@@ -90,7 +90,8 @@ class RigL:
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of masked weights")] = 0.9
     distribution: Annotated[
-        Distribution, Field(description="erk: small layers are denser; uniform: the same in all layers")
+        Distribution,
+        Field(description="erk (Erdős-Rényi kernel): small layers are denser; uniform: the same in all layers"),
     ] = "erk"
     drop_fraction: Annotated[
         float, Field(ge=0, lt=1, description="alpha: fraction of a layer's active weights that is replaced at first")

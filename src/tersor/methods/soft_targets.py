@@ -87,7 +87,7 @@ class SoftTargets:
     temperature: Annotated[float, Field(gt=0, description="temperature T of the softmax; 1 to 20 are common")] = 4.0
     loss_weight: Annotated[float, Field(ge=0, description="weight of the loss; 0 turns it off")] = 0.9
     label_weight: Annotated[
-        float, Field(ge=0, description="weight of the task's loss on the labels; 0 needs no labels")
+        float, Field(ge=0, description="weight of the task's loss on the labels; with 0, no labels are needed")
     ] = 0.1
     standardize: Annotated[
         bool, Field(description="normalize each image's logits to mean 0 and standard deviation 1")

@@ -125,7 +125,7 @@ class WeightPruning:
         return 0.5 if pattern is None else 1 - pattern[0] / pattern[1]
 
     def attach(self, model: nn.Module, context: AttachContext) -> Attachment:
-        """Insert masks of ones; `begin` sets them at once, or a schedule during training.
+        """Insert masks of ones. Without a schedule, `begin` sets them; with one, they are updated during training.
 
         Raises:
             InputError: a pattern that matches nothing, a quantized weight, a network that is sparser already, a
@@ -223,7 +223,7 @@ class WeightPruningAttachment(MaskedAttachment):
         self.scheduled_steps = self.steps if self.curve else 0
 
     def begin(self) -> None:
-        """Set the masks at once, without a schedule."""
+        """Set the masks, if there is no schedule."""
         if self.curve is None:
             self._mask(self.method.target, 0)
 

@@ -27,7 +27,7 @@ class LearnedStep(nn.Module):
 
     Args:
         channels: number of steps; None for one step for the whole tensor.
-        offset: whether an offset is learned, which the zero point follows.
+        offset: whether an offset is learned; the zero point is this offset, rounded to an integer.
         of_images: whether dimension 0 is the batch; the number of values that share a step is then that of one image.
     """
 

@@ -44,7 +44,9 @@ class DataSource(PlainRecord):
         _Side | tuple[_Side, _Side] | None,
         Field(description="pixels of each side, or [height, width]; unchanged by default"),
     ] = None
-    channels: Annotated[int, Field(ge=1, description="1 (grayscale), 3 (RGB) or 4")] = 3
+    channels: Annotated[
+        int, Field(ge=1, description="number of channels: 1 (grayscale), 3 (RGB) or 4; any number for tensors")
+    ] = 3
     augment: Annotated[
         str | _Transforms,
         AfterValidator(lambda augment: _augmentation(augment) if isinstance(augment, str) else augment),

@@ -205,7 +205,9 @@ def _reasons(numbers: Results, evidence: Evidence | None) -> list[str]:
     if profile and profile["ms"]:
         share = sum(kind["ms"] for kind in profile["kinds"] if kind["kind"] in _CONVERSIONS) / profile["ms"]
         if share >= _CONVERSION_SHARE:
-            reasons.append(f"{100 * share:.0f} % of its node time is spent on quantization and layout conversion")
+            reasons.append(
+                f"{100 * share:.0f} % of the artifact's node time is spent on quantization and layout conversion"
+            )
     if before.precision == "bfloat16":
         reasons.append("the baseline uses the bfloat16 instructions of this CPU")
     if after.macs > 0.95 * before.macs:
@@ -228,9 +230,8 @@ def _recommendation(numbers: Results) -> str:
     if sufficient(artifact):
         model = f"Deploy model.onnx in {RUNTIMES[artifact.runtime]}"
         if direction > 0:
-            return (
-                f"{model}: the baseline loses more than one {'point' if metric.unit else 'percent'} of {metric.name}."
-            )
+            much = "point" if metric.unit else "percent"
+            return f"{model}: the baseline's {metric.name} is worse by more than one {much}."
         if direction == 0 and artifact.bytes * 1.05 < alternative.bytes:
             return f"{model} only if its smaller size matters."
     return f"Deploy original.onnx in {RUNTIMES[alternative.runtime]} ({alternative.precision}) instead."

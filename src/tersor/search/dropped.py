@@ -40,7 +40,7 @@ def dropped(search: Search, kept: Sequence[Point]) -> dict[str, str]:
 
 def not_tried(candidate: Candidate) -> str:
     """A line about a candidate that the user named and that the search had no time for."""
-    return f"{candidate.given} was not tried: there was no time for it"
+    return f"{candidate.given}: not tried, because there was no time for it"
 
 
 def _trained_further(records: Sequence[Record], names: Collection[str]) -> dict[str, str]:

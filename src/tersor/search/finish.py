@@ -240,7 +240,10 @@ def _more_loss(search: Search, best: Point) -> list[str]:
     if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
         return []
     others = " and meets the other limits" * bool(search.budget.latency_ms or search.budget.megabytes)
-    return [f"Larger drop: one network ({most.description}) loses {drop:.2f} points{others}."]
+    return [
+        f"Larger drop: one network ({most.description}) loses {drop:.2f} points{others}. To choose from the networks "
+        f"within this drop, run `tersor pick {search.folder.path} --max-drop {math.ceil(100 * drop) / 100:g}`."
+    ]
 
 
 def _another_runtime(search: Search) -> list[str]:
@@ -253,7 +256,8 @@ def _another_runtime(search: Search) -> list[str]:
         point for point in baselines if point.runtime != search.runtime and point.mean_ms < here.mean_ms
     ]
     return [
-        f"Another runtime: the latency of {point.description} in {point.runtime} is {point.mean_ms / here.mean_ms:.2f} "
-        f"times that of the original in {search.runtime}."
+        f"Another runtime: in {point.runtime}, {point.description} takes {point.mean_ms / here.mean_ms:.2f} times as "
+        f"long as the original in {search.runtime}. To compress for it, search in another folder with --runtime "
+        f"{point.runtime}."
         for point in faster
     ]

@@ -87,7 +87,7 @@ def _seen(search: Search, file: Path) -> bool:
     scores = f"{bench.experiment.task.metric} {validation:.2f} % there, {test:.2f} % on the test images"
     if seen:
         search.bar.tell(
-            f"the original was trained on the validation images: {scores}. Half of the test images are used "
+            f"the original was probably trained on the validation images: {scores}. Half of the test images are used "
             "for validation instead, the other half for the results."
         )
     elif validation - test > _PERHAPS_SEEN * error:

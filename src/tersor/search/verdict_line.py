@@ -22,9 +22,12 @@ def verdict_lines(front: Front) -> list[str]:
     size += " as the original" if size == "same size" else " than the original"
     if best.free:
         found = f"{_nothing_found(front)}." if front.met else "No network meets the budget."
-        first = f"{best.description}: {metric}, {size}. {found}"
+        numbers = f"{metric}, {size}"
+        if best.name == original.name:
+            numbers = f"{front.metric} {best.validation if best.test is None else best.test:.2f} %"
+        first = f"{best.description}: {numbers}. {found}"
     else:
-        first = f"{best.description}: {', '.join([*_speedups(front), size, metric])}."
+        first = f"{best.description}: {'; '.join([*_speedups(front), size, metric])}."
     first = " ".join([first, *_another_runtime(front)])
     budget = Budget.of_numbers(front.limits)
     lines = [
@@ -204,8 +207,8 @@ def test_use(front: Front) -> str:
     told = f"{front.test_images} test images were used {times}: {'; '.join(uses)}."
     if front.tests_chose:
         told += (
-            " The validation images are the other half of the test set, because the original had already been trained "
-            "on the images that this search held out."
+            " The validation images are the other half of the test set, because the original was probably trained on "
+            "the images that this search held out."
         )
     return told
 

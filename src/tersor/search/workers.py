@@ -231,7 +231,8 @@ def _ready(ray: ModuleType, actors: Sequence[Any]) -> list[Any]:
         ray.get(done)
     except ray.exceptions.RayError as error:
         raise InputError(
-            f"a worker cannot start: {_last_line(error)} Paths in the arguments must exist on all machines."
+            f"a worker cannot start: {_last_line(error).rstrip('.')}. Paths in the arguments must exist on all "
+            "machines."
         ) from error
     if not done:
         raise InputError(

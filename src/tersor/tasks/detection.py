@@ -127,7 +127,9 @@ def _check(targets: Any, images: int) -> None:
                 f"a target has the box {shown}. Write left, top, right, bottom: right > left, bottom > top."
             )
         if len(labels) and int(labels.min()) < 1:
-            raise InputError("a target has the label 0. Number the classes of boxes from 1; 0 is the background.")
+            raise InputError(
+                f"a target has the label {int(labels.min())}. Number the classes of boxes from 1; 0 is the background."
+            )
 
 
 def _refused(given: Any, whose: str) -> InputError:

@@ -18,7 +18,7 @@ from tersor.training.objective import LossTerm
 
 
 class Handle:
-    """Removes the hooks of `bind`; parametrizations stay until `tersor.graph.parametrization.strip` removes them."""
+    """Removes the hooks of `bind`. Parametrizations stay: `graph.parametrization.strip` makes a copy without them."""
 
     def __init__(self, removers: Sequence[Callable[[], None]]) -> None:
         self._removers = list(removers)
@@ -129,7 +129,8 @@ class Attachment:
 
         Args:
             optimizer: has the parameters of `self.model`.
-            start: number of the first step of a resumed run. Without it, a warning names what capture has lost.
+            start: number of the first step, for a resumed run. Without it, a `CompressionWarning` is issued if the
+                captured network behaves differently in training, for example without stochastic depth.
 
         Raises:
             InputError: the optimizer has no parameter of the network or of a loss term.
@@ -222,7 +223,8 @@ class Chain(Attachment):
                 if taken := sorted(StageRecord.model_fields.keys() & of_part):
                     raise InputError(
                         f"{type(part).__name__}.metrics has the name '{taken[0]}', which numbers.json uses for another "
-                        "value. Choose another name. The finished training is not lost: continue with --resume."
+                        "value. Choose another name. To continue from the last checkpoint, add resume=True "
+                        "(`--resume`)."
                     )
             for name, given in of_part.items():
                 value = given.tolist() if isinstance(given, Tensor) else given

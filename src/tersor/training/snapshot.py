@@ -55,7 +55,7 @@ def restoring(checkpoint: str | None) -> Generator[None]:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"the checkpoint {checkpoint} does not belong to this run: {str(error)[:300]}. Remove the folder of "
-            "the checkpoints and start the run again, without --resume."
+            "the checkpoints and start again; for `tersor.run`, without resume=True (`--resume`)."
         ) from error
 
 
@@ -120,7 +120,8 @@ def restore(tensors: Mapping[str, Tensor], objective: Objective, optimizer: Opti
     processes = sum(name.startswith("cpu") for name in random)
     if processes != count():
         raise InputError(
-            f"the run was started with {processes} processes, but is resumed with {count()}. Start {processes} again."
+            f"the run was started with {processes} processes, but is resumed with {count()}. Resume it with "
+            f"{processes}."
         )
     torch.set_rng_state(random[f"cpu{here}"])
     if f"cuda{here}" in random and torch.cuda.is_available():
