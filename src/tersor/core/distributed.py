@@ -67,8 +67,8 @@ def others_alive() -> Generator[None]:
             raise
         raise ProcessLost(
             f"another of the {count()} processes has died or cannot be reached, so process {rank()} ends too. The "
-            "process that failed first prints the reason. To continue from the last checkpoint, start all of them again "
-            "with resume=True (`--resume`)."
+            "process that failed first prints the reason. To continue from the last checkpoint, start all of them "
+            "again with resume=True (`--resume`)."
         ) from error
 
 

@@ -139,8 +139,8 @@ class DCIL:
         if context.task.from_original and context.teacher is None:
             raise InputError(
                 f"dcil trains its dense path on targets, which in the task {name_of(context.task)} are the outputs of "
-                "the original network. Write teacher: original in the recipe, or AttachContext(teacher=...) in your own "
-                "loop."
+                "the original network. Write teacher: original in the recipe, or AttachContext(teacher=...) in your "
+                "own loop."
             )
         require_steps(context, "dcil")
         check_floor(self.floor, self.sparsity)

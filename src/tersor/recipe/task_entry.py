@@ -48,8 +48,8 @@ def _entry(value: Any) -> TaskEntry:
     (name, parameters), *_ = value.items()
     if not isinstance(parameters, dict | None):
         raise InputError(
-            f"the parameters of task {name} must be keys with values, got {shown(parameters)}. Write them in braces, as "
-            "in task: {segmentation: {num_classes: 4}}."
+            f"the parameters of task {name} must be keys with values, got {shown(parameters)}. Write them in braces, "
+            "as in task: {segmentation: {num_classes: 4}}."
         )
     entry = TaskEntry(name, parameters or {})
     if not entry.is_own and name not in tasks.NAMES:

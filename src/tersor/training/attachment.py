@@ -223,8 +223,7 @@ class Chain(Attachment):
                 if taken := sorted(StageRecord.model_fields.keys() & of_part):
                     raise InputError(
                         f"{type(part).__name__}.metrics has the name '{taken[0]}', which numbers.json uses for another "
-                        "value. Choose another name. To continue from the last checkpoint, add resume=True "
-                        "(`--resume`)."
+                        "value. Choose another name, and continue with resume=True (`--resume`)."
                     )
             for name, given in of_part.items():
                 value = given.tolist() if isinstance(given, Tensor) else given
