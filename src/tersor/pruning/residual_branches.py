@@ -170,12 +170,12 @@ def cost_shares(
         example: images (N, C, H, W); the first one is run.
         parameters: whether parameters are counted.
     """
+    inside = [exclusive_nodes(each.sides[1]) for each in branches]
     if parameters:
-        counts = [_parameters(graph, each.layers) for each in branches]
+        counts = [_parameters(graph, nodes) for nodes in inside]
         total = sum(parameter.numel() for parameter in graph.parameters())
     else:
         products = run_through(graph, example[:1]).products
-        inside = [exclusive_nodes(each.sides[1]) for each in branches]
         counts = [sum(product.macs for product in products if product.node in nodes) for nodes in inside]
         total = sum(product.macs for product in products)
     return [count / total for count in counts]
@@ -224,11 +224,15 @@ def _own_layers(inside: set[fx.Node]) -> tuple[str, ...]:
 
 
 def _has_parameters(graph: fx.GraphModule, inside: set[fx.Node]) -> bool:
-    return bool(inside) and _parameters(graph, _own_layers(inside)) > 0
+    return bool(inside) and any(True for name in _own_layers(inside) for _ in graph.get_submodule(name).parameters())
 
 
-def _parameters(graph: fx.GraphModule, layers: Sequence[str]) -> int:
-    return sum(parameter.numel() for name in layers for parameter in graph.get_submodule(name).parameters())
+def _parameters(graph: fx.GraphModule, inside: set[fx.Node]) -> int:
+    """The number of parameters that only these nodes read."""
+    known = dict(graph.named_parameters())
+    read = [known[str(node.target)] for node in inside if node.op == "get_attr" and node.target in known]
+    read += [parameter for name in _own_layers(inside) for parameter in graph.get_submodule(name).parameters()]
+    return sum(parameter.numel() for parameter in read)
 
 
 def _can_remove(graph: fx.GraphModule, branches: Sequence[Branch], example: NetworkInput) -> bool:

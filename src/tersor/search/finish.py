@@ -240,11 +240,7 @@ def _more_loss(search: Search, best: Point) -> list[str]:
     if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
         return []
     others = " and meets the other limits" * bool(search.budget.latency_ms or search.budget.megabytes)
-    least = math.ceil(100 * drop) / 100
-    return [
-        f"Larger drop: one network ({most.description}) loses {drop:.2f} points{others}. To choose from the networks "
-        + f"within this drop, run `tersor pick {search.folder.path} --max-drop {least:g}`."
-    ]
+    return [f"Larger drop: one network ({most.description}) loses {drop:.2f} points{others}; see `tersor pick`."]
 
 
 def _another_runtime(search: Search) -> list[str]:

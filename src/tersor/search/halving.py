@@ -111,8 +111,8 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
         count = max(1, min(largest, state.costs.entrants(share * available, at_once)))
         left = available * (math.prod(1 - each for each in RUNGS[number - 1 : -1]) if count > at_once else 1.0)
         trained = _trained(search)
-        late = last or number > len(RUNGS)
-        possible = [*trained, *(smaller_removals(search, trained, available) if late else [])]
+        late, long = last or number > len(RUNGS), last or number >= len(RUNGS)
+        possible = [*trained, *(smaller_removals(search, trained, available) if long else [])]
         kept = hopeful(search, possible, available)
         chosen = promoted(search, kept, count, left, last=late)
         removing = _with_more_removed(search, trained, chosen, at_once, available) if count <= at_once else None

@@ -74,13 +74,13 @@ def _expected(search: Search, candidate: Candidate, start: Record, full: Point, 
         candidate: the candidate.
         start: the latest trial of the one with more removed.
         full: the 8-bit original.
-        seconds: training time; not more than that of `start` counts.
+        seconds: training time.
     """
     surveyed, share = search.study.find(candidate), _share(candidate, start.of)
     expected = surveyed.point if surveyed else _between(candidate, full, start.point, share)
     faster = start.point.mean_ms < full.mean_ms
     smaller = relative_drop(expected.mean_ms, start.point, full) if faster else share
-    shorter = max(1.0, start.point.seconds / seconds) ** INHERITED
+    shorter = (start.point.seconds / seconds) ** INHERITED
     rounding = max(0.0, start.rounding_loss or 0.0)
     by_removal = max(0.0, search.reference - start.point.validation - rounding) * smaller * shorter
     error = math.hypot(ERROR * by_removal, start.point.drop_error * smaller * shorter)
