@@ -83,7 +83,6 @@ LEVELS = [
         "quantization.accuracy_control",
         "quantization.calibration",
         "quantization.reconstruction",
-        "quantization.reused_quantizers",
         "quantization.sensitivity",
     ),
     ("quantization.output_error", "quantization.product_error"),
@@ -94,7 +93,7 @@ LEVELS = [
         "quantization.integer_coverage",
         "quantization.quantizers",
     ),
-    ("quantization.operators", "quantization.runtime_defects", "quantization.transposed_convolutions"),
+    ("quantization.operators", "quantization.runtime_defects"),
     ("quantization.qdq_placement",),
     ("quantization.fake_quantize", "quantization.output_rounding", "quantization.quantizer_options"),
     (

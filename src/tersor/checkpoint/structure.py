@@ -34,7 +34,6 @@ from tersor.quantization.grid import Grid
 from tersor.quantization.qdq_placement import RUNTIME, read_through
 from tersor.quantization.range_tracking import MovingAverage, RunningLargest, WeightShare
 from tersor.quantization.runtime_defects import rewrite_for_openvino
-from tersor.quantization.transposed_convolutions import WRITTEN, write_as_convolutions
 
 _STRANGE = (AssertionError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 """What graphs and modules raise for the structure of another network."""
@@ -129,7 +128,6 @@ class _Plan(_Strict):
     freezable: list[str]
     edges: list[tuple[str, _Quantizer, _Parametrization]]
     weights: dict[str, Annotated[list[_Parametrization], Field(max_length=8)]]
-    written_as_convolutions: list[str] = []
     runtime: Runtime | None = None
     normalization: tuple[_Channels, _Channels] | None = None
 
@@ -167,7 +165,6 @@ def structure(model: nn.Module) -> dict[str, Any]:
         "freezable": [name for name, module in model.named_modules() if isinstance(module, Freezable)],
         "edges": edges,
         "weights": {name: each for name, each in layers.items() if each},
-        WRITTEN: list(model.meta.get(WRITTEN, [])) if is_captured(model) else [],
         **{key: model.meta.get(key) if is_captured(model) else None for key in _KEPT},
     }
 
@@ -215,7 +212,7 @@ def _built(fresh: nn.Module, plan: _Plan) -> nn.Module:
         assert model.meta[FINGERPRINT] == plan.fingerprint, "its operators or the settings of its layers differ"
         for cuts in plan.cuts:
             remove(model, [Cut(layer, axis, tuple(places)) for layer, axis, places in cuts])
-        _insert_edges(model, plan)
+        _insert_edges(model, plan.edges, getattr(plan, RUNTIME))
         model.meta.update({key: value for key in _KEPT if (value := getattr(plan, key)) is not None})
     for name in plan.freezable:
         norm = model.get_submodule(name)
@@ -250,14 +247,15 @@ def _require_fit(laid: _Parametrization, shape: list[int], name: str) -> None:
     assert fits, f"{name} has a weight of shape {'x'.join(map(str, shape))}"
 
 
-def _insert_edges(graph: fx.GraphModule, plan: _Plan) -> None:
-    if plan.edges:
+def _insert_edges(
+    graph: fx.GraphModule, edges: list[tuple[str, str, _Parametrization]], runtime: Runtime | None
+) -> None:
+    if edges:
         write_as_matrix_products(graph)
-        write_as_convolutions(graph, plan.written_as_convolutions)
-        if plan.runtime == "openvino":
+        if runtime == "openvino":
             rewrite_for_openvino(graph)
         graph.add_submodule("quantizers", nn.Module())
-    for value, target, laid in plan.edges:
+    for value, target, laid in edges:
         assert isinstance(laid, _OnGrid), f"{value} has no quantizer"
         assert laid.channels is None, f"{value} has a grid for each channel"
         moved = hasattr(graph.get_submodule("quantizers"), target.removeprefix("quantizers."))

@@ -33,9 +33,8 @@ from tersor.quantization.calibration import calibrate
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.integer_coverage import calibrated_coverage
 from tersor.quantization.quantizer_options import QuantizedTrainingOptions
-from tersor.quantization.quantizers import Quantizers, notes
+from tersor.quantization.quantizers import Quantizers, insert_or_reuse_quantizers, notes
 from tersor.quantization.range_tracking import MovingAverage
-from tersor.quantization.reused_quantizers import insert_or_reuse_quantizers
 from tersor.training.attachment import Attachment
 from tersor.training.context import AttachContext, require_steps
 from tersor.training.method import PLAIN_VALUES

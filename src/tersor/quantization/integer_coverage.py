@@ -22,7 +22,7 @@ from tersor.graph.aten import arguments, operator_name, place_of
 from tersor.graph.capture import INPUTS, layer_of, values_into
 from tersor.graph.eval_mode import checked_forward
 from tersor.graph.forward_call import zeros
-from tersor.graph.layer_selection import Convolution, Layer, TransposedConvolution
+from tersor.graph.layer_selection import Convolution, Layer
 from tersor.graph.parametrization import in_float32, parametrizations_of
 from tersor.graph.plain_modules import has_plain_forward, is_hooked
 from tersor.graph.plain_network import require_network
@@ -257,8 +257,8 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     kind = parametrize.type_before_parametrizations(module).__name__
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent layers are not supported"
-    if isinstance(module, TransposedConvolution):
-        return f"{kind} has no integer kernel; it is excluded, or cannot be written as a convolution"
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return f"ONNX Runtime and OpenVINO have no integer kernel for {kind}"
     if not isinstance(module, Layer):
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
         return f"{kind} is not supported" if of_torch else f"the forward method of {kind} reads the weights directly"

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from tersor.core.errors import InputError
 from tersor.core.target import Target
-from tersor.graph.capture import layer_of, values_into
+from tersor.data.batch import first_batch
+from tersor.graph.capture import capture, layer_of, values_into
 from tersor.graph.layer_selection import Layer, matching, weighted_layers
 from tersor.graph.matrix_products import write_as_matrix_products
 from tersor.graph.parametrization import parametrization_input, parametrizations_of
@@ -28,9 +29,8 @@ from tersor.quantization.qdq_placement import (
     insert_activation_quantizers,
     without_quantizers,
 )
-from tersor.quantization.quantizer_options import BYTE, Precision
+from tersor.quantization.quantizer_options import BYTE, Precision, QuantizedTrainingOptions
 from tersor.quantization.runtime_defects import correct_in_integers, rewrite_for_openvino
-from tersor.quantization.transposed_convolutions import WRITTEN, transposed_convolutions, write_as_convolutions
 
 SATURATION = (
     "the processor accumulates 8-bit products in 16 bits (target.cpu: avx2), so the range of a channel is widened if "
@@ -190,12 +190,10 @@ def insert_quantizers(
             "afterwards, add qat or lsq."
         )
     write_as_matrix_products(graph)
-    transposed = transposed_convolutions(graph)
-    excluded = matching(exclude, [*weighted_layers(graph), *matrix_products(graph), *transposed])
-    write_as_convolutions(graph, [name for name in transposed if name not in excluded])
     if target.runtime == "openvino":
         rewrite_for_openvino(graph)
     known, weighted = correct_in_integers(graph, target.runtime), weighted_layers(graph)
+    excluded = matching(exclude, [*weighted, *matrix_products(graph)])
     layers = {name: layer for name, layer in weighted.items() if name in known and name not in excluded}
     if not layers and known & weighted.keys():
         raise InputError(f"exclude leaves {method} no layer to quantize. Shorten exclude.")
@@ -217,6 +215,63 @@ def insert_quantizers(
     return quantizers
 
 
+def insert_or_reuse_quantizers(
+    model: nn.Module, options: QuantizedTrainingOptions, *, data: Iterable[Any] | None, target: Target, method: str
+) -> Quantizers:
+    """For methods that train: the quantizers of an earlier stage, or new ones on the captured network.
+
+    Args:
+        model: the network.
+        options: bit widths and kinds of the grids, which must agree with those of the earlier stage.
+        data: images to calibrate with; needed for new quantizers.
+        target: runtime and processor that the network is compressed for.
+        method: the method's name, for error messages.
+
+    Raises:
+        InputError: no data, a pattern that matches nothing, no layer left, options that differ from the grids of the
+            earlier stage, or grids that another method of the stage trains.
+    """
+    quantizers = find_quantizers(model)
+    if quantizers is None:
+        images = first_batch(require_data(data, method), method)
+        return insert_quantizers(
+            capture(model, images), options.precision, exclude=options.exclude, target=target, method=method
+        )
+    if options.exclude:
+        raise InputError("an earlier stage has quantized the network. Write `exclude` in that stage.")
+    if any(each.is_trained for each in quantizers.all()):
+        raise InputError("a method of this stage trains the grids already. Write either qat or lsq, not both.")
+    _require_same_options(quantizers, options, method)
+    return quantizers
+
+
+def _require_same_options(quantizers: Quantizers, options: QuantizedTrainingOptions, method: str) -> None:
+    """The options that are set agree with the grids of an earlier stage."""
+    first_and_last = ends(quantizers.graph)
+    entering = set(map(quantizers.input_of, first_and_last))
+    existing = {
+        "bits": {quantizers.of_weight(name).grid.bits for name in quantizers.layers if name not in first_and_last},
+        "activation_bits": {
+            quantizers.of_activation(name).grid.bits for name in quantizers.activations if name not in entering
+        },
+        "first_last_bits": {quantizers.of_weight(name).grid.bits for name in first_and_last & {*quantizers.layers}},
+    }
+    for key, widths in existing.items():
+        bits = getattr(options, key)
+        if bits is not None and widths - {bits}:
+            raise InputError(
+                f"{method} has {key}: {bits}, but an earlier stage has quantized the network to "
+                f"{', '.join(map(str, sorted(widths)))} bits. Leave out {key} to keep those bits, or write the same "
+                f"{key} in the earlier stage."
+            )
+    kinds = {bool(quantizers.of_weight(name).scale.ndim) for name in quantizers.layers}
+    if options.per_channel is not None and kinds - {options.per_channel}:
+        raise InputError(
+            f"{method} has per_channel: {str(options.per_channel).lower()}, but an earlier stage has quantized with "
+            "the other value. Leave out per_channel to keep that value, or write the same one in the earlier stage."
+        )
+
+
 def require_data(data: Iterable[Any] | None, method: str) -> Iterable[Any]:
     """`data`, which `method` calibrates with.
 
@@ -231,9 +286,7 @@ def require_data(data: Iterable[Any] | None, method: str) -> Iterable[Any]:
 def notes(quantizers: Quantizers, target: Target) -> tuple[str, ...]:
     """Notes for the user about the inserted quantizers."""
     wide = any(quantizers.of_weight(name).grid.maximum > 64 for name in quantizers.layers)
-    written: list[str] = quantizers.graph.meta.get(WRITTEN, [])
-    lines = [f"transposed convolutions written as convolutions, for integer kernels: {', '.join(written)}"]
-    return (*([SATURATION] if target.cpu == "avx2" and wide else []), *(lines if written else []))
+    return (SATURATION,) if target.cpu == "avx2" and wide else ()
 
 
 def ends(graph: fx.GraphModule) -> set[str]:
