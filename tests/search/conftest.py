@@ -13,6 +13,7 @@ def fake_search(monkeypatch):
 
 
 @pytest.fixture
-def _no_further_removal(monkeypatch):
-    """Nothing is removed after training, so that the same candidates are trained to the end."""
+def _no_other_removal(monkeypatch):
+    """No candidates are added during training, so that the same ones are trained to the end."""
     monkeypatch.setattr(halving, "further_removals", lambda *_: [])
+    monkeypatch.setattr(halving, "smaller_removals", lambda *_: [])

@@ -60,7 +60,7 @@ def test_a_finished_trial_is_never_repeated(tmp_path):
     assert again.bench.log[position:] == [], "not even on the test images"
 
 
-@pytest.mark.usefixtures("_no_further_removal")
+@pytest.mark.usefixtures("_no_other_removal")
 def test_more_time_for_a_finished_search_is_used_for_the_last_candidate(tmp_path):
     search = searching(tmp_path / "out")
     made = run(search)
@@ -76,7 +76,7 @@ def test_more_time_for_a_finished_search_is_used_for_the_last_candidate(tmp_path
     assert again.point(again.best).seconds > made.point(made.best).seconds
 
 
-@pytest.mark.usefixtures("_no_further_removal")
+@pytest.mark.usefixtures("_no_other_removal")
 def test_after_quantization_aware_training_more_time_is_used_to_train_the_float_network(tmp_path):
     time = FakeTime()
     search = searching(tmp_path / "out", time=time, bench=FakeBench(time, rounding=1.0))
@@ -128,7 +128,7 @@ def test_more_time_for_a_finished_search_without_training_is_used_to_survey_and_
     assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
 
 
-@pytest.mark.usefixtures("_no_further_removal")
+@pytest.mark.usefixtures("_no_other_removal")
 def test_an_interrupted_extension_is_unfinished_and_continues_with_its_last_candidate(tmp_path):
     search = searching(tmp_path / "out")
     run(search)

@@ -86,7 +86,7 @@ def test_more_workers_train_more_candidates_in_the_same_time(tmp_path, count):
     assert sum(workers.seconds) > 0.5 * count * search.clock.total
 
 
-@pytest.mark.usefixtures("fake_search", "_no_further_removal")
+@pytest.mark.usefixtures("fake_search", "_no_other_removal")
 def test_a_dying_worker_loses_only_its_own_trial(tmp_path):
     search, _ = searched(tmp_path / "whole", 2)
     lost = next(iter(search.folder.state.rungs[0].members))
