@@ -33,7 +33,7 @@ def test_without_a_recipe_at_most_a_smaller_learning_rate_is_suggested(origin, a
 
 def test_with_a_recipe_its_options_and_the_last_checkpoint_are_named():
     message = str(NonFiniteLoss(4, "labels", float("nan"), 0.1, "a/step-2"))
-    advice = "Try a smaller learning_rate, some warmup_epochs, or clip_norm."
+    advice = "Try a smaller optimizer.learning_rate, a larger lr_schedule.warmup_epochs, or clip_norm: 1."
     assert message.endswith(f"The weights were not updated in this step. Last good checkpoint: a/step-2. {advice}")
 
 

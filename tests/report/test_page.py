@@ -291,14 +291,14 @@ def test_the_page_is_deterministic(page):
     assert page() == page()
 
 
-def test_many_classes_are_reduced_to_those_with_the_lowest_and_the_highest_changes(page):
+def test_many_classes_are_reduced_to_those_with_the_largest_drops_and_gains(page):
     evidence = evidence_of()
     evidence["predictions"]["classes"] = [
         {"class": number, "images": 50, "before": 25, "after": number // 4} for number in range(200)
     ]
     evidence["predictions"]["changes"] = [[number, number + 1, 5] for number in range(60)]
     text = page(evidence=evidence)
-    assert "The 10 lowest and 10 highest changes among 200 classes" in text
+    assert "The 10 largest drops and 10 largest gains among 200 classes" in text
     assert 'scope="row">class 199<' in text
     assert 'scope="row">class 100<' not in text
     assert "The most frequent changes" in text

@@ -210,14 +210,14 @@ def test_changed_predictions_are_grouped_by_kind_and_class():
     assert predictions_section.change_rows(numbers, [[0, number, 1] for number in range(1, 21)]) is None
 
 
-def test_of_many_classes_those_with_the_lowest_and_the_highest_changes_are_listed():
+def test_of_many_classes_those_with_the_largest_drops_and_gains_are_listed():
     classes = [{"class": n, "images": 10 * (1 + n % 2), "before": 10, "after": 10 - (n - 10)} for n in range(21)]
     listed, title = predictions_section.most_changed(classes[:20])
     assert title == "All classes"
     changes = [(each["after"] - each["before"]) / each["images"] for each in listed]
     assert changes == sorted(changes)
     listed, title = predictions_section.most_changed(classes)
-    assert title == "The 10 lowest and 10 highest changes among 21 classes"
+    assert title == "The 10 largest drops and 10 largest gains among 21 classes"
     ordered = sorted(classes, key=lambda each: (each["after"] - each["before"]) / each["images"])
     assert listed == ordered[:10] + ordered[11:]
     scores = [{"before": 50.0, "after": 50.0 + change} for change in (1, -3, 2)]

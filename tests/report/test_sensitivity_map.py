@@ -35,7 +35,7 @@ def test_the_map_has_a_row_per_layer_and_a_column_per_width():
     assert {"stem (432)", "stage.0.conv<1> (9,216)", "head (640)"} <= set(labels)
     cells = [[each.text for each in group] for group in svg_of().iter(f"{SVG}g")]
     assert len(cells) == 9
-    assert cells[6] == ["head at 2 bits: error 50 %, metric drop 0.25 points", None, "50"]
+    assert cells[6] == ["head at 2 bits: error 50 %, metric worse by 0.25", None, "50"]
 
 
 def test_larger_errors_are_darker_and_texts_have_enough_contrast():

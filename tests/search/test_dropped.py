@@ -124,7 +124,7 @@ def test_candidates_named_by_the_user_are_tried_first_or_listed_as_untried(tmp_p
     surveys.survey(short, Space(9, prunable=True, students=["wide", "deep"]))
     assert short.untried, "there is no time for all three"
     reasons = [dropped(short, [])[each.name] for each in short.untried]
-    assert reasons == ["24 pixels was not tried: there was no time for it"]
+    assert reasons == ["24 pixels: not tried, because there was no time for it"]
 
 
 def test_a_student_is_reported_under_the_name_given_by_the_user(tmp_path):

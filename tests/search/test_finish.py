@@ -99,7 +99,7 @@ def test_the_headline_names_the_baseline_and_contains_intervals():
     headline = verdict_lines(made)[0]
     assert headline.startswith(
         "original, 9 branches removed, 8 bits: 1.7x faster (1.6 to 1.8) at batch 1 and 1.7x faster (1.6 to 1.8) at "
-        "batch 128 compared with original-8bit (OpenVINO, int8), the fastest baseline that needs no search, "
+        "batch 128 compared with original-8bit (OpenVINO, int8), the fastest baseline that needs no search; "
     )
 
 
@@ -107,9 +107,9 @@ def test_the_headline_states_the_change_of_the_size():
     made = front_of(3)
     best, original = made.point(made.best), made.point(made.original)
     for share, size in (
-        (0.5, ", 2.0 times smaller than the original, "),
-        (1.3, ", 1.3 times larger than the original, "),
-        (1.02, ", same size as the original, "),
+        (0.5, "; 2.0 times smaller than the original; "),
+        (1.3, "; 1.3 times larger than the original; "),
+        (1.02, "; same size as the original; "),
     ):
         found = best.model_copy(update={"bytes": int(share * original.bytes)})
         points = [found if each.name == best.name else each for each in made.points]

@@ -225,11 +225,13 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             f"More time: with a total time of 30 minutes, the same network is expected to lose about {after:.2f} "
             f"points (standard error {error:.2f}) instead of 2.00. This is still more than allowed."
         ),
-        f"Larger drop: one network ({first.point.description}) loses 2.00 points and meets the other limits; "
-        "see `tersor pick`.",
+        (
+            f"Larger drop: one network ({first.point.description}) loses 2.00 points and meets the other limits; see "
+            "`tersor pick`."
+        ),
         (
             "Another runtime: in openvino, original-openvino takes 0.75 times as long as the original in onnxruntime. "
-            "To compress for it, search in another folder with --runtime openvino."
+            "To compress for it, search in another folder with runtime: openvino (`--runtime`)."
         ),
     ]
     # the original does not meet the latency; the candidate with the best prospects is named

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("fake_search")
 @pytest.mark.parametrize(
     ("validation", "test", "seen", "words"),
     [
-        (97.0, 90.0, True, "the original was trained on the validation images"),
+        (97.0, 90.0, True, "the original was probably trained on the validation images"),
         (93.0, 90.0, False, "may have been trained on the validation images: accuracy 93.00 % there, 90.00 % on"),
         (92.0, 90.0, False, ""),  # 1.6 standard errors, as one of nineteen originals that have not seen them
         (100.0, 99.9, False, ""),

@@ -196,5 +196,5 @@ def test_dcil_trains_its_dense_path_with_the_loss_of_any_task(task):
     attachment = DCIL(mutual=False, sparsity=0.5).attach(model, context)
     losses = Objective(attachment.model, attachment.terms, teacher, task=goal)(batch)
     torch.testing.assert_close(losses["dcil"], losses["labels"])  # nothing is masked before the first step
-    with pytest.raises(InputError, match=r"dcil .* the outputs of the original network. Pass the original network as"):
+    with pytest.raises(InputError, match=r"dcil .* the outputs of the original network. Write teacher: original"):
         DCIL(mutual=False).attach(Values(), AttachContext(task=tasks.build("distance"), steps=4))

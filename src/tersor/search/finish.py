@@ -254,7 +254,7 @@ def _another_runtime(search: Search) -> list[str]:
     ]
     return [
         f"Another runtime: in {point.runtime}, {point.description} takes {point.mean_ms / here.mean_ms:.2f} times as "
-        f"long as the original in {search.runtime}. To compress for it, search in another folder with --runtime "
-        f"{point.runtime}."
+        f"long as the original in {search.runtime}. To compress for it, search in another folder with runtime: "
+        f"{point.runtime} (`--runtime`)."
         for point in faster
     ]
