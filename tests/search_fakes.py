@@ -129,7 +129,8 @@ class FakeBench:
 
     def branches(self, candidate, trained=()):
         self.build(candidate, trained)
-        return SPACE.branches - sum(each.branches for each in (candidate.first, *candidate.later))
+        left = SPACE.branches - sum(each.branches for each in (candidate.first, *candidate.later))
+        return [1 / left] * left
 
     def start_from(self, candidate, parent):
         self.trained.setdefault(candidate, self.trained[parent])

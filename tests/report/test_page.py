@@ -298,7 +298,7 @@ def test_many_classes_are_reduced_to_those_with_the_largest_drops_and_gains(page
     ]
     evidence["predictions"]["changes"] = [[number, number + 1, 5] for number in range(60)]
     text = page(evidence=evidence)
-    assert "The 10 largest drops and 10 largest gains among 200 classes" in text
+    assert "The first 10 and the last 10 of 200 classes" in text
     assert 'scope="row">class 199<' in text
     assert 'scope="row">class 100<' not in text
     assert "The most frequent changes" in text

@@ -217,7 +217,7 @@ def test_of_many_classes_those_with_the_largest_drops_and_gains_are_listed():
     changes = [(each["after"] - each["before"]) / each["images"] for each in listed]
     assert changes == sorted(changes)
     listed, title = predictions_section.most_changed(classes)
-    assert title == "The 10 largest drops and 10 largest gains among 21 classes"
+    assert title == "The first 10 and the last 10 of 21 classes"
     ordered = sorted(classes, key=lambda each: (each["after"] - each["before"]) / each["images"])
     assert listed == ordered[:10] + ordered[11:]
     scores = [{"before": 50.0, "after": 50.0 + change} for change in (1, -3, 2)]

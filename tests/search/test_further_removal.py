@@ -58,40 +58,80 @@ def test_the_amount_of_removal_depends_on_the_drop_and_the_time(tmp_path, valida
         assert further == [Further(replace(best.of, later=(Removal(branches=removed),)), best)]
 
 
+def expected_gain(search, best, removal):
+    """The expected improvement by another removal from a candidate with eight branches, if 100 s are left."""
+    candidate, full = replace(best.of, later=(removal,)), search.folder.state.baselines[1]
+    expected = further_removal._expected(search, candidate, best, full, [1 / 8] * 8, 100.0)
+    return -further_removal._order(search, expected, 0.0)[1]
+
+
 def test_the_expected_gain_matches_a_calculation_by_hand(tmp_path):
     search, best = with_best(tmp_path / "out", 89.4)
-    candidate = replace(best.of, later=(Removal(branches=2),))
     # 30 s of training so far, and 100 s less 5 for the removal and 5 for export: four times as long in total
     drop = 0.6 / 4**0.5 + 0.6 * ((0.55 / 0.4) ** 3 - 1) * (30 / 90) ** 0.5
     within = NormalDist(drop, math.hypot(0.5 * drop, 0.1)).cdf(1.0)
     expected = within**2 * math.log(0.6 / 0.45)
-    full = search.folder.state.baselines[1]
-    assert further_removal._gain(search, candidate, best, full, 8, 100.0) == pytest.approx(expected)
+    assert expected_gain(search, best, Removal(branches=2)) == pytest.approx(expected)
 
 
-def test_the_expected_gain_follows_the_measured_relation_of_latency_and_macs(tmp_path):
-    gains = []
-    for number, macs in enumerate([6 * 10**6, 3.6 * 10**6]):  # the latency: the share of the MACs, or its square root
-        search, best = with_best(tmp_path / str(number), 90.0, drop_error=1e-6, macs=int(macs))
-        candidate, full = replace(best.of, later=(Removal(branches=2),)), search.folder.state.baselines[1]
-        gains.append(further_removal._gain(search, candidate, best, full, 8, 100.0))
-    assert gains == pytest.approx([-math.log(0.75), -0.5 * math.log(0.75)])
+def test_what_quantization_costs_does_not_depend_on_the_removal(tmp_path):
+    search, best = with_best(tmp_path / "out", 89.4)
+    rounded = best.model_copy(update={"rounding_loss": 0.2})
+    drop = 0.2 + 0.4 / 4**0.5 + 0.4 * ((0.55 / 0.4) ** 3 - 1) * (30 / 90) ** 0.5
+    within = NormalDist(drop, math.hypot(0.5 * (drop - 0.2), 0.1)).cdf(1.0)
+    expected = within**2 * math.log(0.6 / 0.45)
+    assert expected_gain(search, rounded, Removal(branches=2)) == pytest.approx(expected)
 
 
-def test_nothing_is_removed_if_the_removal_so_far_has_not_reduced_the_latency(tmp_path):
-    search, best = with_best(tmp_path / "out", 90.0, latency_ms={1: 1.0, 128: 128.0})
-    search.best = best.point
+@pytest.mark.parametrize(
+    ("candidate", "macs", "exponent"),
+    [
+        (Candidate(keep_macs=0.6), 6 * 10**6, 1.0),
+        (Candidate(keep_macs=0.36), 3.6 * 10**6, 0.5),  # 0.6 of the latency with 0.36 of the MACs
+        (Candidate(keep_macs=0.9), 9 * 10**6, 1.0),  # at most
+        (Candidate(branches=4, keep_macs=0.9), 6 * 10**6, 0.5),  # the usual one
+    ],
+)
+def test_the_latency_without_channels_is_a_power_of_the_macs(tmp_path, candidate, macs, exponent):
+    search, best = with_best(tmp_path / "out", 90.0, candidate, drop_error=1e-6, macs=int(macs))
+    assert expected_gain(search, best, Removal(keep_macs=0.8)) == pytest.approx(-exponent * math.log(0.8))
+    assert expected_gain(search, best, Removal(branches=2)) == pytest.approx(-math.log(0.75)), "of branches: the MACs"
+
+
+@pytest.mark.parametrize(
+    ("candidate", "changed"),
+    [
+        (Candidate(branches=1), {"latency_ms": {1: 1.0, 128: 128.0}}),  # not faster than the 8-bit original
+        (Candidate(pixels=24), {}),
+        (Candidate(branches=1, pixels=24), {}),
+        (Candidate(bits="4"), {}),
+    ],
+)
+def test_nothing_is_removed_if_the_latency_does_not_show_what_a_removal_saves(tmp_path, candidate, changed):
+    search, best = with_best(tmp_path / "out", 90.0, candidate, **changed)
     assert further_removals(search, [best], None, 100.0) == []
 
 
 def test_half_of_the_error_of_the_drop_is_the_least_assumed_drop(tmp_path):
     gains = []
-    for number, (validation, error) in enumerate([(90.0, 1.0), (89.5, 1.0), (89.4, 1.0)]):
-        search, best = with_best(tmp_path / str(number), validation, drop_error=error)
-        candidate, full = replace(best.of, later=(Removal(branches=2),)), search.folder.state.baselines[1]
-        gains.append(further_removal._gain(search, candidate, best, full, 8, 100.0))
+    for number, validation in enumerate([90.0, 89.5, 89.4]):
+        search, best = with_best(tmp_path / str(number), validation, drop_error=1.0)
+        gains.append(expected_gain(search, best, Removal(branches=2)))
     assert gains[0] == pytest.approx(gains[1])
     assert gains[1] > gains[2]
+
+
+def test_a_candidate_that_was_trained_for_less_than_a_tenth_of_a_second_is_possible(tmp_path):
+    search, best = with_best(tmp_path / "out", 90.0, drop_error=0.0, seconds=0.0)
+    assert further_removals(search, [best], None, 100.0)
+
+
+def test_a_limit_on_the_latency_comes_before_the_expected_gain(tmp_path):
+    search, best = with_best(tmp_path / "out", 90.0, budget=Budget(max_drop=1.0, latency_ms={1: 0.4}))
+    slow = add(search, Candidate(branches=3), 1, 80.0, 0.5)
+    fast = add(search, Candidate(branches=4), 1, 80.0, 0.4)
+    for instead, count in ((slow, 1), (fast, 0)):
+        assert len(further_removals(search, [best], instead, 100.0)) == count
 
 
 def test_channels_are_removed_if_no_branches_are_left(tmp_path):
@@ -115,20 +155,24 @@ def test_nothing_is_removed_from_students_or_baselines_or_without_time_or_drop(t
     assert further_removals(search, [best], None, 15.1)
     search.best = search.points[0]
     assert further_removals(search, [best], None, 100.0) == []
-    search, best = with_best(tmp_path / "unlimited", 90.0, budget=Budget(latency_ms={1: 1.0}))
-    assert further_removals(search, [best], None, 100.0) == []
+    for number, budget in enumerate([Budget(latency_ms={1: 1.0}), Budget(max_drop=0.0)]):
+        search, best = with_best(tmp_path / str(number), 90.0, budget=budget)
+        assert further_removals(search, [best], None, 100.0) == []
 
 
 def test_a_removal_is_tried_only_once(tmp_path):
     search, best = with_best(tmp_path / "out", 90.0)
     (further,) = further_removals(search, [best], None, 100.0)
-    search.study.fail(further.candidate, 2, "diverged")
-    (other,) = further_removals(search, [best], None, 100.0)
-    assert other != further
-    search.study.failed.clear()
-    assert further_removals(search, [best], None, 100.0) == [further]
     search.folder.state.rungs = [Rung(members={further.candidate.name: 2}, until=0.0)]
-    assert further_removals(search, [best], None, 100.0) == [other], "even if its rung had no time to train it"
+    (other,) = further_removals(search, [best], None, 100.0)
+    assert other != further, "even if its rung had no time to train it"
+
+
+def test_after_a_removal_that_failed_no_other_is_tried(tmp_path):
+    search, best = with_best(tmp_path / "out", 90.0)
+    (further,) = further_removals(search, [best], None, 100.0)
+    search.study.fail(further.candidate, 2, "cannot be removed")
+    assert further_removals(search, [best], None, 100.0) == []
 
 
 def test_training_another_candidate_is_preferred_if_its_expected_gain_is_larger(tmp_path, monkeypatch):
@@ -158,15 +202,29 @@ def test_a_rung_of_a_further_removal_matches_values_computed_by_hand(tmp_path):
     assert halving._rung(search, 3, 1).until is None
 
 
+@pytest.mark.parametrize(("available", "whole"), [(100.1, False), (99.9, True)])
+def test_a_short_time_is_not_divided(tmp_path, available, whole):
+    search, best = with_best(tmp_path / "out", 90.0)  # other work takes 5 s: at least ten times as long
+    rung = halving._with_more_removed(search, [best], [], 1, available)
+    assert (rung.until is None) is whole
+
+
+def test_a_time_is_not_divided_if_the_first_part_is_too_short_for_training(tmp_path):
+    search, best = with_best(tmp_path / "out", 90.0)
+    search.folder.state.costs.step = 10.0  # removal 5 s, other work 5 s, and 20 steps
+    assert halving._with_more_removed(search, [best], [], 1, 419.0).until is None
+    assert halving._with_more_removed(search, [best], [], 1, 421.0).until is not None
+
+
 def test_workers_without_a_further_removal_train_the_other_candidates(tmp_path):
     search, best = with_best(tmp_path / "out", 89.4)
-    others = [add(search, Candidate(branches=count), 2, 60.0, 0.5) for count in (3, 4)]
-    rung = halving._with_more_removed(search, [best], [*others, best], 3, 400.0)
+    others = [add(search, Candidate(branches=count), rung, 60.0, 0.5) for count, rung in ((2, 0), (3, 2), (4, 2))]
+    rung = halving._with_more_removed(search, [best], others, 3, 400.0)
     assert rung is not None
     assert rung.members == {
         "original-branches1-then-branches1-8bit": 2,
         "original-branches1-then-branches2-8bit": 2,
-        others[0].of.name: 3,
+        others[1].of.name: 3,
     }
     assert len(rung.unsurveyed) == 2
 

@@ -226,8 +226,8 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
             f"points (standard error {error:.2f}) instead of 2.00. This is still more than allowed."
         ),
         (
-            f"Larger drop: one network ({first.point.description}) loses 2.00 points and meets the other limits; see "
-            "`tersor pick`."
+            f"Larger drop: one network ({first.point.description}) loses 2.00 points and meets the other limits. To "
+            "choose it, use `tersor pick` with max_drop: 2 (`--max-drop`)."
         ),
         (
             "Another runtime: in openvino, original-openvino takes 0.75 times as long as the original in onnxruntime. "

@@ -76,6 +76,21 @@ def test_more_time_for_a_finished_search_is_used_for_the_last_candidate(tmp_path
     assert again.point(again.best).seconds > made.point(made.best).seconds
 
 
+def test_more_time_for_a_finished_search_can_be_used_to_remove_more(tmp_path):
+    search = searching(tmp_path / "out")
+    made = run(search)
+    (last,) = search.folder.state.rungs[-1].members
+    search.folder.state.finished = True
+    search.save()
+    longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)
+    position = len(longer.bench.log)
+    again = run(longer)
+    trained = [what[1] for what in longer.bench.log[position:] if what[0] == "train"]
+    assert trained == [f"{last.removesuffix('-8bit')}-then-branches1-8bit"]
+    assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
+    assert again.point(again.best).mean_ms < made.point(made.best).mean_ms
+
+
 @pytest.mark.usefixtures("_no_other_removal")
 def test_after_quantization_aware_training_more_time_is_used_to_train_the_float_network(tmp_path):
     time = FakeTime()

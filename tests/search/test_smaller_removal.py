@@ -68,6 +68,18 @@ def test_the_error_of_the_measured_drop_is_part_of_the_estimated_error(search):
     assert half.point.drop_error == pytest.approx((0.4**2 + 0.6**2) ** 0.5 * (0.2 / 0.36) ** 3)
 
 
+def test_longer_training_does_not_reduce_the_error_of_the_measured_drop(search):
+    trained = record(Candidate(branches=10), lost=0.8, error=0.6, seconds=100.0)
+    half = next(each for each in smaller_removals(search(trained), [trained], 400.0) if each.of.branches == 5)
+    drop = 0.4 * (0.2 / 0.36) ** 3
+    assert half.point.drop_error == pytest.approx(((drop / 2) ** 2 + (0.6 * (0.2 / 0.36) ** 3) ** 2) ** 0.5)
+
+
+def test_a_candidate_that_was_trained_for_less_than_a_tenth_of_a_second_is_possible(search):
+    trained = record(Candidate(branches=10), lost=0.8, seconds=0.0)
+    assert smaller_removals(search(trained), [trained], 400.0)
+
+
 def test_the_latency_and_size_of_a_surveyed_candidate_are_those_that_were_measured(search, monkeypatch):
     trained = record(Candidate(branches=10), lost=0.8)
     surveyed = record(Candidate(branches=5), lost=9.0, latency=0.9, rung=0)
@@ -85,11 +97,13 @@ def test_a_share_of_branches_and_channels_is_removed(search):
     assert found == [(0, 0.95), (1, 0.9), (2, 0.85), (2, 0.8), (2, 0.75), (3, 0.7), (4, 0.65)]
 
 
-def test_the_longest_trained_candidate_above_the_allowed_drop_is_used(search):
+def test_of_the_long_trained_candidates_above_the_allowed_drop_the_best_is_used(search):
     short = record(Candidate(branches=2), lost=0.9, seconds=50.0)
     within = record(Candidate(branches=4), lost=0.4, seconds=900.0)
     later = record(Candidate(branches=6, later=(Removal(1),)), lost=0.9, seconds=900.0)
-    trained = [short, within, later, record(Candidate(branches=9), lost=0.9), record(Candidate("wide"), lost=5.0)]
+    worse = record(Candidate(branches=12), lost=1.5, seconds=500.0)
+    student = record(Candidate("wide"), lost=0.6)
+    trained = [short, within, later, worse, record(Candidate(branches=9), lost=0.9), student]
     found = smaller_removals(search(*trained), trained, seconds=50.0)
     assert [each.of.branches for each in found] == [1, 3, 5, 6, 7, 8], "2 and 4 were trained"
 

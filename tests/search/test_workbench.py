@@ -8,6 +8,7 @@ from torch import nn
 
 from recorded_progress import RecordedProgress
 from tersor import models
+from tersor.checkpoint.store import Checkpoints
 from tersor.core.progress import NO_PROGRESS
 from tersor.data.image_sets import Pixels, Splits, View
 from tersor.data.splitting import joined
@@ -216,20 +217,25 @@ def test_a_candidate_starts_from_the_checkpoints_before_its_last_removal(tmp_pat
     parent, child = Candidate(branches=1), Candidate(branches=1, later=(Removal(branches=1),))
     train = [Stage(name=f"train-{number}", steps=1, batch_size=4) for number in (1, 2)]
     trained, _ = of.train(parent, train[:1], 60.0)
-    assert of.branches(parent, train[:1]) == 2
-    assert of.branches(Candidate(pixels=4)) == 3
+    assert len(of.branches(parent, train[:1])) == 2
+    shares = of.branches(Candidate(pixels=4))
+    assert len(shares) == 3
+    assert 0 < sum(shares) < 1
     of.start_from(child, parent)
     kept = [sorted(path.name for path in (tmp_path / each.name).glob("0*")) for each in (parent, child)]
     assert kept[0] == kept[1] != [], "so no training is repeated"
     before = (*train[:1], *child.last_removal)
-    assert of.branches(child, before) == 1
+    assert len(of.branches(child, before)) == 1
+    checkpoints = Checkpoints(tmp_path / child.name)
+    assert checkpoints.end_of(3).stages[-1]["validation_score"] is None, "only trained stages are validated"
+    assert checkpoints.end_of(2).stages[-1]["validation_score"] is not None
     made, record = of.train(child, (*before, train[1]), 60.0)
     assert (record.name, record.steps) == ("train-2", 1)
     assert sum(isinstance(module, nn.Conv2d) for module in made.modules()) == 2
     again, _ = of.train(parent, train[:1], 60.0)
     assert all(torch.equal(*pair) for pair in zip(trained.parameters(), again.parameters(), strict=True))
     of.start_from(child, Candidate())
-    assert of.branches(child, (*before, train[1])) == 1, "a folder that is there stays"
+    assert len(of.branches(child, (*before, train[1]))) == 1, "a folder that is there stays"
     assert [stage.name for stage in child.stages((*before, train[1]))] == [
         *("prune", "train-1", "prune-2", "train-2", "quantize")
     ]

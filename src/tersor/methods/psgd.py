@@ -1,4 +1,4 @@
-"""Position-based scaled gradient: full-precision training that moves weights towards the points of a grid.
+"""Position-based scaled gradient: full-precision training with smaller steps for weights near the points of a grid.
 
 Kim, Yoo and Kwak, "Position-based Scaled Gradient for Model Quantization and Pruning", NeurIPS 2020 (arXiv 2005.11035).
 
@@ -74,7 +74,7 @@ class PSGD:
     example: ClassVar[dict[str, Any]] = {"bits": 2, "range": "running", "per_channel": False, "strength": 20.0}
     off: ClassVar[dict[str, Any]] = {"scale_by": "constant", "mean_scale": 1.0}
 
-    bits: Annotated[int, Field(ge=2, le=8, description="bits of the grid that weights move towards")] = 4
+    bits: Annotated[int, Field(ge=2, le=8, description="bits of the grid near whose points the steps are smaller")] = 4
     target: Annotated[Literal["grid", "zero"], Field(description="target of the weights: grid points or zero")] = "grid"
     per_channel: PerChannel = True
     range: Annotated[

@@ -61,7 +61,7 @@ def most_changed(classes: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str
     if len(ordered) <= _MATRIX_CLASSES:
         return ordered, "All classes"
     half = _ROWS // 2
-    title = f"The {half} largest drops and {half} largest gains among {len(ordered)} classes"
+    title = f"The first {half} and the last {half} of {len(ordered)} classes"
     return ordered[:half] + ordered[-half:], title
 
 

@@ -240,7 +240,8 @@ def _more_loss(search: Search, best: Point) -> list[str]:
     if drop > max(_LARGER * search.budget.points, search.budget.points + 1):
         return []
     others = " and meets the other limits" * bool(search.budget.latency_ms or search.budget.megabytes)
-    return [f"Larger drop: one network ({most.description}) loses {drop:.2f} points{others}; see `tersor pick`."]
+    line = f"Larger drop: one network ({most.description}) loses {drop:.2f} points{others}. To choose it, use "
+    return [f"{line}`tersor pick` with max_drop: {math.ceil(100 * drop) / 100:g} (`--max-drop`)."]
 
 
 def _another_runtime(search: Search) -> list[str]:

@@ -6,8 +6,10 @@ before anything is trained, so it is often too small: the trained network has lo
 
 How much more is removed is chosen by expected improvement, as the candidates are (`search/promotion.py`). The drop that
 a larger removal adds is estimated from the drop of the trained network (`search/removal_curve.py`), and falls with the
-training after the removal. The latency is assumed to be a power of the MACs, as between the 8-bit original and the
-trained network.
+training after the removal. If branches are removed, the latency is assumed to be proportional to the MACs. If channels
+are removed, it is a power of the MACs: the one between the 8-bit original and the trained network if only channels were
+removed from it so far, else the square root. Nothing more is removed from a network for another image size, and from
+one without any removal: their latency does not show what a removal costs.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ from dataclasses import dataclass, replace
 
 from tersor.recipe import Stage
 from tersor.search.candidate import QUANTIZE, Candidate, Removal
-from tersor.search.front import Point, violations
+from tersor.search.front import Point, distance, violations
 from tersor.search.learning_curves import INHERITED
-from tersor.search.promotion import LEAST_GAIN, gain
-from tersor.search.removal_curve import ERROR, relative_drop
+from tersor.search.promotion import LEAST_GAIN, fixed_excess, gain
+from tersor.search.removal_curve import ERROR, relative_drop, trained_seconds
 from tersor.search.search_context import Search
 from tersor.search.study import Record
 
 _LARGEST = 0.25
-"""Largest share of the branches, or of the MACs, that is removed at a time."""
+"""Largest share of the branches, or of the MACs, that is removed at a time; at least one branch."""
 _STEP = 0.05
 """Step of the share of the MACs that is removed."""
+_USUAL_EXPONENT = 0.5
+"""Rough estimate of the power of the share of the MACs that the latency is, if channels are removed."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +63,27 @@ def further_removals(
     best = next((each for each in trained if search.best is not None and each.point.name == search.best.name), None)
     full = next((point for point in search.folder.state.baselines if point.name == Candidate().name), None)
     costs = search.folder.state.costs
-    if best is None or full is None or not _can_lose_more(search, best) or seconds < costs.survey + costs.least:
+    if best is None or full is None or seconds < costs.survey + costs.least or not _can_lose_more(search, best, full):
         return []
-    branches = search.bench.branches(best.of, stages_before(best))
-    known = {name for rung in search.folder.state.rungs for name in rung.members} | search.study.failed.keys()
-    least = LEAST_GAIN if instead is None else max(LEAST_GAIN, gain(search, instead, seconds))
-    promising = {
-        candidate: gained
-        for removal in _removals(branches)
-        if (candidate := replace(best.of, later=(*best.of.later, removal))).name not in known
-        and (gained := _gain(search, candidate, best, full, branches, seconds)) > least
-    }
-    return [Further(each, best) for each in sorted(promising, key=promising.__getitem__, reverse=True)[:count]]
+    shares = search.bench.branches(best.of, stages_before(best))
+    candidates = [replace(best.of, later=(*best.of.later, removal)) for removal in _removals(len(shares))]
+    if any(each.name in search.study.failed for each in candidates):
+        return []
+    known = {name for rung in search.folder.state.rungs for name in rung.members}
+    expected = [_expected(search, each, best, full, shares, seconds) for each in candidates if each.name not in known]
+    least = (math.inf, 0.0) if instead is None else _order(search, instead, seconds)
+    orders = {record.of: _order(search, record, 0.0) for record in expected}
+    promising = [of for of, order in orders.items() if order < least and -order[1] > LEAST_GAIN]
+    return [Further(each, best) for each in sorted(promising, key=orders.__getitem__)[:count]]
 
 
-def _can_lose_more(search: Search, record: Record) -> bool:
-    """Whether a candidate was made from the original, and has not used all of the allowed drop."""
-    limited = record.of.inherits and search.budget.points is not None
-    return limited and "drop" not in violations(record.point, search.budget, search.reference)
+def _can_lose_more(search: Search, record: Record, full: Point) -> bool:
+    """Whether a faster network was made from the original by removal, and has not used all of the allowed drop."""
+    candidate = record.of
+    removed = candidate.inherits and candidate.pixels is None and (candidate.branches > 0 or candidate.keep_macs < 1)
+    if not (removed and search.budget.points and record.point.mean_ms < full.mean_ms):
+        return False
+    return "drop" not in violations(record.point, search.budget, search.reference)
 
 
 def _removals(branches: int) -> list[Removal]:
@@ -86,32 +93,47 @@ def _removals(branches: int) -> list[Removal]:
     return [Removal(keep_macs=round(1 - _STEP * step, 2)) for step in range(1, round(_LARGEST / _STEP) + 1)]
 
 
-def _gain(search: Search, candidate: Candidate, start: Record, full: Point, branches: int, seconds: float) -> float:
-    """The expected improvement by a candidate with more removed than the trained `start`."""
-    costs, removal = search.folder.state.costs, candidate.later[-1]
-    kept = 1 - removal.branches / branches if removal.branches else removal.keep_macs
-    faster = kept ** _latency_exponent(start.point, full)
-    latency = {size: ms * faster for size, ms in start.point.latency_ms.items()}
-    if faster == 1:
-        return 0.0
+def _order(search: Search, record: Record, seconds: float) -> tuple[float, float]:
+    """A sort key, smaller for a candidate that is expected to be better after another `seconds` of training."""
+    return distance(fixed_excess(search, record.point)), -gain(search, record, seconds)
+
+
+def _expected(
+    search: Search, candidate: Candidate, start: Record, full: Point, shares: Sequence[float], seconds: float
+) -> Record:
+    """What a candidate with more removed than the trained `start` is expected to reach, as if before training.
+
+    Args:
+        search: the search.
+        candidate: the candidate.
+        start: the trial of the trained candidate.
+        full: the 8-bit original.
+        shares: the shares of the MACs of the branches that are left.
+        seconds: time that is left for removal and training.
+    """
+    costs, removal, before = search.folder.state.costs, candidate.later[-1], trained_seconds(start.point)
+    if removal.branches:
+        kept = 1 - removal.branches * sum(shares) / len(shares)
+    else:
+        kept = removal.keep_macs ** _latency_exponent(start, full)
     rounding = max(0.0, start.rounding_loss or 0.0)
-    before = max(search.reference - start.point.validation - rounding, start.point.drop_error / 2)
-    added = before * (relative_drop(faster * start.point.mean_ms, start.point, full) - 1)
+    lost = max(search.reference - start.point.validation - rounding, start.point.drop_error / 2)
+    added = lost * (relative_drop(kept * start.point.mean_ms, start.point, full) - 1)
     training = seconds - costs.survey - costs.overhead
-    in_total = 1 + training / start.point.seconds
-    drop = before * in_total**-INHERITED + added * (start.point.seconds / training) ** INHERITED
+    drop = lost * (1 + training / before) ** -INHERITED + added * (before / training) ** INHERITED
     changed = {
         "name": candidate.name,
-        "latency_ms": latency,
+        "latency_ms": {size: ms * kept for size, ms in start.point.latency_ms.items()},
         "validation": search.reference - rounding - drop,
         "drop_error": math.hypot(ERROR * drop, start.point.drop_error),
     }
     point = start.point.model_copy(update=changed)
-    return gain(search, Record(candidate=candidate.parameters, rung=0, point=point), 0.0)
+    return Record(candidate=candidate.parameters, rung=0, point=point)
 
 
-def _latency_exponent(start: Point, full: Point) -> float:
-    """The power of the share of the MACs that the share of the latency is; 0 if `start` is not faster."""
-    if start.mean_ms >= full.mean_ms or start.macs >= full.macs:
-        return 0.0
-    return min(1.0, math.log(start.mean_ms / full.mean_ms) / math.log(start.macs / full.macs))
+def _latency_exponent(start: Record, full: Point) -> float:
+    """The power of the remaining share of the MACs that the remaining share of the latency is, for channels."""
+    removals = (start.of.first, *start.of.later)
+    if any(each.branches for each in removals) or start.point.macs >= full.macs:
+        return _USUAL_EXPONENT
+    return min(1.0, math.log(start.point.mean_ms / full.mean_ms) / math.log(start.point.macs / full.macs))

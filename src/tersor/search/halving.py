@@ -6,8 +6,7 @@ seconds. Each rung is a training stage of its own, from the weights of the rung 
 candidate and most of the time. The candidate of the very last rung is chosen from all candidates again: if the best one
 is already within the budget, the rest of the time can be used for a faster one. If none of the trained candidates
 promises that, more is removed from the best one (`further_removal`). The last rung is divided if its candidate still
-exceeds the allowed drop. If it does not get within it, a candidate with less removed can be trained in the rest of the
-time (`smaller_removal`).
+exceeds the allowed drop. From the third rung on, a candidate with less removed can be chosen, too (`smaller_removal`).
 
 A candidate that is not expected to end within the allowed drop, even after all of the time left, is not trained again,
 unless nothing else can use the time.
@@ -115,7 +114,7 @@ def _rung(search: Search, number: int, at_once: int, *, last_resort: bool = True
         possible = [*trained, *(smaller_removals(search, trained, available) if long else [])]
         kept = hopeful(search, possible, available)
         chosen = promoted(search, kept, count, left, last=late)
-        removing = _with_more_removed(search, trained, chosen, at_once, available) if count <= at_once else None
+        removing = _with_more_removed(search, trained, chosen, count, available) if count <= at_once else None
         if removing is not None:
             return removing
         if not chosen:
@@ -142,22 +141,23 @@ def _may_fail(search: Search, record: Record) -> bool:
 
 
 def _with_more_removed(
-    search: Search, trained: Sequence[Record], chosen: Sequence[Record], at_once: int, available: float
+    search: Search, trained: Sequence[Record], chosen: Sequence[Record], count: int, available: float
 ) -> Rung | None:
-    """A rung that removes more from the best candidate; None if training one of the `chosen` promises more.
+    """A rung of `count` candidates that removes more from the best one; None if one of the `chosen` promises more.
 
-    Workers without such a candidate train the `chosen` ones further.
+    If fewer removals are promising, trained candidates among the `chosen` ones are trained further.
     """
-    state = search.folder.state
-    short = (1 - _FURTHER_SHARE) * available < _LEAST_OVERHEADS * state.costs.overhead
-    share = 1.0 if short or state.extended else _FURTHER_SHARE
-    further = further_removals(search, trained, chosen[0] if chosen else None, available, at_once)
+    state, share = search.folder.state, _FURTHER_SHARE
+    few = (1 - share) * available < _LEAST_OVERHEADS * state.costs.overhead
+    if few or share * available < state.costs.survey + state.costs.least or state.extended:
+        share = 1.0
+    further = further_removals(search, trained, chosen[0] if chosen else None, available, count)
     if not further:
         return None
+    others = [each for each in chosen if each.rung][: count - len(further)]
     members = {each.candidate.name: each.start.rung + 1 for each in further}
-    members |= {each.of.name: each.rung + 1 for each in chosen[: at_once - len(further)] if each.rung}
     return Rung(
-        members=members,
+        members=members | {each.of.name: each.rung + 1 for each in others},
         until=None if share == 1 else search.clock.used + share * available,
         unsurveyed={each.candidate.name: each.candidate.parameters for each in further},
     )

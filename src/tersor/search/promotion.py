@@ -55,7 +55,7 @@ def entrants(search: Search, count: int, without: Collection[str] = ()) -> list[
         ]
         if len(faster) >= count:
             break
-    fitting = [record for record in faster if not _fixed(search, record.point)] or faster
+    fitting = [record for record in faster if not fixed_excess(search, record.point)] or faster
     inherited = _promising(search, [record for record in fitting if record.of.inherits])
     students = [record for record in fitting if not record.of.inherits]
     least = -(-count // _STUDENTS) if count > 1 else 0
@@ -78,7 +78,7 @@ def why_not_trained(search: Search, record: Record) -> str:
     free = min(point.mean_ms for point in search.points if point.free)
     if not improvable(search, record):
         return f"not trained: {_RECOVERED}"
-    if _fixed(search, record.point):
+    if fixed_excess(search, record.point):
         return "not trained: it exceeds a latency or size limit, which training does not change"
     smaller = search.budget.megabytes is not None and record.of.bits != "8"
     if record.point.mean_ms >= _FASTER * free and not smaller:
@@ -109,7 +109,7 @@ def _promising(search: Search, inherited: Sequence[Record]) -> list[Record]:
     return [record for record in best if record.point.validation >= _PROMISING * search.reference] or best
 
 
-def _fixed(search: Search, point: Point) -> dict[str, float]:
+def fixed_excess(search: Search, point: Point) -> dict[str, float]:
     """The limits on latency and size that a point exceeds, which training does not change."""
     lacking = violations(point, search.budget, search.reference)
     return {name: value for name, value in lacking.items() if name != "drop"}
@@ -153,7 +153,7 @@ def _key(search: Search, record: Record, seconds: float, *, last: bool) -> tuple
     if search.budget.points is None:
         return order
     gained = improvement(search, record, seconds, power=_CAUTION[last])
-    return distance(_fixed(search, record.point)), -gained if gained > LEAST_GAIN else 0.0, *order
+    return distance(fixed_excess(search, record.point)), -gained if gained > LEAST_GAIN else 0.0, *order
 
 
 def hopeful(search: Search, trained: Sequence[Record], seconds: float) -> list[Record]:

@@ -11,6 +11,8 @@ from tersor.search.front import Point
 STEEPNESS = 3.0
 ERROR = 0.5
 """One standard error of the logarithm of an estimated drop."""
+_SHORTEST = 0.1
+"""Least training time in seconds that is assumed; the time of a point is rounded to tenths."""
 
 
 def relative_drop(ms: float, start: Point, full: Point) -> float:
@@ -23,3 +25,8 @@ def relative_drop(ms: float, start: Point, full: Point) -> float:
     """
     removed, removed_from_start = 1 - ms / full.mean_ms, 1 - start.mean_ms / full.mean_ms
     return (max(0.0, removed) / removed_from_start) ** STEEPNESS
+
+
+def trained_seconds(point: Point) -> float:
+    """The training time of a trained point in seconds, above 0."""
+    return max(_SHORTEST, point.seconds)

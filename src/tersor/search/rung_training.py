@@ -83,6 +83,7 @@ def _train_in_workers(search: Search, workers: Workers, rung: Rung, candidates: 
     costs, rounds = search.folder.state.costs, math.ceil(len(candidates) / workers.count)
     last = min(len(candidates), workers.count)  # the others are exported and measured while these are trained
     seconds = _left(search, rung) - last * (costs.export + costs.latency)
+    seconds -= sum(_removal_seconds(search, each, rung) for each in candidates)  # here, one after another
     limit = seconds / max(1, rounds) - costs.attach
     if limit <= 0:
         return

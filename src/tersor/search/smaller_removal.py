@@ -13,7 +13,7 @@ from dataclasses import replace
 from tersor.search.candidate import Candidate
 from tersor.search.front import Point, violations
 from tersor.search.learning_curves import INHERITED
-from tersor.search.removal_curve import ERROR, relative_drop
+from tersor.search.removal_curve import ERROR, relative_drop, trained_seconds
 from tersor.search.search_context import Search
 from tersor.search.study import Record
 
@@ -28,8 +28,8 @@ def smaller_removals(search: Search, trained: Sequence[Record], seconds: float) 
 
     Args:
         search: the search.
-        trained: the latest trial of each trained candidate; of those that exceed the allowed drop, the longest trained
-            one is used.
+        trained: the latest trial of each trained candidate. Of those that exceed the allowed drop and were trained for
+            at least half as long as the longest trained one, the one with the smallest drop is used.
         seconds: time for training one of the candidates, above 0.
 
     Returns:
@@ -43,9 +43,12 @@ def smaller_removals(search: Search, trained: Sequence[Record], seconds: float) 
         for each in trained
         if _removes(each.of) and "drop" in violations(each.point, search.budget, search.reference)
     ]
-    start = max(exceeding, key=lambda each: each.point.seconds, default=None)
-    if start is None:
+    if not exceeding:
         return []
+    longest = max(each.point.seconds for each in exceeding)
+    start = max(
+        (each for each in exceeding if each.point.seconds >= longest / 2), key=lambda each: each.point.validation
+    )
     known = {record.of.name for record in search.study.records() if record.rung} | search.study.failed.keys()
     smaller = dict.fromkeys(_with_share(start.of, share) for share in _SHARES)
     return [
@@ -80,10 +83,10 @@ def _expected(search: Search, candidate: Candidate, start: Record, full: Point, 
     expected = surveyed.point if surveyed else _between(candidate, full, start.point, share)
     faster = start.point.mean_ms < full.mean_ms
     smaller = relative_drop(expected.mean_ms, start.point, full) if faster else share
-    shorter = (start.point.seconds / seconds) ** INHERITED
+    by_time = (trained_seconds(start.point) / seconds) ** INHERITED
     rounding = max(0.0, start.rounding_loss or 0.0)
-    by_removal = max(0.0, search.reference - start.point.validation - rounding) * smaller * shorter
-    error = math.hypot(ERROR * by_removal, start.point.drop_error * smaller * shorter)
+    by_removal = max(0.0, search.reference - start.point.validation - rounding) * smaller * by_time
+    error = math.hypot(ERROR * by_removal, start.point.drop_error * smaller * max(1.0, by_time))
     validation = max(0.0, search.reference - rounding - by_removal)
     return expected.model_copy(update={"validation": validation, "drop_error": error})
 

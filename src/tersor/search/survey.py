@@ -263,7 +263,7 @@ def space_of(search: Search, students: list[str], pixels: list[int]) -> Space:
     """The space of the original and its students; bits below 8 are tried where the size is limited."""
     bench, bits = search.bench, ("8", "mixed", "4") if search.budget.megabytes is not None else ("8",)
     try:
-        branches, prunable = bench.branches(Candidate()), True
+        branches, prunable = len(bench.branches(Candidate())), True
     except InputError as error:
         kinds = "students, image sizes and bits" if len(bits) > 1 else "students and image sizes"
         search.bar.tell(

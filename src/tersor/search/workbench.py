@@ -32,7 +32,7 @@ from tersor.graph.capture import capture
 from tersor.graph.plain_network import plain_copy
 from tersor.pipeline.experiment import Experiment
 from tersor.pipeline.stages import attach, run_stages
-from tersor.pruning.residual_branches import find_branches
+from tersor.pruning.residual_branches import cost_shares, find_branches
 from tersor.recipe import Network, Recipe, Stage, Teacher
 from tersor.search import search_metric
 from tersor.search.candidate import Candidate
@@ -142,14 +142,15 @@ class Workbench:
             return self._run(candidate, stages, None)[0]
         return copy.deepcopy(self.experiment_of(candidate, (candidate.rounding,)).model)
 
-    def branches(self, candidate: Candidate, trained: Sequence[Stage] = ()) -> int:
-        """The number of residual branches that can be removed from a candidate after the stages `trained`.
+    def branches(self, candidate: Candidate, trained: Sequence[Stage] = ()) -> list[float]:
+        """The shares of the MACs of the residual branches that can be removed after the stages `trained`.
 
         Raises:
             InputError: the network cannot be captured.
         """
         images = next(iter(self.validation_of(self.experiment_of(candidate, trained)))).images[:2]
-        return len(find_branches(capture(self.build(candidate, trained), images), images))
+        graph = capture(self.build(candidate, trained), images)
+        return cost_shares(graph, find_branches(graph, images), images, parameters=False)
 
     def start_from(self, candidate: Candidate, parent: Candidate) -> None:
         """Copy the checkpoints of `parent`, unless the candidate has its own already."""
