@@ -252,6 +252,7 @@ def test_seconds_steps_and_names_of_each_training_are_recorded(finished):
     assert seconds == pytest.approx(trained, abs=0.1)
     costs = search.folder.state.costs
     assert (costs.export, costs.attach) == pytest.approx((3.0, 1.0)), "in the fake, attaching is building"
+    assert costs.training == pytest.approx(4.0, abs=1.1), "and one second for the latency of a new file"
     for name, stages in search.bench.given:
         if len(stages) == 1 and (name, 2) not in records:  # ten times the steps that the original makes in the time
             assert stages[0].steps == pytest.approx(10 * trained[name] / 0.1, abs=20)

@@ -37,6 +37,7 @@ def test_the_plan_is_computed_from_the_seconds_of_each_kind_of_work():
     assert (COSTS.overhead, COSTS.least) == (10.0, 20.0)
     assert Costs(attach=4.0, export=6.0, latency=3.0).overhead == 13.0
     assert Costs(attach=4.0, export=6.0, survey=12.0).overhead == 12.0, "the survey of a candidate took longer"
+    assert Costs(attach=4.0, export=6.0, survey=12.0, training=9.0).overhead == 9.0, "as measured in a training run"
     slow = Costs(attach=4.0, export=6.0, step=1.0)
     assert slow.least == 30.0, "twenty steps take longer than the overhead"
     assert [slow.entrants(seconds) for seconds in (-100.0, 0.0, 29.0, 61.0, 1e4)] == [0, 0, 0, 2, 6]

@@ -258,7 +258,7 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent layers are not supported"
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return f"ONNX Runtime and OpenVINO have no integer kernel for {kind}"
+        return f"{kind} is not quantized; ONNX Runtime has no integer kernel for it"
     if not isinstance(module, Layer):
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
         return f"{kind} is not supported" if of_torch else f"the forward method of {kind} reads the weights directly"

@@ -83,6 +83,7 @@ class Costs:
     Attributes:
         survey: to build, export, validate and time a candidate.
         attach: to attach the methods of a training run.
+        training: of a training run apart from its steps; 0 before the first one.
         export: to quantize, export and validate a trained candidate.
         step: one training step of the original.
         test: to run one file on the test set.
@@ -95,6 +96,7 @@ class Costs:
 
     survey: float = 0.0
     attach: float = 0.0
+    training: float = 0.0
     export: float = 0.0
     step: float = 0.0
     test: float = 0.0
@@ -134,9 +136,11 @@ class Costs:
 
     @property
     def overhead(self) -> float:
-        """Seconds of a training run apart from its steps: at least those of surveying a candidate, which is the same
-        work without steps."""
-        return max(self.attach + self.export + self.latency, self.survey)
+        """Seconds of a training run apart from its steps.
+
+        Before the first one, they are estimated, as at least those of surveying a candidate.
+        """
+        return self.training or max(self.attach + self.export + self.latency, self.survey)
 
     @property
     def least(self) -> float:

@@ -70,7 +70,9 @@ def _train(search: Search, candidate: Candidate, rung: Rung, seconds: float) -> 
         return
     if not resumed and candidate.name not in rung.unsurveyed:
         costs, in_training = search.folder.state.costs, sum(record.training_seconds or 0.0 for record in made)
-        costs.attach = max(0.0, search.clock.used - start - in_training - costs.export - costs.latency)
+        other = max(0.0, search.clock.used - start - in_training)
+        costs.attach = max(0.0, other - costs.export - costs.latency)
+        costs.training = (costs.training + other) / 2 if costs.training else other
 
 
 def _removal_seconds(search: Search, candidate: Candidate, rung: Rung) -> float:
