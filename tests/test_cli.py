@@ -279,7 +279,7 @@ def test_the_sensitivity_table_is_sorted_by_the_drop_and_explains_its_8_bit_colu
         *(["2", "a", "20", "0.10"], ["", "", "(-1.0)", "(0.0)"]),
     ]
     text = " ".join(output.split())
-    assert "(0.0) means that the metric differs by less than 0.05 points from that in float, which is common" in text
+    assert "(0.0) is a difference below 0.05, which is common at 8 bits" in text
     assert "* The first and last layer: ptq keeps them at 8 bits" in text
 
 

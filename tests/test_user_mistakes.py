@@ -182,7 +182,7 @@ REFUSED = {
     "no layers": (lambda: nn.Sequential(), "no parameters"),
     "two inputs": (
         NeedsMask,
-        r"needs 2 inputs: images, mask, but a batch has one. Pass batches \(\(images, mask\), targets\)",
+        r"needs 2 inputs: images, mask, but a batch has one. .*batches \(\(images, mask\), targets\)",
     ),
     "squeeze, then flatten": (
         lambda: Around(lambda self, x: self.inner[-1](self.inner[:-2](x).squeeze().flatten(1))),

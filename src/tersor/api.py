@@ -121,7 +121,7 @@ def prune(
         importance: score of a channel: magnitude, magnitude_l1, fpgm, taylor (needs targets), batchnorm, obs, random.
         scope: `layer` removes the same fraction of the channels in every layer, `global` the least important channels
             of the whole network (works best with `importance="obs"`).
-        branches: number of residual branches to remove first, those with the smallest effect on the outputs.
+        branches: number of residual branches to remove first: those that change the outputs least per saved MAC.
         round_to: the number of remaining channels is a multiple of this.
         exclude: names of layers or modules whose channels are not removed, or patterns such as "*.conv1".
         runtime: the runtime in which latency is measured.

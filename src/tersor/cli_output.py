@@ -247,9 +247,10 @@ def speedup_cell(ratio: Ratio | Speedup) -> str:
 
 
 _SENSITIVITY_CAPTION = (
-    "Cells: error of the outputs in % (how much worse the metric is, in points if it is in percent). Sorted by this "
-    "difference, then by the error; # is the position of the layer in the network. (0.0) means that the metric differs "
-    "by less than 0.05 from that in float, which is common at 8 bits."
+    "Each cell shows the error of the outputs in %. With labels, it also shows in parentheses how much worse the "
+    "metric is than in float (in points, for a metric in percent). The layers are sorted by their largest difference "
+    "in the metric, then by their largest error. # is the position of the layer in the network. (0.0) is a difference "
+    "below 0.05, which is common at 8 bits."
 )
 _ENDS_CAPTION = (
     " * The first and last layer: ptq keeps them at 8 bits, so only their 8-bit column applies, unless first_last_bits "

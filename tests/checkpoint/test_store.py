@@ -87,7 +87,12 @@ def test_an_unfinished_run_is_not_overwritten_and_resumes_with_the_same_recipe_o
     with pytest.raises(InputError, match="--resume"), checkpoints.held("a: 1\n", resume=False):
         pass
     other = checkpoints.held("a: 2\n", resume=True, changes=lambda before: f"{before.strip()}, now 2")
-    with pytest.raises(InputError, match=r"another recipe \(a: 1, now 2\)\. Resume it with .*recipe.yaml, or"), other:
+    with (
+        pytest.raises(
+            InputError, match=r"another recipe \(a: 1, now 2\)\. Resume that run with its own recipe, .*recipe.yaml, or"
+        ),
+        other,
+    ):
         pass
     assert checkpoints.newest_within(1).step == 2
 

@@ -125,7 +125,7 @@ def test_images_can_have_any_number_of_channels(channels, dtype):
         ([(IMAGE, {"boxes": BOXES})], {}, "a dict of 'boxes'. Possible: boxes .* and labels"),
         ([(IMAGE, {"boxes": [[0, 0, 9, 9]], "labels": [1]})], {}, "item 0 has the box 0, 0, 9, 9, which is outside"),
         ([(IMAGE, {"boxes": BOXES, "labels": [1]}), (IMAGE, 3)], {}, "item 1 has a int instead of boxes"),
-        ([(IMAGE, 0), (IMAGE, 1)], {"channels": 1}, "3 channels, and 1 are requested. Write channels: 3"),
+        ([(IMAGE, 0), (IMAGE, 1)], {"channels": 1}, "3 channels, but channels is 1. Write channels: 3"),
         ([(IMAGE, 0), (IMAGE.to(torch.uint16), 1)], {}, "some images have 8 and others 16 bits"),
     ],
 )

@@ -71,8 +71,8 @@ def test_without_crop_the_image_is_resized_to_both_sides():
 @pytest.mark.parametrize(
     ("image", "channels", "words"),
     [
-        (torch.zeros(5, 4, 4, dtype=torch.uint8), 3, "5 channels, and 3 are requested. Write channels: 5"),
-        (Image.new("RGB", (4, 4)), 5, "5 channels are requested. Possible: .*1, 3, 4 channels"),
+        (torch.zeros(5, 4, 4, dtype=torch.uint8), 3, "5 channels, but channels is 3. Write channels: 5"),
+        (Image.new("RGB", (4, 4)), 5, "channels is 5. Possible: .*1, 3, 4 channels"),
         (Image.new("F", (4, 4)), 3, "mode 'F'.*Possible: images of 8 or 16 bits"),
         (Image.fromarray(np.full((4, 4), 2**16, np.int32)), 3, "more than 16 bits"),
     ],

@@ -58,7 +58,7 @@ def test_labels_are_one_class_index_per_image():
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        (IMAGES[0], r"shape \(3, 4, 4\), which is a single image"),
+        (IMAGES[0], r"shape \(3, 4, 4\)\. .*For a single image \(C, H, W\), wrap"),
         ([[torch.rand(2, 3)]], r"a tensor of shape \(2, 3\)\. Possible"),
         ({"a": 1, "b": 2}, "It has the keys 'a', 'b'; exactly one"),
         (np.zeros(3), r"type ndarray.*torch\.from_numpy"),

@@ -25,7 +25,7 @@ def test_float_operators_are_listed_as_plain_values_with_a_warning():
     attached.begin()
     entries, warning = float_operators(attached.model, IMAGES)
     total = 3 * 8 * 64 + 8 * 8 * 64 + 512 * 10
-    reason = "ConvTranspose2d is not quantized; ONNX Runtime has no integer kernel for it"
+    reason = "tersor does not quantize ConvTranspose2d"
     expected = {"name": "2", "kind": "ConvTranspose2d", "reason": reason}
     assert entries["float_operators"] == [{**expected, "macs": 4096, "share": 4096 / total}]
     assert entries["integer_macs_share"] == 1 - 4096 / total

@@ -92,7 +92,7 @@ def test_require_same_raises_for_different_outputs():
     expected = outputs_of(model, IMAGES)
     require_same(other, expected, IMAGES)
     other[3].bias.data[0] += 1
-    with pytest.raises(InputError, match="Sequential is not equivalent to Sequential: on a batch of 8"):
+    with pytest.raises(InputError, match="Sequential is not equivalent to Sequential: at batch size 8"):
         require_same(other, expected, IMAGES)
 
 

@@ -119,7 +119,7 @@ def test_a_given_normalization_is_used_and_reported(images, tmp_path):
             r"--mean is 0\.1 0\.4 0\.3, but the network was exported with mean 0\.5 0\.4 0\.3 and std 0\.2 0\.25 ",
         ),
         ({"std": [0.3, 0.3, 0.3]}, r"--std is 0\.3 0\.3 0\.3, but"),
-        ({"channels": 1}, r"--channels is 1, but the file takes 3 channels\. Leave it out"),
+        ({"channels": 1}, r"--channels is 1, but the number of channels in the file is 3\. Leave it out"),
         ({"image_size": 9}, r"--image-size is 9 x 9, but the file takes 8 x 8"),
         ({"image_size": [8, 16]}, r"--image-size is 8 x 16, but the file takes 8 x 8"),
     ],

@@ -220,9 +220,9 @@ def test_classes_without_training_images_are_listed_in_a_warning():
     for train, classes in (((0, 1), 2), ((1, 3), 4), ((0,), 7), ((0,), 6)):
         setup._say_what_the_data_lacks(splits(train, classes=classes), progress)
     assert progress.lines == [
-        "warning: 2 of 4 classes have no training image: 0, 2",
-        "warning: 6 of 7 classes have no training image: 1, 2, 3, 4, 5, ...",
-        "warning: 5 of 6 classes have no training image: 1, 2, 3, 4, 5",
+        "warning: no training image for 2 of 4 classes: 0, 2",
+        "warning: no training image for 6 of 7 classes: 1, 2, 3, 4, 5, ...",
+        "warning: no training image for 5 of 6 classes: 1, 2, 3, 4, 5",
     ]
 
 

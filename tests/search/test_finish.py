@@ -252,7 +252,7 @@ def test_a_faster_file_in_another_runtime_is_not_recommended_if_it_exceeds_a_lim
 
 def test_a_saturated_metric_is_mentioned():
     made = front_of(3)
-    saturated = "The 5000 validation images cannot rank the candidates: accuracy is 100 % for the original and for this"
+    saturated = "The accuracy of the original and of this network is 100 % on the 5000 validation images"
     perfect = {each.name: each.model_copy(update={"validation": 100.0}) for each in (*made.points, *made.baselines)}
     both = made.model_copy(
         update={

@@ -298,7 +298,7 @@ def test_names_and_families_of_candidates_with_further_removals():
     assert candidate.name == "original-branches3-then-branches1-then-macs80-8bit"
     assert str(candidate) == (
         "original, 3 branches removed, 1 more branch removed after training, "
-        "at most 80 % of the remaining MACs after training, 8 bits"
+        "pruned to at most 80 % of the remaining MACs after training, 8 bits"
     )
     assert candidate.family == "fewer branches and channels"
     assert candidate.parent == Candidate(branches=3, later=(Removal(branches=1),))

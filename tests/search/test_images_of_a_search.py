@@ -59,7 +59,7 @@ def test_images_from_a_function_keep_their_channels(folder, monkeypatch):
     images = load(folder=folder, channels=1, validation=0.25)
     monkeypatch.setattr("tersor.data.datasets.import_function", lambda _: lambda: images)
     assert experiment_of(request("my_data:gray"), NO_PROGRESS).recipe.data.channels == 1
-    with pytest.raises(InputError, match=r"1 channel, and 3 are requested. Write channels: 1 in a recipe"):
+    with pytest.raises(InputError, match=r"1 channel, but channels is 3. Write channels: 1 in a recipe"):
         experiment_of(request("my_data:gray", channels=3), NO_PROGRESS)
     with pytest.raises(InputError, match=r"mean is \[0.5, 0.5\]. Write 1 number in"):
         experiment_of(request("my_data:gray", mean=(0.5, 0.5), std=(0.5, 0.5)), NO_PROGRESS)

@@ -85,7 +85,7 @@ def test_names_and_families_of_candidates_describe_their_changes():
     assert re.fullmatch(r"net_py_make-[0-9a-f]{6}-8bit", Candidate("folder/net.py:make").name)
     assert len(Candidate(100 * "a").name) == 40 + len("-123456-8bit")
     assert str(Candidate(branches=3, keep_macs=0.25, bits="mixed", pixels=24)) == (
-        "original, 3 branches removed, at most 25 % of the MACs, 24 pixels, mixed bits"
+        "original, 3 branches removed, pruned to at most 25 % of the MACs, 24 pixels, mixed bits"
     )
     assert str(Candidate(bits="4")) == "original, 4 bits"
     families = {

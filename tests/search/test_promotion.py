@@ -254,10 +254,9 @@ def test_advice_for_a_trained_network_that_lost_too_much(tmp_path):
 def test_advice_without_any_training_and_without_a_limit_that_helps(tmp_path):
     search = searching(tmp_path / "out", budget=Budget(megabytes=0.1))
     out_of_reach = "Size: no network reached 0.1 MB; the smallest has 0.200 MB: original."
-    continued = "Continue the search, with a total time of at least 11 minutes."
-    assert finish.advice(search, search.original) == [
-        out_of_reach, f"More time: no candidate could be trained in the given time. {continued}"
-    ]  # fmt: skip
+    untrained = "More time: no candidate has been trained. If report.html lists failures, correct them."
+    continued = f"{untrained} Otherwise continue the search, with a total time of at least 11 minutes."
+    assert finish.advice(search, search.original) == [out_of_reach, continued]
     search.folder.state.costs.attach = 600.0
     assert "at least 41 minutes" in finish.advice(search, search.original)[1], "twice the time of the shortest training"
     small = add(search, Candidate(branches=3), 1, 80.0, 0.5, seconds=40.0).point

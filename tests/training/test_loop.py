@@ -317,7 +317,7 @@ def test_resuming_with_another_number_of_processes_raises():
     with pytest.raises(KeyboardInterrupt):
         fit(Attachment(linear()), Toy(), Training(), steps=8, checkpointer=stopped)
     of_two = {**stopped.saved[2], "random.cpu1": stopped.saved[2]["random.cpu0"]}
-    with pytest.raises(InputError, match=r"started with 2 processes, but is resumed with 1\. Resume it with 2"):
+    with pytest.raises(InputError, match=r"number of processes was 2 when the run was started, and is 1 now"):
         fit(
             Attachment(linear()),
             Toy(),

@@ -88,7 +88,7 @@ def test_the_state_of_another_optimizer_or_shape_raises(name, other):
     shaped = {"sgd": "optimizer.0.momentum_buffer", "adamw": "optimizer.0.exp_avg"}[name]
     with pytest.raises(ValueError, match="of parameter 0 has a different shape"):
         restore(state | {shaped: torch.zeros(3)}, again, fresh, None)
-    with pytest.raises(InputError, match="started with 2 processes, but is resumed with 1"):
+    with pytest.raises(InputError, match="number of processes was 2 when the run was started, and is 1 now"):
         restore(state | {"random.cpu1": state["random.cpu0"]}, again, fresh, None)
 
 

@@ -159,7 +159,7 @@ def read_artifact(path: Path | str) -> Artifact:
         refuse_outside(path)
         return Artifact(path, path, {path.name: path})
     if not path.is_dir():
-        raise InputError(f"file or folder {path} not found.")
+        raise InputError(f"file or folder {path} not found. Pass {_WITH_MODEL}.")
     files = _files_of_search(path) or read_folder(path, _WITH_MODEL)
     if MODEL not in files:
         raise InputError(f"{path} holds no {MODEL}, only {', '.join(files)}. Pass {_WITH_MODEL}.")

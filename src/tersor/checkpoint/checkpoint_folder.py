@@ -18,7 +18,7 @@ from tersor.training.snapshot import with_prefix
 CLOCK, STRUCTURE, TENSORS = "clock.json", "structure.json", "tensors.safetensors"
 NOTES = "notes"
 HASH = 8
-_ANEW = "Remove the folder of the checkpoints and start again; for `tersor.run`, without resume=True (`--resume`)."
+_ANEW = "Remove the folder that contains this checkpoint, and start again."
 
 
 class _Clock(BaseModel):

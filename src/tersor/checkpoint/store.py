@@ -122,8 +122,8 @@ class Checkpoints:
         if before != recipe:
             changed = changes(before)
             raise InputError(
-                f"{self.folder} belongs to another recipe{f' ({changed})' if changed else ''}. Resume it with "
-                f"{begun}, or choose another folder with out=... (`--out`)."
+                f"{self.folder} holds an unfinished run of another recipe{f' ({changed})' if changed else ''}. Resume "
+                f"that run with its own recipe, {begun}, or choose another folder with out=... (`--out`)."
             )
 
     @property

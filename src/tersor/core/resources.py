@@ -52,8 +52,8 @@ def less_memory(origin: Origin, batch_size: int, accumulate: int) -> str:
         return "Pass a loader with a smaller batch size."
     if origin == "search":
         return (
-            "Search in another folder with smaller images (image_size, `--image-size`), or use fewer workers "
-            "(`--workers`)."
+            "Search in another folder with smaller images (image_size, `--image-size`). If the search has workers, use "
+            "fewer (`--workers`)."
         )
     if batch_size == 1:
         return "The batch_size is already 1: use smaller images (data.image_size) or a smaller network."

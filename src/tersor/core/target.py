@@ -37,8 +37,8 @@ class Target(PlainRecord):
     cpu: Annotated[
         Cpu,
         Field(
-            description="vnni and arm64 sum 8-bit products in 32 bits, avx2 in 16, which can saturate; default: this "
-            "machine"
+            description="type of the processor that will run the file; by default that of this machine. vnni and arm64 "
+            "sum 8-bit products in 32 bits, avx2 in 16 bits, which can saturate"
         ),
     ] = Field(default_factory=cpu_kind)
     input: Annotated[

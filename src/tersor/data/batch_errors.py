@@ -27,8 +27,8 @@ def images_error(batch: Any) -> InputError:
         described = f"a tensor of shape {tuple(first.shape)}"
         if first.ndim == 3:
             return InputError(
-                f"a batch of the data is {described}, which is a single image. {_POSSIBLE} Wrap a data set in a "
-                "DataLoader; image[None] makes a batch of one image."
+                f"a batch of the data is {described}. {_POSSIBLE} For a single image (C, H, W), wrap the data set in a "
+                "DataLoader, or write image[None]. For grayscale images (N, H, W), write images[:, None]."
             )
         return InputError(f"a batch of the data is {described}. {_POSSIBLE}")
     kind = type(first).__name__

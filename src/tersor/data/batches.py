@@ -68,7 +68,8 @@ class Batches:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}. Write 1 or more.")
         if 0 < len(images) < world:
-            raise InputError(f"{len(images)} images for {world} processes. Start at most {len(images)} processes.")
+            given = f"{world} processes need at least {world} images; given: {len(images)}"
+            raise InputError(f"{given}. Start fewer processes.")
         if batch_size == 1 and not shuffle and len(images) % world:
             raise InputError(
                 f"{len(images)} images cannot be divided evenly among {world} processes in batches of one image. Write "

@@ -75,7 +75,8 @@ def box_target(boxes: Any, labels: Any, size: tuple[int, int], name: str) -> Tar
             f"{name} has boxes that are not an array of numbers (K, 4), or labels that are not an array (K,): {error}."
         ) from error
     if len(corners) != len(numbers):
-        raise InputError(f"{name} has {len(corners)} boxes and {len(numbers)} labels. Write one label for each box.")
+        counts = f"number of boxes: {len(corners)}, number of labels: {len(numbers)}"
+        raise InputError(f"{name}: {counts}. Write one label for each box.")
     if len(numbers) and int(numbers.min()) < 1:
         raise InputError(
             f"{name} has the label {int(numbers.min())}. Number the classes of boxes from 1; 0 is the background."

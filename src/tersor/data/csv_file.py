@@ -68,7 +68,8 @@ def _rows(path: Path) -> tuple[list[str], list[Row]]:
     if "path" not in header or not columns or len({*header}) < len(header):
         if path.suffix == ".py":
             raise without_function(str(path), "a function that returns the images")
-        raise InputError(f"'{path}' begins with {', '.join(header) or 'nothing'}. Begin with a header: {_EXAMPLE}.")
+        begins = f"'{path}' begins with {', '.join(header) or 'nothing'}"
+        raise InputError(f"{begins}. Begin with a header, each name once: {_EXAMPLE}.")
     if not rows:
         raise InputError(f"'{path}' lists no images. Write one line for each.")
     for line, row in rows:

@@ -168,7 +168,7 @@ def _layers(image: object, channels: int, name: str) -> list[Image.Image]:
         return [Image.fromarray(values.astype(np.float32))]
     if channels not in MODES or image.mode.startswith("F"):
         raise InputError(
-            f"{name} has Pillow mode '{image.mode}', and {channels} channels are requested. Possible: images of 8 or "
+            f"{name} has Pillow mode '{image.mode}', and channels is {channels}. Possible: images of 8 or "
             f"16 bits per channel, and {', '.join(map(str, MODES))} channels; a data set of tensors (C, H, W) may have "
             "any number."
         )
@@ -193,8 +193,8 @@ def _layers_of_tensor(image: Tensor, channels: int, name: str) -> list[Image.Ima
         )
     if image.shape[0] not in {1, channels}:
         raise InputError(
-            f"{name} is a tensor {tuple(image.shape)} with {counted(image.shape[0], 'channel')}, and {channels} are "
-            f"requested. Write channels: {image.shape[0]}."
+            f"{name} is a tensor {tuple(image.shape)} with {counted(image.shape[0], 'channel')}, but channels is "
+            f"{channels}. Write channels: {image.shape[0]}."
         )
     bands = image.numpy()
     if not deep and channels == 3 == len(bands):

@@ -41,7 +41,7 @@ def check_splits(splits: Splits, image_size: tuple[int, int] | None, channels: i
     found = splits.train.channels
     if channels is not None and found != channels:
         raise InputError(
-            f"the images have {counted(found, 'channel')}, and {channels} are requested. Write channels: {found} in a "
+            f"the images have {counted(found, 'channel')}, but channels is {channels}. Write channels: {found} in a "
             f"recipe, channels={found} in Python, or leave out --channels of `tersor compress`."
         )
 

@@ -131,7 +131,8 @@ class FileResults(Execution):
     """One standard error of the difference from the original, in points, on the same images; null for the original, and
     for metrics other than the accuracy."""
     agreement: Percent
-    """Agreement of the predictions with those of the original file, in percent; for classes, the equal ones."""
+    """Agreement of the predictions with those of the original file, in percent; for a classifier, the percentage of
+    images with the same predicted class."""
     bytes: Count
     """Size of all files that the runtime needs, in bytes."""
     compressed_bytes: Count
@@ -175,7 +176,8 @@ class StageRecord(BaseModel):
     notes: list[Text] = []
     """Information for the user, such as the default learning rate."""
     minutes: float
-    """Time of preparation and training in minutes. It includes interrupted processes, but not measurements."""
+    """Time of preparation and training, in minutes, including that of interrupted processes; measurements are not
+    included."""
     validation_score: float | None = None
     """The metric on the validation images after the stage; null without validation images."""
     losses: dict[str, float] = {}

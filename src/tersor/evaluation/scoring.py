@@ -73,7 +73,7 @@ def file_outputs(session: Session, array: FileArrays) -> Any:
     for name, value in values.items():
         if value.shape[:1] != (len(array),):
             raise InputError(
-                f"the output '{name}' of the file has the shape {tuple(value.shape)} for {len(array)} images. "
+                f"the output '{name}' of the file has the shape {tuple(value.shape)}; number of images: {len(array)}. "
                 "Only networks whose outputs have one entry for each image can be measured."
             )
     if list(values) == [LOGITS]:

@@ -104,9 +104,9 @@ def remove_unsupported_quantizers(
     write_file(path, _without(proto, removed).SerializeToString())
     readers = ", ".join(dict.fromkeys(each.reader for each in removed))
     warnings.warn(
-        f"{runtime} {problem} this network with all of its {len(quantizers)} quantizers of activations. The file "
-        f"leaves out {len(removed)} of them (in front of {readers}). A further warning names the layers that are "
-        "computed in float because of this, if there are any.",
+        f"{runtime} {problem} this network if all activations are quantized. Removed activation quantizers: "
+        f"{len(removed)} of {len(quantizers)}, at the inputs of operators of type {readers}. Layers with these inputs "
+        "can be computed in float.",
         CompressionWarning,
         stacklevel=3,
     )

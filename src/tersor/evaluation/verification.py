@@ -126,7 +126,7 @@ def _require_same_shapes(session: Session, of_file: list[Tensor], of_torch: list
     shapes = [", ".join(str(tuple(each.shape)) for each in outputs) for outputs in (of_file, of_torch)]
     if shapes[0] != shapes[1]:
         raise InputError(
-            f"for {images} images, the file in {session.runtime} returns shape {shapes[0]}, but the "
+            f"at batch size {images}, the file in {session.runtime} returns shape {shapes[0]}, but the "
             f"network in torch returns {shapes[1]}. The file is discarded. Write a forward method that accepts any "
             "number of images."
         )

@@ -82,7 +82,7 @@ def require_same(after: nn.Module, expected: list[Tensor], images: NetworkInput)
     if not found <= TOLERANCE:
         kind = type(after).__name__
         raise InputError(
-            f"the captured graph of {kind} is not equivalent to {kind}: on a batch of {len(images)} images, the "
+            f"the captured graph of {kind} is not equivalent to {kind}: at batch size {len(images)}, the "
             f"outputs differ by {found:.2g} of their largest value; {TOLERANCE:g} is allowed. The forward method must "
             "depend only on its input: no random numbers in eval mode, no counters, no Python attributes that change, "
             "no branch on the batch size."

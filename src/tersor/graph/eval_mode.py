@@ -69,7 +69,8 @@ def checked_forward(name: str, images: NetworkInput, *, captured: bool = False) 
         if isinstance(images, TensorInputs):
             raise InputError(
                 f"{name} does not run on the inputs {_described(images)}: {reason}. Pass the inputs of its forward "
-                "method in order, or by name: ((left, right), targets) or ({'left': left, 'right': right}, targets)."
+                "method in order, or by name: (left, right) or {'left': left, 'right': right}. In a batch, the targets "
+                "follow: ((left, right), targets)."
             ) from error
         details, advice = _on_images(images, reason)
         if captured and advice == _OTHER_IMAGES:
@@ -113,8 +114,9 @@ def check_forward(name: str, network: nn.Module, images: NetworkInput) -> Any:
     if len(required) > 1 and isinstance(images, Tensor):
         raise InputError(
             f"the forward method of {name} needs {len(required)} inputs: {', '.join(required)}, but a batch has one. "
-            f"Pass batches (({', '.join(required)}), targets) to the Python functions, or give the other inputs a "
-            "default. Recipes support only networks with one input, the images."
+            f"To tersor.export, pass ({', '.join(required)}) as the example; to the other Python functions, batches "
+            f"(({', '.join(required)}), targets). Or give the other inputs a default: recipes and `tersor compress` "
+            "support only networks with one input, the images."
         )
     if not images.is_floating_point():
         raise InputError(f"images for {name} have the type {images.dtype}. Pass normalized floating-point images.")

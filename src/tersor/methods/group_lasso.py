@@ -50,9 +50,7 @@ class GroupLasso:
     example: ClassVar[dict[str, Any]] = {"strength": 0.01, "alpha": 2.0}
     off: ClassVar[dict[str, Any]] = {"strength": 0.0}
 
-    strength: Annotated[float, Field(ge=0, description="factor of the decay, relative to the gradient of the loss")] = (
-        5e-4
-    )
+    strength: Annotated[float, Field(ge=0, description="coefficient of the decay that is added to the gradient")] = 5e-4
     alpha: Annotated[float, Field(ge=0, description="exponent: the fastest decay is 2^alpha times the slowest")] = 4.0
     exclude: Annotated[tuple[str, ...], Field(description="patterns of layers whose channels are not decayed")] = ()
 

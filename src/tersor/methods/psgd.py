@@ -74,7 +74,7 @@ class PSGD:
     example: ClassVar[dict[str, Any]] = {"bits": 2, "range": "running", "per_channel": False, "strength": 20.0}
     off: ClassVar[dict[str, Any]] = {"scale_by": "constant", "mean_scale": 1.0}
 
-    bits: Annotated[int, Field(ge=2, le=8, description="bits of the grid near whose points the steps are smaller")] = 4
+    bits: Annotated[int, Field(ge=2, le=8, description="bits of the grid; steps are smaller near its points")] = 4
     target: Annotated[Literal["grid", "zero"], Field(description="target of the weights: grid points or zero")] = "grid"
     per_channel: PerChannel = True
     range: Annotated[

@@ -22,8 +22,8 @@ requested; if the whole network is already sparser, the stage is rejected (excep
 In Zhu and Gupta's method the gradient of a masked weight is zero too, so that it cannot become active again; in `dpf`
 it can. With N:M, N of every M consecutive weights along the input channels remain (NVIDIA's sparse tensor cores use
 2:4); as in NVIDIA's ASP, layers are not masked if their number of input channels is not a multiple of M. A masked
-filter's BatchNorm still outputs a constant. Masks do not change shapes, so dense runtimes are not faster:
-`channel_pruning` removes channels.
+filter's BatchNorm still outputs a constant. Masks do not change shapes, so runtimes without sparse kernels are not
+faster: `channel_pruning` removes channels.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def normalization(metadata: Mapping[str, str]) -> tuple[Channels, Channels] | No
     mean, std = (_channels(metadata, key) for key in ("normalize_mean", "normalize_std"))
     if len(mean) != len(std):
         raise InputError(
-            f"normalize_mean has {len(mean)} numbers and normalize_std {len(std)} in the weights' metadata. Both need "
-            "one number per channel."
+            "normalize_mean and normalize_std in the weights' metadata have different lengths, "
+            f"{len(mean)} and {len(std)}. Both need one number per channel."
         )
     if min(std) <= 0:
         raise InputError(

@@ -185,7 +185,8 @@ class ImageOptions:
         if session.input_dtype == np.uint8 and (self.mean or self.std):
             raise InputError("the file takes uint8 pixels and normalizes them itself. Leave out --mean and --std.")
         if self.channels is not None and takes and takes[0] not in (None, self.channels):
-            raise InputError(f"--channels is {self.channels}, but the file takes {takes[0]} channels. Leave it out.")
+            channels = f"the number of channels in the file is {takes[0]}"
+            raise InputError(f"--channels is {self.channels}, but {channels}. Leave it out.")
         size = [sides, sides] if isinstance(sides, int) else sides
         if size is not None and any(fixed not in (None, side) for fixed, side in zip(takes[1:], size, strict=False)):
             shown = " x ".join(map(str, takes[1:]))

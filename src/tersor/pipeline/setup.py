@@ -159,7 +159,7 @@ def _say_what_the_data_lacks(splits: Splits, progress: ProgressReporter) -> None
     missing = [str(number) for number in range(len(splits.classes)) if number not in present]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        progress.say(f"warning: {len(missing)} of {len(splits.classes)} classes have no training image: {shown}")
+        progress.say(f"warning: no training image for {len(missing)} of {len(splits.classes)} classes: {shown}")
 
 
 def _say_unused_classes(whose: str, network: object, progress: ProgressReporter) -> None:

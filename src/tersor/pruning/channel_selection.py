@@ -92,8 +92,8 @@ def removable_groups(
         given = list(unprunable.items())[:_REASONS]
         reasons = "".join(f" The channels of {root} stay, since {reason}." for root, reason in given)
         raise InputError(
-            f"no channel of {type(graph).__name__} can be removed.{reasons} Use weight_pruning, which masks "
-            "weights instead" + (", or shorten `exclude`." if exclude else ".")
+            f"no channel of {type(graph).__name__} can be removed.{reasons} In a recipe, weight_pruning can mask "
+            "weights instead." + (" Or shorten `exclude`." if exclude else "")
         )
     return chosen, unprunable
 

@@ -38,7 +38,7 @@ _MOST_BITS = 8
 _MATRIX_PRODUCTS = {"matmul", "bmm", "mm"}
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
-_UNCOUNTED = "operators in float that the MACs do not include"
+_UNCOUNTED = "these operators are computed in float and are not included in the MACs"
 _LISTED = 8
 _REASONS = 3
 
@@ -258,7 +258,7 @@ def _reason(model: nn.Module, module: nn.Module, product: Product) -> str:
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent layers are not supported"
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return f"{kind} is not quantized; ONNX Runtime has no integer kernel for it"
+        return f"tersor does not quantize {kind}"
     if not isinstance(module, Layer):
         of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
         return f"{kind} is not supported" if of_torch else f"the forward method of {kind} reads the weights directly"

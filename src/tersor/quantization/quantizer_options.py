@@ -14,7 +14,7 @@ from tersor.quantization.grid import Grid
 from tersor.quantization.observers import Range, WeightRange
 
 BYTE = 8
-_INHERITED = "default: that of an earlier quantization stage if there is one, otherwise"
+_INHERITED = "default: as in an earlier quantization stage if there is one, otherwise"
 
 Bits = Annotated[int, Field(ge=2, le=BYTE)]
 WeightBits = Annotated[Bits, Field(description="bits of a weight")]

@@ -206,7 +206,8 @@ def _reasons(numbers: Results, evidence: Evidence | None) -> list[str]:
         share = sum(kind["ms"] for kind in profile["kinds"] if kind["kind"] in _CONVERSIONS) / profile["ms"]
         if share >= _CONVERSION_SHARE:
             reasons.append(
-                f"{100 * share:.0f} % of the artifact's node time is spent on quantization and layout conversion"
+                f"{100 * share:.0f} % of the time in the artifact's operators is spent on quantization and layout "
+                "conversion"
             )
     if before.precision == "bfloat16":
         reasons.append("the baseline uses the bfloat16 instructions of this CPU")
@@ -231,7 +232,8 @@ def _recommendation(numbers: Results) -> str:
         model = f"Deploy model.onnx in {RUNTIMES[artifact.runtime]}"
         if direction > 0:
             much = "point" if metric.unit else "percent"
-            return f"{model}: the baseline's {metric.name} is worse by more than one {much}."
+            worse = f"more than one {much} worse than that of the original"
+            return f"{model}: the {metric.name} of the baseline is {worse}."
         if direction == 0 and artifact.bytes * 1.05 < alternative.bytes:
             return f"{model} only if its smaller size matters."
     return f"Deploy original.onnx in {RUNTIMES[alternative.runtime]} ({alternative.precision}) instead."

@@ -47,7 +47,7 @@ class Removal:
     def __str__(self) -> str:
         if self.branches:
             return f"{self.branches} more branch{'es' if self.branches > 1 else ''} removed"
-        return f"at most {100 * self.keep_macs:.0f} % of the remaining MACs"
+        return f"pruned to at most {100 * self.keep_macs:.0f} % of the remaining MACs"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Candidate:
     def __str__(self) -> str:
         parts = [self.network]
         parts += [f"{self.branches} branch{'es' if self.branches > 1 else ''} removed"] if self.branches else []
-        parts += [f"at most {100 * self.keep_macs:.0f} % of the MACs"] if self.keep_macs < 1 else []
+        parts += [f"pruned to at most {100 * self.keep_macs:.0f} % of the MACs"] if self.keep_macs < 1 else []
         parts += [f"{self.pixels} pixels"] if self.pixels else []
         parts += [f"{each} after training" for each in self.later]
         return ", ".join([*parts, "mixed bits" if self.bits == "mixed" else f"{self.bits} bits"])

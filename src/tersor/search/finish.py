@@ -204,8 +204,8 @@ def _more_time(search: Search, best: Point) -> list[str]:
         costs = search.folder.state.costs  # time for another survey, and twice the least, so that it is not just missed
         needed = search.clock.used + costs.survey + 2 * costs.least + search.reserve(more=1)
         minutes = max(math.ceil(needed / 60), math.floor(search.clock.minutes) + 1)
-        longer = f"Continue the search, with a total time of at least {minutes} minutes."
-        return [f"More time: no candidate could be trained in the given time. {longer}"]
+        longer = f"Otherwise continue the search, with a total time of at least {minutes} minutes."
+        return [f"More time: no candidate has been trained. If report.html lists failures, correct them. {longer}"]
     seconds = _MORE_TIME * max(record.point.seconds for record in trained)
     of_best = [record for record in trained if record.point.name == best.name]
     free = min((point.mean_ms for point in search.points if point.free), default=math.inf)

@@ -172,7 +172,7 @@ def _fail(search: Search, candidate: Candidate, rung: Rung, reason: str, *, lost
         search.bar.tell(f"{candidate}: {reason}")
     else:
         search.study.fail(candidate, rung.members[candidate.name], reason)
-        search.bar.tell(f"{candidate} is not trained further: {reason}")
+        search.bar.tell(f"{candidate}: training or export failed: {reason}")
 
 
 def _planned(

@@ -191,8 +191,8 @@ def saturation(front: Front) -> list[str]:
     if best.name == original.name or min(best.validation, original.validation) < CEILING:
         return []
     line = (
-        f"The {front.validation_images} validation images cannot rank the candidates: {front.metric} is 100 % for the "
-        f"original and for this network. {more_images(tests_chose=front.tests_chose)}"
+        f"The {front.metric} of the original and of this network is 100 % on the {front.validation_images} validation "
+        f"images, so candidates cannot be ranked by it. {more_images(tests_chose=front.tests_chose)}"
     )
     return [line]
 

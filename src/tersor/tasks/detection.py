@@ -117,7 +117,7 @@ def _check(targets: Any, images: int) -> None:
         boxes, labels = each["boxes"], each["labels"]
         if boxes.shape != (len(labels), 4):
             raise InputError(
-                f"an image has boxes of shape {tuple(boxes.shape)} and {len(labels)} labels. Pass boxes (K, 4) and "
+                f"an image has boxes of shape {tuple(boxes.shape)} and labels ({len(labels)},). Pass boxes (K, 4) and "
                 "labels (K,)."
             )
         wrong = boxes[~(boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1))]

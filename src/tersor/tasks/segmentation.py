@@ -77,7 +77,8 @@ class Segmentation(Task):
         """
         if targets.ndim != 3 or len(targets) != images:
             raise InputError(
-                f"the targets have the shape {tuple(targets.shape)} for {images} images. Pass class indices (N, H, W)."
+                f"the targets have the shape {tuple(targets.shape)}, and the number of images is {images}. Pass class "
+                "indices (N, H, W)."
             )
         counted = targets[targets != self.ignore_index]
         if not counted.numel():

@@ -109,9 +109,9 @@ def match_layers(
         teacher_paths = matching_paths(teacher, teacher_layers or layers, "the teacher")
         if len(student_paths) != len(teacher_paths):
             raise InputError(
-                f"{method} pairs layers one to one, but the patterns match {len(student_paths)} layers of the student "
-                f"({', '.join(student_paths)}) and {len(teacher_paths)} of the teacher ({', '.join(teacher_paths)}). "
-                "Write patterns that match the same number of layers."
+                f"{method} pairs layers one to one, but the patterns match different numbers of layers: "
+                f"{len(student_paths)} of the student ({', '.join(student_paths)}) and {len(teacher_paths)} of the "
+                f"teacher ({', '.join(teacher_paths)}). Write patterns that match the same number of layers."
             )
     else:
         ours, theirs = last_feature_maps(student, images), last_feature_maps(teacher, images)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast
 
-from tersor.core.errors import InputError
+from tersor.core.errors import InputError, counted
 from tersor.core.import_path import import_function, is_function_path
 from tersor.core.user_code import user_code
 from tersor.data.batch_source import BatchSource
@@ -100,8 +100,8 @@ def learning_rates(batches: BatchSource, training: Training, steps: int) -> list
     warmup = round(schedule.warmup_epochs * steps_per_epoch(batches, training))
     if warmup and steps and warmup >= steps:
         raise InputError(
-            f"a warm-up of {schedule.warmup_epochs:g} epochs ({warmup} steps) does not fit into a stage of {steps} "
-            "steps. Reduce warmup_epochs, or train longer."
+            f"warmup_epochs is {schedule.warmup_epochs:g}, which is {counted(warmup, 'step')}, but the stage has only "
+            f"{counted(steps, 'step')}. Reduce warmup_epochs, or train longer."
         )
     return [base * learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]
 

@@ -54,8 +54,8 @@ def restoring(checkpoint: str | None) -> Generator[None]:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"the checkpoint {checkpoint} does not belong to this run: {str(error)[:300]}. Remove the folder of "
-            "the checkpoints and start again; for `tersor.run`, without resume=True (`--resume`)."
+            f"the checkpoint {checkpoint} does not belong to this run: {str(error)[:300]}. Remove the folder that "
+            "contains it, and start again."
         ) from error
 
 
@@ -120,8 +120,8 @@ def restore(tensors: Mapping[str, Tensor], objective: Objective, optimizer: Opti
     processes = sum(name.startswith("cpu") for name in random)
     if processes != count():
         raise InputError(
-            f"the run was started with {processes} processes, but is resumed with {count()}. Resume it with "
-            f"{processes}."
+            f"the number of processes was {processes} when the run was started, and is {count()} now. Resume the run "
+            "with the same number."
         )
     torch.set_rng_state(random[f"cpu{here}"])
     if f"cuda{here}" in random and torch.cuda.is_available():
