@@ -185,8 +185,10 @@ def test_equally_fast_and_smaller_but_inaccurate_is_not_recommended():
         (8.0, "Deploy original.onnx in ONNX Runtime (float32) instead."),
         (
             3.0,
-            "Deploy model.onnx in ONNX Runtime: the accuracy of the baseline is more than one point worse than that of the "
-            "original.",
+            (
+                "Deploy model.onnx in ONNX Runtime: the accuracy of the baseline is more than one point worse than that of "
+                "the original."
+            ),
         ),
     ],
 )
