@@ -186,8 +186,8 @@ def test_equally_fast_and_smaller_but_inaccurate_is_not_recommended():
         (
             3.0,
             (
-                "Deploy model.onnx in ONNX Runtime: the accuracy of the baseline is more than one point worse than that of "
-                "the original."
+                "Deploy model.onnx in ONNX Runtime: the accuracy of the baseline is more than one point worse than "
+                "that of the original."
             ),
         ),
     ],
