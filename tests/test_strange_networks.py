@@ -122,7 +122,7 @@ class SpecialForOne(Parts):
 
 
 def test_a_network_that_computes_differently_for_a_batch_of_one_raises():
-    with pytest.raises(InputError, match=r"not equivalent.*on a batch of 1 .*no branch on the batch size"):
+    with pytest.raises(InputError, match=r"not equivalent.*at batch size 1, .*no branch on the batch size"):
         capture(SpecialForOne().eval(), IMAGES)
 
 

@@ -305,7 +305,7 @@ def test_images_with_other_channels_and_bit_depths_are_normalized(channels, dtyp
     [
         ({"size": 0}, "batch_size is 0"),
         ({"augment": "crop"}, "unknown augmentation 'crop'.*crop_flip"),
-        ({"world": 4}, "3 images for 4 processes"),
+        ({"world": 4}, "4 processes need at least 4 images; given: 3"),
         ({"world": 2, "size": 1}, "3 images cannot be divided evenly among 2 processes"),
     ],
 )

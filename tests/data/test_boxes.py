@@ -31,7 +31,7 @@ def test_boxes_are_clipped_at_the_edge_of_the_image():
         ([[5, 5, 5, 9]], [1], "has no area"),
         ([[5, 5, 4, 9]], [1], "has no area"),
         ([[1, 1, 2, 2]], [0], "the label 0. Number the classes of boxes from 1"),
-        ([[1, 1, 2, 2]], [], "1 boxes and 0 labels"),
+        ([[1, 1, 2, 2]], [], "number of boxes: 1, number of labels: 0"),
         ([[1, 1, 2]], [1], "boxes that are not an array of numbers"),
         ("boxes", [1], "boxes that are not an array of numbers"),
     ],

@@ -120,7 +120,7 @@ def test_layers_that_cannot_be_paired_raise():
         match_layers(student, None, (), (), **given)
     with pytest.raises(InputError, match=r"fitnet needs images"):
         match_layers(student, teacher, (), (), None, method="fitnet")
-    with pytest.raises(InputError, match=r"3 layers of the student \(layer1, layer2, layer3\) and 1 of the teacher"):
+    with pytest.raises(InputError, match=r"3 of the student \(layer1, layer2, layer3\) and 1 of the teacher"):
         match_layers(student, teacher, ("layer?",), ("layer3",), **given)
     with pytest.raises(InputError, match=r"teacher_layers but no layers"):
         match_layers(student, teacher, (), ("layer3",), **given)

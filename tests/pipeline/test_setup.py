@@ -182,7 +182,7 @@ def test_a_teacher_with_both_weights_and_epochs_raises(tmp_path):
     with pytest.raises(InputError, match="both weights and epochs"):
         prepared(teacher=Teacher(name=OWN, weights=file, epochs=1))
     warm = Training(batch_size=80, lr_schedule={"warmup_epochs": 3})
-    with pytest.raises(InputError, match="a warm-up of 3 epochs"):
+    with pytest.raises(InputError, match="warmup_epochs is 3, which is 3 steps"):
         prepared(teacher=Teacher(name=OWN, epochs=3, training=warm))
     prepared(teacher=Teacher(name=OWN, epochs=4, training=warm))
 

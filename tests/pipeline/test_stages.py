@@ -97,7 +97,7 @@ def test_the_error_of_a_diverged_training_in_a_search_has_no_keys_of_a_recipe(se
     experiment = replace(experiment, teacher=copy.deepcopy(experiment.model))
     with pytest.raises(NonFiniteLoss) as caught:
         run_stages(experiment, Checkpoints(tmp_path), NullProgress(), seconds)
-    assert ("Try a smaller learning_rate" in str(caught.value)) is advised
+    assert ("Try a smaller optimizer.learning_rate" in str(caught.value)) is advised
     assert ("Last good checkpoint" in str(caught.value)) is advised
 
 

@@ -77,18 +77,20 @@ def test_more_time_for_a_finished_search_is_used_for_the_last_candidate(tmp_path
 
 
 def test_more_time_for_a_finished_search_can_be_used_to_remove_more(tmp_path):
-    search = searching(tmp_path / "out")
+    search = searching(tmp_path / "out", budget=Budget(max_drop=4.0))
     made = run(search)
-    (last,) = search.folder.state.rungs[-1].members
     search.folder.state.finished = True
     search.save()
-    longer = searching(tmp_path / "out", minutes=20.0, time=search.bench.time, bench=search.bench)
-    position = len(longer.bench.log)
-    again = run(longer)
-    trained = [what[1] for what in longer.bench.log[position:] if what[0] == "train"]
-    assert trained == [f"{last.removesuffix('-8bit')}-then-branches1-8bit"]
+    again = {"time": search.bench.time, "bench": search.bench, "budget": Budget(max_drop=4.0)}
+    longer = searching(tmp_path / "out", minutes=20.0, **again)
+    known, position = {record.of for record in search.study.records()}, len(longer.bench.log)
+    extended = run(longer)
+    new = [record.of for record in longer.study.records() if record.rung and record.of not in known]
+    assert len(new) == 1
+    assert new[0].later
+    assert new[0].name in [what[1] for what in longer.bench.log[position:] if what[0] == "train"]
     assert 0.95 * longer.clock.total <= longer.clock.used <= 1.05 * longer.clock.total
-    assert again.point(again.best).mean_ms < made.point(made.best).mean_ms
+    assert extended.point(extended.best).mean_ms <= made.point(made.best).mean_ms
 
 
 @pytest.mark.usefixtures("_no_other_removal")

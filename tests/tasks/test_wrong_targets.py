@@ -130,7 +130,7 @@ def boxed(boxes, labels=(1,)):
         (boxed([[20.0, 20.0, 5.0, 5.0]]), "the box 20, 20, 5, 5"),
         (boxed([[math.nan, 2.0, 9.0, 9.0]]), "the box nan"),
         (boxed([[2.0, 2.0, 9.0, 9.0]], (0,)), "label 0"),
-        (boxed([[2.0, 2.0, 9.0, 9.0]], (1, 2)), r"shape \(1, 4\) and 2 labels"),
+        (boxed([[2.0, 2.0, 9.0, 9.0]], (1, 2)), r"shape \(1, 4\) and labels \(2,\)"),
         ([{"box": torch.zeros(1, 4)}], "not a list of 1 dicts"),
         (boxed([[2.0, 2.0, 9.0, 9.0]]) * 2, "not a list of 1 dicts .* for each image"),
     ],

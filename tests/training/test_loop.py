@@ -456,7 +456,7 @@ def test_a_set_smaller_than_one_batch_raises_and_names_the_batch_size():
 
 def test_a_warm_up_as_long_as_the_stage_raises():
     training = Training(lr_schedule=LearningRateSchedule(warmup_epochs=2))
-    with pytest.raises(InputError, match=r"warm-up of 2 epochs \(16 steps\).*stage of 16 steps"):
+    with pytest.raises(InputError, match=r"warmup_epochs is 2, which is 16 steps, but the stage has only 16 steps"):
         fit(Attachment(linear()), Toy(), training, steps=16)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
+from tersor.core.errors import counted
 from tersor.core.progress import ProgressReporter
 from tersor.evaluation.costs import costs
 from tersor.graph.comparison import outputs_of
@@ -44,7 +45,7 @@ def explain(recipe: Recipe, *, progress: ProgressReporter) -> Iterator[str]:
     wanted = recipe.teacher
     if isinstance(wanted, Teacher) and not experiment.teacher_is_trained:
         steps = wanted.epochs * steps_per_epoch(experiment.training_batches(wanted.training), wanted.training)
-        yield f"the teacher is first trained on the labels (epochs: {wanted.epochs}, steps: {steps:,})"
+        yield f"the teacher is first trained on the labels for {counted(wanted.epochs, 'epoch')}, {steps:,} steps"
     model = copy.deepcopy(experiment.model)
     for number, stage in enumerate(recipe.stages, 1):
         steps = experiment.steps_of(stage)
