@@ -16,12 +16,14 @@ import tersor
 from search_fakes import STUDENTS, FakeBench, FakeTime, searching
 from tersor.core.errors import InputError
 from tersor.data import Batches, load
+from tersor.search import rung_training
 from tersor.search.candidate import Candidate
 from tersor.search.compress import compress
 from tersor.search.compression_budget import Budget
 from tersor.search.halving import halve
 from tersor.search.plan import RUNG_SIZES
 from tersor.search.space import Space
+from tersor.search.state import Rung
 from tersor.search.survey import survey
 from tersor.search.workers import LostWorkerError, Placement, Worker, Workers, read_folder, started, write_folder
 from tersor.training.attachment import Attachment
@@ -356,3 +358,20 @@ def test_two_workers_of_a_local_cluster_train_and_a_dying_one_is_replaced(tmp_pa
     assert trained
     assert all(point.validation > 40 for point in trained)
     assert not any("died" in reason for reason in result.numbers.dropped.values())
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_removals_before_training_take_time_from_the_workers(tmp_path, monkeypatch):
+    limits = []
+
+    def stop(_search, _candidate, _rung, limit):
+        limits.append(limit)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(rung_training, "_training", stop)
+    workers = SimpleNamespace(count=2, train=lambda _trainings: ())
+    for unsurveyed in ({}, {Candidate().name: {}}):
+        search = searching(tmp_path / str(len(unsurveyed)))
+        rung = Rung(members={Candidate().name: 1}, until=search.clock.used + 100.0, unsurveyed=unsurveyed)
+        rung_training.train_candidates(search, rung, [Candidate()], workers)
+    assert limits[0] - limits[1] == pytest.approx(search.folder.state.costs.survey)
